@@ -1,0 +1,235 @@
+"""Every setting of a job, typed, with its meaning under it.
+
+A `Recipe` is complete: every default stands here once, the YAML files under `recipes/` say only what differs, and
+nothing behind `compose.from_config` sees a Hydra object. This module imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def one_of(*choices: str) -> Any:
+    """A text setting whose value must be one of `choices`; the first is the default. `check` refuses others."""
+    return field(default=choices[0], metadata={"choices": choices})
+
+
+@dataclass(kw_only=True, slots=True)
+class Model:
+    """The base model: where its files are, and the published facts that `plan` computes with."""
+
+    name: str = "unnamed"
+    """Short name, as in `recipes/model/<name>.yaml`."""
+    title: str = ""
+    """The name its publisher gave it, e.g. `Qwen3-30B-A3B`."""
+    family: str = ""
+    """Key of the family, one of `finetune.families.FAMILIES`."""
+    source: str = ""
+    """Where the weights are: a folder, a hub id (`org/name`, with network=true) or `package:<name>==<version>/<file>`."""
+    revision: str = ""
+    """Commit of the hub repository. Required with a hub id, so that the same recipe loads the same bytes."""
+    sha256: str = ""
+    """Hash of the package archive. Required with a `package:` source."""
+    licence: str = ""
+    """Licence key of the weights, e.g. `apache-2.0`, `llama4`."""
+    licence_url: str = ""
+    """Where the licence text can be read."""
+    facts_source: str = ""
+    """Where the facts in `config` were read."""
+    facts_date: str = ""
+    """When they were read, as YYYY-MM-DD."""
+    note: str = ""
+    """One sentence a user must know before using this base; printed by `plan`."""
+    download_gib: float = 0.0
+    """Size of the published weight files in GiB; 0 means computed from `config`."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of the published config.json that determine shapes; families compute parameter counts from them."""
+    upcycle_experts: int = 0
+    """Experts per layer when a dense package is turned into a Mixture-of-Experts model; 0 leaves it as it is."""
+    upcycle_top_k: int = 2
+    """Experts per token of an upcycled model."""
+    tiny: bool = False
+    """Use a tiny random model of the same family instead of the real weights (set by scale=rehearsal)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Adapter:
+    """What is trained: LoRA beside the frozen base."""
+
+    load_in_4bit: bool = True
+    """Store the frozen weights in 4 bits (NF4, block 64). False keeps them in bf16."""
+    targets: str = one_of("experts", "attention", "all")
+    """`attention`; `experts` = attention and routed experts; `all` = these and shared experts and dense MLPs."""
+    rank: int = 16
+    """Width of the update outside the routed experts. Doubling it doubles adapter memory."""
+    expert_rank: int = 8
+    """Width of the update inside each routed expert. There are many of them, so it is usually smaller than `rank`."""
+    alpha: float = 32.0
+    """LoRA scaling numerator: the update is multiplied by alpha / rank."""
+    expert_alpha: float = 16.0
+    """The same for routed experts: alpha / expert_rank."""
+    dropout: float = 0.0
+    """Dropout before the LoRA matrices. Must be 0 when experts are adapted: fused experts have no input to drop."""
+    router: bool = False
+    """Also adapt the router. Off by default: a router that moves changes which expert answers."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Data:
+    """The rows: where they come from and how long they may be."""
+
+    card: str = ""
+    """Name of a data card, `data/<card>.yaml`. Empty when `train_files` are given."""
+    train_files: list[str] = field(default_factory=list)
+    """JSONL files with a `messages` list per row, used instead of a card."""
+    heldout_files: list[str] = field(default_factory=list)
+    """JSONL files of held-out rows, never trained on. Required with `train_files` unless `heldout_fraction` > 0."""
+    heldout_fraction: float = 0.0
+    """Share of `train_files` set aside when there are no `heldout_files`. Whole groups (`group` of a row) are set aside."""
+    train_rows: int = 0
+    """Use at most this many training rows; 0 means all."""
+    heldout_rows: int = 0
+    """Use at most this many held-out rows; 0 means all."""
+    max_length: int = 2048
+    """Longest row in tokens. A row that would lose its answer to this limit is an error, not a cut."""
+    excerpt_words: int = 0
+    """Words of a document that a card puts into the prompt; 0 means the card's own value."""
+    sample: bool = False
+    """Use the card's small sample rows instead of fetching its source (set by scale=rehearsal)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Train:
+    """How the adapter is trained."""
+
+    epochs: float = 1.0
+    """Passes over the training rows. Ignored when `max_steps` > 0."""
+    max_steps: int = 0
+    """Optimizer updates; 0 means as many as `epochs` needs."""
+    batch_size: int = 4
+    """Sequences per device and forward pass."""
+    accumulation: int = 1
+    """Forward passes per optimizer update."""
+    lr: float = 2e-4
+    """Peak learning rate."""
+    schedule: str = one_of("cosine", "linear", "constant_with_warmup")
+    """Shape of the learning rate after warm-up."""
+    warmup_fraction: float = 0.05
+    """Share of the updates over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    precision: str = one_of("bf16", "fp32")
+    """Arithmetic of the forward and backward pass. LoRA weights are kept in fp32 either way."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    router_aux_loss_coef: float = 0.0
+    """Weight of the load-balancing loss. 0 because the router is frozen; TRL's own default would add it."""
+    save_steps: int = 0
+    """Write a checkpoint every so many updates; 0 means only the finished adapter is written."""
+    log_steps: int = 1
+    """Log every so many updates."""
+    tensorboard: bool = True
+    """Write a TensorBoard log into the run folder."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Launch:
+    """Where the stages run."""
+
+    kind: str = one_of("local", "slurm")
+    """`local` runs here. `slurm` is not available yet and is refused."""
+    devices: int = 1
+    """Processes that train together. Only 1 is available yet."""
+    cpu_threads: int = 0
+    """Threads for CPU arithmetic; 0 means one per core."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Evaluate:
+    """Base against tuned, on the same held-out rows."""
+
+    rows: int = 0
+    """Held-out rows to use; 0 means all."""
+    batch_size: int = 8
+    """Rows per forward pass."""
+    samples: int = 5
+    """Rows shown side by side in the report: question, base, tuned, expected."""
+    max_new_tokens: int = 48
+    """Longest answer generated for a sample, in tokens."""
+    confidence: float = 0.95
+    """Level of the intervals."""
+    min_gain: float = -1.0
+    """Gate: accuracy gain of tuned over base that the run must reach, as a fraction; -1 means no gate."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Export:
+    """What is left for a server."""
+
+    formats: list[str] = field(default_factory=lambda: ["hf", "peft"])
+    """`hf` = merged weights that stock transformers loads; `peft` = the adapter alone."""
+    name: str = ""
+    """Name of the exported model; empty means `<recipe>-<run>`. Some licences prescribe how it must begin."""
+    parity_prompts: int = 8
+    """Held-out rows on which merged and adapter are compared before the export counts as done."""
+    max_logit_error: float = 0.05
+    """Largest mean KL divergence (nats per token) allowed between the adapter on its original base and the export."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Costs:
+    """What `plan` computes hours and money with. None of it is measured: these are the user's own figures."""
+
+    device: str = "H100 80GB"
+    """Name of the planned device, for the table."""
+    device_gib: float = 80.0
+    """Memory of one device in GiB."""
+    device_tflops: float = 989.0
+    """Peak bf16 TFLOP/s of one device."""
+    utilisation: float = 0.25
+    """Share of the peak that a run is assumed to reach."""
+    price_per_hour: float = 2.5
+    """Price of one device-hour in `currency`."""
+    currency: str = "USD"
+    """Currency of `price_per_hour`."""
+    device_kw: float = 0.7
+    """Power draw of one device in kW."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Recipe:
+    """A whole job. `finetune.compose.load_recipe` makes one; `finetune.run.run` carries it out."""
+
+    name: str = ""
+    """Name of the recipe; the run folder is `<runs_dir>/<name>/<number>`."""
+    purpose: str = ""
+    """One sentence: what the recipe is for."""
+    scale: str = one_of("full", "rehearsal")
+    """`rehearsal` runs the same chain on a tiny random model of the same family."""
+    seed: int = 17
+    """Seed of the LoRA initialisation, the row order and everything else that is drawn."""
+    runs_dir: str = "runs"
+    """Folder for run folders, relative to where the command is typed."""
+    cache_dir: str = ""
+    """Folder for downloads and converted bases; empty means `$FINETUNE_CACHE` or `~/.cache/finetune`."""
+    network: bool = False
+    """Allow this job to fetch what its recipe names. Nothing is ever sent."""
+    model: Model = field(default_factory=Model)
+    """The base model."""
+    adapter: Adapter = field(default_factory=Adapter)
+    """What is trained."""
+    data: Data = field(default_factory=Data)
+    """The rows."""
+    train: Train = field(default_factory=Train)
+    """How it is trained."""
+    launch: Launch = field(default_factory=Launch)
+    """Where it runs."""
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    """How base and tuned are compared."""
+    export: Export = field(default_factory=Export)
+    """What is left for a server."""
+    costs: Costs = field(default_factory=Costs)
+    """Prices and speeds that `plan` uses."""
