@@ -1,0 +1,34 @@
+"""finetune: fine-tune open-weight Mixture-of-Experts models in 4 bits, on premises, with proofs. Start at `finetune.run`."""
+
+import os
+from typing import Any
+
+# Set before the first import of a Hugging Face library: each of these libraries calls out otherwise (TRL and datasets
+# by default). `finetune.fetch` lifts them in a child process, and only where the recipe says network=true.
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+    "DO_NOT_TRACK": "1",
+}
+"""Environment of every process of ours: nothing is sent, nothing is fetched."""
+
+os.environ.update(OFFLINE)
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_recipe", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """`load_recipe` and `run`, imported when first asked for, so that `import finetune` stays instant."""
+    if name == "load_recipe":
+        from finetune.compose import load_recipe
+
+        return load_recipe
+    if name == "run":
+        import importlib
+
+        return importlib.import_module("finetune.run")
+    raise AttributeError(f"module 'finetune' has no attribute {name!r}")

@@ -1,0 +1,79 @@
+"""What a model family is: the words of its grammar. One `Family(...)` constant per file beside this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Group = Literal["embedding", "attention", "dense", "shared", "routed", "router", "other"]
+"""Where a weight belongs in the coverage table and in the plan."""
+
+GROUPS: tuple[Group, ...] = ("embedding", "attention", "dense", "shared", "routed", "router", "other")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Matrix:
+    """One kind of weight of a model, `count` times in it. A fused expert stack is one Matrix with `experts` > 0."""
+
+    name: str
+    """Path below the decoder layer, or below the model for embeddings, e.g. `self_attn.q_proj`."""
+    group: Group
+    rows: int
+    """Output features of one expert, or of the linear map."""
+    columns: int
+    """Input features. Vectors (norms, biases, sinks) have 1."""
+    count: int
+    """How often the model has it, usually the number of layers of that kind."""
+    experts: int = 0
+    """Experts stacked in it; 0 means it is no stack."""
+    active: int = 0
+    """Experts of the stack that one token uses."""
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of this kind in the model."""
+        return self.rows * self.columns * self.count * max(self.experts, 1)
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters of this kind that one token is multiplied with."""
+        return self.rows * self.columns * self.count * (self.active if self.experts else 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """The grammar of one model family. Names are module paths below a decoder layer, as transformers has them."""
+
+    key: str
+    """Our name of the family, as recipes write it in `model.family`."""
+    model_types: tuple[str, ...]
+    """Values of `model_type` in config.json (of the text part first) that belong to this family."""
+    block_class: str
+    """Class name of a decoder layer; what FSDP wraps."""
+    attention: tuple[str, ...]
+    """Linear maps of the attention that LoRA adapts. A name that a layer lacks is passed over there."""
+    experts: str = ""
+    """The module that holds the fused expert stacks, e.g. `mlp.experts`; empty for a dense family."""
+    experts_class: str = ""
+    """Class name of that module."""
+    expert_parameters: tuple[str, ...] = ("gate_up_proj", "down_proj")
+    """Its stacks, in the order in which the class registers them."""
+    transposed: bool = False
+    """The stacks are (E, in, out) instead of (E, out, in)."""
+    interleaved: bool = False
+    """gate and up alternate (gate at even positions) instead of gate first, then up."""
+    router: str = ""
+    """The router, e.g. `mlp.gate`."""
+    shared: tuple[str, ...] = ()
+    """Linear maps of the experts that every token uses."""
+    dense: tuple[str, ...] = ()
+    """Linear maps of the MLPs of layers without experts."""
+    text_config: str = ""
+    """Key of the text part inside config.json for multimodal checkpoints, e.g. `text_config`."""
+    licence: str = ""
+    """Licence key of the family's best-known release; a model card may say otherwise."""
+    tiny: Mapping[str, Any]
+    """Config fields of a random model of a few hundred thousand parameters with every kind of layer the family has."""
+    matrices: Callable[[Mapping[str, Any]], list[Matrix]]
+    """Every weight of the model that a config.json describes (text part, without multi-token-prediction layers)."""
