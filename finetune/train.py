@@ -1,0 +1,180 @@
+"""Supervised fine-tuning of the adapter with TRL: `train(run_dir)` leaves adapter/ and train.json."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from typing import Any
+
+from finetune.compose import read_recipe
+from finetune.errors import NumbersError
+from finetune.recipe import Recipe, Train
+from finetune.rundir import RunDir, atomic_folder, write_json
+
+
+def train(run_dir: RunDir) -> None:
+    """Trains a new adapter on the run's training rows. A run whose adapter exists is left alone.
+
+    Raises NumbersError on a loss or gradient that is not finite and on an adapter that does not learn.
+    """
+    import torch
+    from rich.console import Console
+    from transformers import set_seed
+    from trl import SFTTrainer
+
+    from finetune.adapters import attach, coverage_table, print_coverage, to_fp32
+    from finetune.base import load_base
+    from finetune.data import load_splits
+    from finetune.progress import TrainingProgress
+    from finetune.source import base_folder
+
+    recipe = read_recipe(run_dir.recipe)
+    console = Console()
+    rows = load_splits(run_dir).train
+    base = load_base(base_folder(recipe), load_in_4bit=recipe.adapter.load_in_4bit, precision=recipe.train.precision)
+    set_seed(recipe.seed)  # TRL 1.14.2 seeds after the adapter is made; the same seed would give another LoRA
+    model = attach(base, recipe.adapter)
+    table = coverage_table(model, base.family)
+    print_coverage(table, console)
+
+    steps = planned_steps(recipe.train, len(rows))
+    console.print(arithmetic(recipe.train, len(rows), steps))
+    progress = TrainingProgress(console, steps)
+    with atomic_folder(run_dir.path / "trainer") as scratch:
+        trainer = SFTTrainer(
+            model=model,
+            args=trainer_settings(recipe, str(scratch), str(run_dir.logs), steps),
+            train_dataset=rows.select_columns(["input_ids", "labels"]),
+            processing_class=base.tokenizer,
+            callbacks=[progress, Guard()],
+        )
+        to_fp32(trainer.model)  # TRL casts the adapter of a 4-bit model to bf16
+        started = time.monotonic()
+        trainer.train()
+        seconds = time.monotonic() - started
+    (run_dir.path / "trainer").rmdir()
+    done = trainer.state.global_step
+    if done != steps:
+        raise NumbersError("TRN-003", f"training stopped at step {done} of {steps}", "", "the same command again")
+    idle = unchanged_factors(trainer.model)
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    answers = [sum(label != -100 for label in labels) for labels in rows["labels"]]
+    passes = steps * recipe.train.batch_size * recipe.train.accumulation / len(rows)
+    with atomic_folder(run_dir.adapter) as folder:
+        trainer.model.peft_config["default"].base_model_name_or_path = recipe.model.source
+        trainer.model.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's template card; the export writes a real one
+    write_json(
+        run_dir.train,
+        {
+            "steps": progress.steps,
+            "rows": len(rows),
+            "passes": round(passes, 3),
+            "tokens": round(sum(lengths) * passes),
+            "trainable_tokens": round(sum(answers) * passes),
+            "seconds": round(seconds, 2),
+            "peak_memory_gib": round(peak_memory_gib(), 3),
+            "load_peak_gib": round(base.load_peak_gib, 3),
+            "load_seconds": round(base.load_seconds, 2),
+            "resident_gib": round(base.resident_gib, 4),
+            "coverage": table,
+            "unchanged_factors": idle,
+            "versions": versions(),
+            "seed": recipe.seed,
+            "device": str(torch.get_default_device()) if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+        },
+    )
+
+
+def planned_steps(settings: Train, rows: int) -> int:
+    """Optimizer updates of a run over `rows` training rows."""
+    if settings.max_steps > 0:
+        return settings.max_steps
+    per_update = settings.batch_size * settings.accumulation
+    return max(1, math.ceil(rows * settings.epochs / per_update))
+
+
+def arithmetic(settings: Train, rows: int, steps: int) -> str:
+    """The size of the run as a sum a person can check."""
+    per_update = settings.batch_size * settings.accumulation
+    return (
+        f"1 device x {settings.batch_size} rows x {settings.accumulation} accumulated = {per_update} rows per update; "
+        f"{steps} updates x {per_update} = {steps * per_update} rows = {steps * per_update / rows:.2f} passes over {rows} rows"
+    )
+
+
+def trainer_settings(recipe: Recipe, output_dir: str, logging_dir: str, steps: int) -> Any:
+    """TRL's settings for a recipe."""
+    import os
+
+    import torch
+    from trl import SFTConfig
+
+    settings = recipe.train
+    on_gpu = torch.cuda.is_available()
+    os.environ["TENSORBOARD_LOGGING_DIR"] = logging_dir
+    return SFTConfig(
+        output_dir=output_dir,
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=round(steps * settings.warmup_fraction),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.precision == "bf16",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        router_aux_loss_coef=settings.router_aux_loss_coef,
+        loss_type="chunked_nll",  # logits only for the tokens that are trained, a chunk at a time
+        max_length=None,  # rows were measured and refused when they were prepared
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=["tensorboard"] if settings.tensorboard else [],
+        disable_tqdm=True,
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+    )
+
+
+def unchanged_factors(model: Any) -> list[str]:
+    """Adapted weights whose update is still zero. Experts that no token reached are the honest reason.
+
+    Raises NumbersError (TRN-002) when a weight that every token uses did not change.
+    """
+    from finetune.experts import ExpertsLora
+
+    wrappers = {name for name, module in model.named_modules() if isinstance(module, ExpertsLora)}
+    unchanged = [
+        name.removesuffix(".lora_B.default.weight")
+        for name, parameter in model.named_parameters()
+        if name.endswith(".lora_B.default.weight") and not bool(parameter.detach().any())
+    ]
+    dead = [name for name in unchanged if name not in wrappers]
+    if dead:
+        raise NumbersError("TRN-002", f"{len(dead)} adapted weights did not change, e.g. {dead[0]}", "", "a larger train.lr")
+    return unchanged
+
+
+def peak_memory_gib() -> float:
+    """Highest memory of this process: of the GPU when there is one, else resident host memory, in GiB."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers", "safetensors")
+    return {name: version(name) for name in names}
