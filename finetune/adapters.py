@@ -244,7 +244,9 @@ def check_coverage(model: nn.Module, family: Family, adapter: Adapter) -> None:
         )
     stray = [name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
     if stray:
-        raise NumbersError("ADP-010", f"{len(stray)} weights outside the adapter would be trained", stray[0], "report this")
+        raise NumbersError(
+            "ADP-010", f"{len(stray)} weights outside the adapter would be trained", stray[0], "report this"
+        )
 
 
 def print_coverage(table: list[dict[str, Any]], console: Any) -> None:

@@ -52,7 +52,7 @@ def load_base(folder: Path, *, load_in_4bit: bool, precision: str) -> Base:
     check_shards(folder)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     quantisation = {"quantization_config": Nf4Config(family, compute_dtype=dtype)} if load_in_4bit else {}
-    config._experts_implementation = EXPERTS
+    place = {"device_map": {"": "cuda"}} if torch.cuda.is_available() else {}
     try:
         with _Peak() as peak:
             model, info = _auto_class(family).from_pretrained(
@@ -64,9 +64,12 @@ def load_base(folder: Path, *, load_in_4bit: bool, precision: str) -> Base:
                 experts_implementation=EXPERTS if family.experts else None,
                 output_loading_info=True,
                 **quantisation,
+                **place,
             )
     except (ValueError, RuntimeError, KeyError, OSError) as error:
-        raise WeightsError("WGT-004", f"cannot load {folder}", _first_line(error), "check the files against their hashes") from error
+        raise WeightsError(
+            "WGT-004", f"cannot load {folder}", _first_line(error), "check the files against their hashes"
+        ) from error
     for what in ("missing_keys", "mismatched_keys"):
         if info[what]:
             some = ", ".join(str(k) for k in sorted(map(str, info[what]))[:3])
@@ -88,7 +91,9 @@ def read_config(folder: Path) -> tuple[Family, Any]:
 
     path = folder / "config.json"
     if not path.is_file():
-        raise WeightsError("WGT-001", f"{folder} has no config.json", "it is not a model folder", "model.source=/folder/of/the/model")
+        raise WeightsError(
+            "WGT-001", f"{folder} has no config.json", "it is not a model folder", "model.source=/folder/of/the/model"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         family = family_of(values)
@@ -108,14 +113,18 @@ def check_shards(folder: Path) -> list[Path]:
     for name in names:
         path = folder / name
         if Path(name).name != name or not path.is_file():
-            raise WeightsError("WGT-003", f"{folder}: {name} is missing", f"{index.name} names it", "fetch the folder again")
+            raise WeightsError(
+                "WGT-003", f"{folder}: {name} is missing", f"{index.name} names it", "fetch the folder again"
+            )
         size = path.stat().st_size
         with path.open("rb") as handle:
             header_size = int.from_bytes(handle.read(8), "little")
             header = json.loads(handle.read(header_size)) if 0 < header_size < min(size, 100_000_000) else {}
         ends = [value["data_offsets"][1] for key, value in header.items() if key != "__metadata__"]
         if not ends or 8 + header_size + max(ends) != size:
-            raise WeightsError("WGT-003", f"{path} is cut short or damaged", f"it has {size} bytes", "fetch this file again")
+            raise WeightsError(
+                "WGT-003", f"{path} is cut short or damaged", f"it has {size} bytes", "fetch this file again"
+            )
     return [folder / name for name in names]
 
 

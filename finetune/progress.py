@@ -49,7 +49,10 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
         for name in ("loss", "grad_norm"):
             if not math.isfinite(step[name]):
                 raise NumbersError(
-                    "NUM-001", f"{name} is {step[name]} at step {state.global_step}", "training cannot go on", "train.lr=1e-5"
+                    "NUM-001",
+                    f"{name} is {step[name]} at step {state.global_step}",
+                    "training cannot go on",
+                    "train.lr=1e-5",
                 )
         self.steps.append(step)
         note = f"loss {step['loss']:.3f}  {step['seconds']:.1f} s/step"
@@ -78,4 +81,6 @@ class Guard(TrainerCallback):  # type: ignore[misc]
                 heard[kind] = heard.get(kind, False) or (parameter.grad is not None and bool(parameter.grad.any()))
         silent = sorted(kind for kind, any_gradient in heard.items() if not any_gradient)
         if silent or not heard:
-            raise NumbersError("TRN-001", f"no gradient reaches {silent or 'any adapter'}", "", "report this with the recipe")
+            raise NumbersError(
+                "TRN-001", f"no gradient reaches {silent or 'any adapter'}", "", "report this with the recipe"
+            )

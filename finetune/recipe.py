@@ -127,10 +127,6 @@ class Train:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     router_aux_loss_coef: float = 0.0
     """Weight of the load-balancing loss. 0 because the router is frozen; TRL's own default would add it."""
-    save_steps: int = 0
-    """Write a checkpoint every so many updates; 0 means only the finished adapter is written."""
-    log_steps: int = 1
-    """Log every so many updates."""
     tensorboard: bool = True
     """Write a TensorBoard log into the run folder."""
 
@@ -175,7 +171,7 @@ class Export:
     """Name of the exported model; empty means `<recipe>-<run>`. Some licences prescribe how it must begin."""
     parity_prompts: int = 8
     """Held-out rows on which merged and adapter are compared before the export counts as done."""
-    max_logit_error: float = 0.05
+    max_kl: float = 0.05
     """Largest mean KL divergence (nats per token) allowed between the adapter on its original base and the export."""
 
 

@@ -61,7 +61,10 @@ def split_package(source: str) -> tuple[str, str, str]:
     version, _, member = rest.partition("/")
     if not (name and version and member):
         raise WeightsError(
-            "WGT-006", f"model.source={source} is not understood", "", "model.source=package:NAME==VERSION/path/in/the/package"
+            "WGT-006",
+            f"model.source={source} is not understood",
+            "",
+            "model.source=package:NAME==VERSION/path/in/the/package",
         )
     return name, version, member
 

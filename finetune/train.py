@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from finetune.compose import read_recipe
@@ -26,7 +27,7 @@ def train(run_dir: RunDir) -> None:
     from finetune.adapters import attach, coverage_table, print_coverage, to_fp32
     from finetune.base import load_base
     from finetune.data import load_splits
-    from finetune.progress import TrainingProgress
+    from finetune.progress import Guard, TrainingProgress
     from finetune.source import base_folder
 
     recipe = read_recipe(run_dir.recipe)
@@ -41,10 +42,10 @@ def train(run_dir: RunDir) -> None:
     steps = planned_steps(recipe.train, len(rows))
     console.print(arithmetic(recipe.train, len(rows), steps))
     progress = TrainingProgress(console, steps)
-    with atomic_folder(run_dir.path / "trainer") as scratch:
+    with TemporaryDirectory(prefix="finetune-") as scratch:
         trainer = SFTTrainer(
             model=model,
-            args=trainer_settings(recipe, str(scratch), str(run_dir.logs), steps),
+            args=trainer_settings(recipe, scratch, str(run_dir.logs), steps),
             train_dataset=rows.select_columns(["input_ids", "labels"]),
             processing_class=base.tokenizer,
             callbacks=[progress, Guard()],
@@ -53,7 +54,6 @@ def train(run_dir: RunDir) -> None:
         started = time.monotonic()
         trainer.train()
         seconds = time.monotonic() - started
-    (run_dir.path / "trainer").rmdir()
     done = trainer.state.global_step
     if done != steps:
         raise NumbersError("TRN-003", f"training stopped at step {done} of {steps}", "", "the same command again")
@@ -82,7 +82,9 @@ def train(run_dir: RunDir) -> None:
             "unchanged_factors": idle,
             "versions": versions(),
             "seed": recipe.seed,
-            "device": str(torch.get_default_device()) if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+            "device": str(torch.get_default_device())
+            if not torch.cuda.is_available()
+            else torch.cuda.get_device_name(),
         },
     )
 
@@ -159,7 +161,9 @@ def unchanged_factors(model: Any) -> list[str]:
     ]
     dead = [name for name in unchanged if name not in wrappers]
     if dead:
-        raise NumbersError("TRN-002", f"{len(dead)} adapted weights did not change, e.g. {dead[0]}", "", "a larger train.lr")
+        raise NumbersError(
+            "TRN-002", f"{len(dead)} adapted weights did not change, e.g. {dead[0]}", "", "a larger train.lr"
+        )
     return unchanged
 
 
@@ -176,5 +180,15 @@ def versions() -> dict[str, str]:
     """Versions of what computes."""
     from importlib.metadata import version
 
-    names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers", "safetensors")
+    names = (
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "accelerate",
+        "datasets",
+        "bitsandbytes",
+        "tokenizers",
+        "safetensors",
+    )
     return {name: version(name) for name in names}

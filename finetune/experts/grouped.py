@@ -102,7 +102,8 @@ class Combine(torch.autograd.Function):
         grad_y[position_TK.reshape(-1)] = (
             (grad_TH.unsqueeze(1) * weights_TK.unsqueeze(-1)).to(y_PH.dtype).reshape(-1, y_PH.shape[1])
         )
-        grad_weights = (y_PH[position_TK].float() * grad_TH.unsqueeze(1).float()).sum(-1).to(weights_TK.dtype)
+        wide = torch.promote_types(y_PH.dtype, torch.float32)
+        grad_weights = (y_PH[position_TK].to(wide) * grad_TH.unsqueeze(1).to(wide)).sum(-1).to(weights_TK.dtype)
         return grad_y, grad_weights, None
 
 

@@ -36,7 +36,9 @@ EXPERTS = "finetune_split"
 class Nf4Config(BitsAndBytesConfig):  # type: ignore[misc]
     """NF4, block 64, no double quantisation, for linear maps and for expert stacks."""
 
-    def __init__(self, family: Family | None = None, compute_dtype: torch.dtype = torch.bfloat16, **kwargs: Any) -> None:
+    def __init__(
+        self, family: Family | None = None, compute_dtype: torch.dtype = torch.bfloat16, **kwargs: Any
+    ) -> None:
         kwargs.pop("quant_method", None)
         super().__init__(
             load_in_4bit=True,

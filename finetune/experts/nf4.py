@@ -40,7 +40,9 @@ def pack(stack_EOI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return packed, absmax
 
 
-def unpack_expert(packed_n: torch.Tensor, absmax_n: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+def unpack_expert(
+    packed_n: torch.Tensor, absmax_n: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
     """The (O, I) matrix of one expert in `dtype`, from its row of packed values and its row of maxima."""
     rows, columns = shape
     # bitsandbytes' CPU kernel takes maxima row by row, so a row must be whole blocks.

@@ -51,6 +51,8 @@ class Family:
     """Values of `model_type` in config.json (of the text part first) that belong to this family."""
     block_class: str
     """Class name of a decoder layer; what FSDP wraps."""
+    auto_class: str = "AutoModelForCausalLM"
+    """The transformers auto class that loads it. Some text models are registered only with the multimodal ones."""
     attention: tuple[str, ...]
     """Linear maps of the attention that LoRA adapts. A name that a layer lacks is passed over there."""
     experts: str = ""
@@ -63,12 +65,23 @@ class Family:
     """The stacks are (E, in, out) instead of (E, out, in)."""
     interleaved: bool = False
     """gate and up alternate (gate at even positions) instead of gate first, then up."""
+    repeats_tokens: bool = False
+    """The stock block hands every expert every token, scaled by a score that is zero for experts not chosen."""
     router: str = ""
     """The router, e.g. `mlp.gate`."""
+    routing_table: str = ""
+    """Buffer of a layer that maps a token id to its experts, (vocabulary, top-k); empty where only scores route."""
     shared: tuple[str, ...] = ()
     """Linear maps of the experts that every token uses."""
     dense: tuple[str, ...] = ()
     """Linear maps of the MLPs of layers without experts."""
+    published_names: tuple[tuple[str, str], ...] = ()
+    """Regular expressions and replacements, in order, that turn the tensor names transformers saves into those of the
+    published files. Empty where they agree."""
+    published_fused: bool = False
+    """Published files hold fused expert stacks where transformers would save one tensor per expert."""
+    mixed_dtypes: bool = False
+    """transformers keeps some weights in fp32, and a bf16 forward pass of the stock model fails outside autocast."""
     text_config: str = ""
     """Key of the text part inside config.json for multimodal checkpoints, e.g. `text_config`."""
     licence: str = ""
@@ -76,4 +89,14 @@ class Family:
     tiny: Mapping[str, Any]
     """Config fields of a random model of a few hundred thousand parameters with every kind of layer the family has."""
     matrices: Callable[[Mapping[str, Any]], list[Matrix]]
-    """Every weight of the model that a config.json describes (text part, without multi-token-prediction layers)."""
+    """Every weight of the model that a config.json describes (text part, without multi-token-prediction layers).
+
+    It takes the text part of the config. Names are parameter paths without `.weight`; one with two shapes stands twice.
+    """
+
+    def text_part(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The text part of a config.json: itself, unless it is a multimodal one of this family."""
+        if self.text_config and self.text_config in config:
+            part: Mapping[str, Any] = config[self.text_config]
+            return part
+        return config

@@ -1,0 +1,124 @@
+"""Words on the command line become a function. Values are import strings, so that help is instant."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from finetune.commands import Request
+from finetune.errors import RecipeError
+
+VERBS = {
+    "run": ("finetune.commands:job", "the whole job (the verb may be left out); with run=PATH, what is left of it"),
+    "data": ("finetune.commands:job", "rows, cleaned and tokenised"),
+    "train": ("finetune.commands:job", "... and the adapter"),
+    "evaluate": ("finetune.commands:job", "... and base against tuned"),
+    "merge": ("finetune.commands:job", "... and the adapter in the original weights"),
+    "export": ("finetune.commands:job", "... and what a server loads"),
+    "report": ("finetune.commands:job", "... and a page to look at"),
+    "plan": ("finetune.commands:plan", "what it needs, takes and costs; loads and fetches nothing"),
+    "check": ("finetune.commands:check", "whether it can start here"),
+    "recipes": ("finetune.commands:recipes", "the recipes there are"),
+    "chat": ("finetune.commands:chat", "a prompt to talk to the tuned model (run=PATH)"),
+    "verify": ("finetune.commands:verify", "whether a finished run is still what its record says (run=PATH)"),
+}
+"""Verb -> function that takes a `Request` and returns the exit code, and what the verb does."""
+
+USAGE = """\
+Fine-tune an open-weight Mixture-of-Experts model in 4 bits, here, with proofs.
+
+  python -m finetune recipe=legal_quickstart                  a whole job, on a laptop
+  python -m finetune plan recipe=llama4_70b_legal             what a large one needs and costs
+  python -m finetune recipe=llama4_70b_legal scale=rehearsal  the same job on a tiny random model
+  python -m finetune run=runs/legal_quickstart/0001           carry on where a run stopped
+  python -m finetune -m recipe=NAME adapter.rank=8,16         several jobs and a table of their scores
+
+python -m finetune [VERB] recipe=NAME [key=value ...] | run=PATH
+"""
+
+OPTIONS = """\
+  -m, --multirun     one job for every value of key=a,b,c
+  --config-dir DIR   look for recipes, models, data, ... in DIR first
+  --json             plan as JSON
+  --version, --help
+
+Every setting, with its meaning: finetune/recipe.py. The order of the stages: finetune/run.py.
+"""
+
+
+def main(words: list[str] | None = None) -> int:
+    """The exit code of a command line: 0 done, 2 the user's words, 3 the machine or the files, 4 a gate, 130 stopped."""
+    from finetune.failures import explain
+
+    request = None
+    try:
+        given = sys.argv[1:] if words is None else words
+        if not given or {"-h", "--help", "help"} & set(given):
+            print(help_text(), end="", flush=True)
+            return 0
+        if "--version" in given:
+            from finetune import __version__
+
+            print(__version__, flush=True)
+            return 0
+        request = read(given)
+        module, _, name = VERBS[request.verb][0].partition(":")
+        code: int = getattr(importlib.import_module(module), name)(request)
+        sys.stdout.flush()
+        return code
+    except BaseException as error:
+        return explain(error, request.run_dir if request else None)
+
+
+def read(words: list[str]) -> Request:
+    """The words, sorted. Raises RecipeError with every word that is not understood."""
+    request = Request(verb="run")
+    rest, problems = list(words), []
+    if "=" not in rest[0] and not rest[0].startswith("-"):
+        request.verb = rest.pop(0)
+        if request.verb not in VERBS:
+            problems.append(f"CFG-011 {request.verb} is no verb.{_near(request.verb)} Verbs: {', '.join(VERBS)}.")
+    while rest:
+        word = rest.pop(0)
+        name, _, value = word.partition("=")
+        if word in ("-m", "--multirun"):
+            request.sweep = True
+        elif word == "--json":
+            request.as_json = True
+        elif name == "--config-dir" and (value or rest):
+            request.config_dir = value or rest.pop(0)
+        elif word.startswith("-"):
+            problems.append(f"CFG-011 {name} is no option. Options: -m, --config-dir DIR, --json, --version, --help.")
+        elif word in VERBS and request.verb == "run":
+            request.verb = word
+        elif "=" not in word and not word.startswith("~"):
+            problems.append(f"CFG-011 {word} is not of the form key=value.{_near(word)}")
+        elif name == "run":
+            request.run = value
+            if not value:
+                problems.append("CFG-011 run= lacks the path of a run folder. Type: run=runs/NAME/0001")
+        else:
+            request.settings.append(word)
+    if request.sweep and VERBS[request.verb][0] != VERBS["run"][0] if request.verb in VERBS else False:
+        problems.append(f"CFG-011 -m does not go with {request.verb}. Leave one of them out.")
+    if request.as_json and request.verb != "plan":
+        problems.append("CFG-011 --json goes with plan only. Leave it out.")
+    if problems:
+        raise RecipeError(problems)
+    return request
+
+
+def help_text() -> str:
+    """What --help prints."""
+    verbs = "".join(f"  {verb:<10} {what}\n" for verb, (_, what) in VERBS.items())
+    return f"{USAGE}\n{verbs}\n{OPTIONS}"
+
+
+def _near(word: str) -> str:
+    from finetune.compose import nearest
+
+    return nearest(word, list(VERBS))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""A prompt to talk to the tuned model, with its base beside it. In a pipe: prompts in and answers out, line by line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from finetune.rundir import RunDir
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    Ask = Callable[[], str]
+    Message = dict[str, str]
+
+MAX_NEW_TOKENS = 512
+"""Longest answer in tokens."""
+
+HELP = """\
+/base   also show what the base says, without the adapter (again: only the tuned model).
+        Both see the same conversation; the tuned answers are the ones that are kept in it
+/reset  forget the conversation
+/help   this list
+/quit   leave (or Ctrl-D); Ctrl-C stops an answer
+A prompt that begins with a slash is sent when a space stands before it."""
+
+
+def chat(run_dir: RunDir) -> None:
+    """Talks on the terminal with the run's adapter over its base, or answers the lines of a pipe, each on its own.
+
+    Raises RunError when the run has no adapter.
+    """
+    from finetune.adapters import load_adapter
+    from finetune.base import load_base
+    from finetune.compose import read_recipe
+    from finetune.source import base_folder
+
+    recipe = read_recipe(run_dir.recipe)
+    run_dir.require(run_dir.adapter, "train")
+    base = load_base(base_folder(recipe), load_in_4bit=recipe.adapter.load_in_4bit, precision=recipe.train.precision)
+    model = load_adapter(base, run_dir.adapter)
+    model.eval()
+    # A router that looks tokens up needs all of them in every step.
+    model.generation_config.use_cache = not base.family.routing_table
+    if sys.stdin.isatty():
+        from rich.console import Console
+
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # arrow keys and history in input()
+        console = Console()
+        console.print(f"{recipe.name}: the tuned model answers. /base compares, /help lists the rest.", highlight=False)
+        talk(model, base.tokenizer, _typed, console)
+    else:
+        answer_lines(model, base.tokenizer, sys.stdin, sys.stdout.write)
+
+
+def talk(model: Any, tokenizer: Any, ask: Ask, console: Console) -> list[Message]:
+    """A conversation of many turns until /quit or the end of the input; returns its messages."""
+    messages: list[Message] = []
+    compare = False
+    while True:
+        try:
+            typed = ask()
+        except EOFError:
+            return messages
+        except KeyboardInterrupt:
+            console.print("\n/quit or Ctrl-D leaves.", highlight=False)
+            continue
+        word = typed.rstrip()
+        if word == "/quit":
+            return messages
+        if word == "/reset":
+            messages.clear()
+            console.print("The conversation is forgotten.")
+        elif word == "/base":
+            compare = not compare
+            console.print("Base and tuned answer." if compare else "The tuned model alone answers.")
+        elif word.startswith("/"):
+            if word != "/help":
+                console.print(f"{word} is not a command.", markup=False, highlight=False)
+            console.print(HELP, markup=False, highlight=False)
+        elif word.strip():
+            _turn(model, tokenizer, messages, typed.strip(), compare, console)
+
+
+def answer_lines(model: Any, tokenizer: Any, lines: Iterable[str], write: Callable[[str], Any]) -> None:
+    """One line of answer per line of `lines`. Each prompt is a conversation of its own; line breaks become spaces."""
+    try:
+        for line in lines:
+            prompt = line.strip()
+            answer = reply(model, tokenizer, [{"role": "user", "content": prompt}]) if prompt else ""
+            write(" ".join(answer.split("\n")) + "\n")
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the answers has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def reply(
+    model: Any,
+    tokenizer: Any,
+    messages: list[Message],
+    write: Callable[[str], None] = lambda text: None,
+    base: bool = False,
+) -> str:
+    """The greedy answer to a conversation, handed to `write` piece by piece as it grows; `base` leaves the adapter out.
+
+    Ctrl-C ends the answer: what was said until then is returned. Raises ValueError when nothing fits after it.
+    """
+    import torch
+    from transformers import GenerationConfig, TextStreamer
+
+    said: list[str] = []
+
+    class Stream(TextStreamer):  # a class here because transformers is imported late
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            clean = _printable(text)
+            said.append(clean)
+            write(clean)
+
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
+    room = model.config.get_text_config().max_position_embeddings - tokens.shape[1]
+    if room < 1:
+        raise ValueError(f"the conversation has {tokens.shape[1]} tokens, {1 - room} more than the model can read")
+    stops = model.generation_config.eos_token_id
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=min(MAX_NEW_TOKENS, room),
+        eos_token_id=tokenizer.eos_token_id if stops is None else stops,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        use_cache=model.generation_config.use_cache,
+    )
+    streamer = Stream(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with torch.inference_mode(), model.disable_adapter() if base else contextlib.nullcontext():
+        try:
+            model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                generation_config=settings,
+                streamer=streamer,
+            )
+        except KeyboardInterrupt:
+            streamer.end()
+            write(" [stopped]")
+    return "".join(said).strip()
+
+
+def _turn(model: Any, tokenizer: Any, messages: list[Message], prompt: str, compare: bool, console: Console) -> None:
+    """One prompt and its answer or answers. The conversation grows by the prompt and the tuned answer."""
+
+    def write(text: str) -> None:
+        console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+
+    conversation = [*messages, {"role": "user", "content": prompt}]
+    try:
+        if compare:
+            console.print("[bold]base[/bold]  ", end="")
+            reply(model, tokenizer, conversation, write, base=True)
+            console.print("\n[bold]tuned[/bold] ", end="")
+        answer = reply(model, tokenizer, conversation, write)
+    except ValueError as error:
+        console.print(f"{error}. /reset begins a new conversation.", markup=False, highlight=False)
+        return
+    console.print()
+    messages[:] = [*conversation, {"role": "assistant", "content": answer}]
+
+
+def _typed() -> str:
+    return input("> ")
+
+
+def _printable(text: str) -> str:
+    """The text without control characters, which could otherwise steer the terminal."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")

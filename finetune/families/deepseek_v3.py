@@ -1,0 +1,49 @@
+"""DeepSeek V3 and R1: latent attention, first layers dense, all others with a shared and 256 routed experts."""
+
+from finetune.families import shapes
+from finetune.families.family import Family, Matrix
+
+
+def matrices(config: shapes.Config) -> list[Matrix]:
+    """Every weight of a model with this config."""
+    return [
+        *shapes.embeddings(config),
+        *shapes.latent_attention(config),
+        *shapes.first_dense_layers(config),
+        *shapes.layer_norms(config),
+    ]
+
+
+FAMILY = Family(
+    key="deepseek_v3",
+    model_types=("deepseek_v3",),
+    block_class="DeepseekV3DecoderLayer",
+    attention=shapes.LATENT,
+    experts="mlp.experts",
+    experts_class="DeepseekV3Experts",
+    router="mlp.gate",
+    shared=shapes.below("mlp.shared_experts"),
+    dense=shapes.below("mlp"),
+    licence="mit",
+    tiny=shapes.TINY
+    | {
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 2,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "scoring_func": "sigmoid",  # transformers has no other, but converters to other formats read it
+    },
+    matrices=matrices,
+)

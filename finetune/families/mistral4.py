@@ -1,0 +1,50 @@
+"""Mistral 4: latent attention and a softmax router. On disk: fused expert stacks."""
+
+from finetune.families import shapes
+from finetune.families.family import Family, Matrix
+
+
+def matrices(config: shapes.Config) -> list[Matrix]:
+    """Every weight of the text part of a model with this config."""
+    return [
+        *shapes.embeddings(config),
+        *shapes.latent_attention(config),
+        *shapes.first_dense_layers(config),
+        *shapes.layer_norms(config),
+    ]
+
+
+FAMILY = Family(
+    key="mistral4",
+    model_types=("mistral4",),
+    block_class="Mistral4DecoderLayer",
+    auto_class="AutoModelForImageTextToText",
+    attention=shapes.LATENT,
+    experts="mlp.experts",
+    experts_class="Mistral4Experts",
+    router="mlp.gate",
+    shared=shapes.below("mlp.shared_experts"),
+    dense=shapes.below("mlp"),
+    text_config="text_config",
+    licence="apache-2.0",
+    tiny=shapes.TINY
+    | {
+        "model_type": "mistral4",
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 2,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    matrices=matrices,
+)

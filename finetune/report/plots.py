@@ -1,0 +1,92 @@
+"""The report's two plots as inline SVG whose colours follow the page's light or dark style."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and takes the page's font
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "mathtext.default": "regular",
+}
+COLOURS = {"#010101": "var(--ink)", "#020202": "var(--line)", "#030303": "var(--accent)", "#040404": "var(--soft)"}
+"""Stand-ins that matplotlib draws with -> the page's colours."""
+INK, LINE, ACCENT, SOFT = COLOURS
+
+
+def intervals(rows: Sequence[tuple[str, float, float, float]], confidence: float) -> str:
+    """SVG of one dot with its interval per (name, share, low, high), as fractions of 1."""
+    figure, axes = _figure("intervals", 1.0 + 0.42 * len(rows))
+    for y, (name, share, low, high) in enumerate(reversed(rows)):
+        colour = ACCENT if name == "tuned" else SOFT
+        axes.plot([100 * low, 100 * high], [y, y], color=colour, linewidth=3, solid_capstyle="round")
+        axes.plot([100 * share], [y], marker="o", color=colour, markersize=9)
+    axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel(f"right answers, % (line: {100 * confidence:g} % interval)")
+    axes.grid(axis="x", color=LINE, linewidth=0.8)
+    return _svg(figure, axes, "Right answers of base, tuned and the most frequent answer, with intervals")
+
+
+def loss_curve(steps: Sequence[int], losses: Sequence[float]) -> str:
+    """SVG of the training loss at every logged update, with a running mean where there are enough of them."""
+    figure, axes = _figure("loss", 2.6)
+    window = max(1, len(losses) // 12)
+    alone = window == 1
+    axes.plot(
+        steps,
+        losses,
+        color=ACCENT if alone else SOFT,
+        linewidth=2 if alone else 1.1,
+        marker="o",
+        markersize=3.5 if alone else 0,
+    )
+    if not alone:
+        mean = [
+            sum(losses[max(0, i - window + 1) : i + 1]) / len(losses[max(0, i - window + 1) : i + 1])
+            for i in range(len(losses))
+        ]
+        axes.plot(steps, mean, color=ACCENT, linewidth=2.2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("update" if alone else f"update (bold: mean of the last {window})")
+    axes.set_ylabel("loss, nats per token")
+    axes.grid(axis="y", color=LINE, linewidth=0.8)
+    return _svg(figure, axes, "Training loss by update")
+
+
+def _figure(name: str, height: float) -> tuple[Any, Any]:
+    """A figure of its own, outside pyplot, whose SVG ids begin with `name`'s hash: two plots share one page."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=(4.8, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        return figure, figure.subplots()
+
+
+def _svg(figure: Any, axes: Any, title: str) -> str:
+    import matplotlib
+
+    for spine in axes.spines.values():
+        spine.set_color(LINE)
+    axes.tick_params(colors=INK, length=0)
+    for text in (axes.xaxis.label, axes.yaxis.label):
+        text.set_color(INK)
+    axes.set_axisbelow(True)
+    out = io.StringIO()
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    for stand_in, colour in COLOURS.items():
+        text = text.replace(stand_in, colour)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)

@@ -1,0 +1,98 @@
+"""The whole job. Read this first: recipe -> check -> plan -> data -> train -> evaluate -> merge -> export -> report.
+
+Each stage reads the run folder and writes into it (`rundir.py` says which names). None knows another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from finetune import check, record
+from finetune.compose import read_recipe, recipe_yaml
+from finetune.errors import GateError, RecipeError, RunError
+from finetune.launch import launch as launch_here
+from finetune.plan import cache_gib, plan, run_folder_gib
+from finetune.recipe import Recipe
+from finetune.rundir import RunDir, create, read_json, write_json, write_text
+
+STAGES: dict[str, Callable[[RunDir], tuple[Path, ...]]] = {
+    "data": lambda run: (run.data / "report.json",),
+    "train": lambda run: (run.adapter, run.train),
+    "evaluate": lambda run: (run.scores,),
+    "merge": lambda run: (run.merged,),
+    "export": lambda run: (run.export,),
+    "report": lambda run: (run.report,),
+}
+"""Stage -> what it leaves in the run folder. A stage whose paths exist is done and is not repeated."""
+
+
+def run(
+    recipe: Recipe,
+    *,
+    run_dir: RunDir | None = None,
+    until: str = "report",
+    launch: Callable[[str, RunDir], None] = launch_here,
+) -> RunDir:
+    """The finished run folder of a recipe. With `run_dir`, continues that run where it stopped.
+
+    `until` names the last stage to carry out; `launch(stage, run_dir)` carries one out. Raises RecipeError with every
+    problem of the recipe before anything is written, WeightsError when the base is not at hand, and what stages raise.
+    """
+    if run_dir is None:
+        return carry_on(start(recipe), until=until, launch=launch)
+    if read_recipe(run_dir.recipe) != recipe:
+        raise RunError(
+            "RUN-006",
+            f"{run_dir.path} was started with other settings",
+            "a run keeps its settings",
+            "a new run, without run=",
+        )
+    return carry_on(run_dir, until=until, launch=launch)
+
+
+def start(recipe: Recipe) -> RunDir:
+    """A new run folder with the frozen recipe and its plan. Raises RecipeError, WeightsError or RunError instead of writing."""
+    refuse(recipe)
+    figures = plan(recipe)
+    need = {"run_gib": run_folder_gib(figures), "cache_gib": cache_gib(figures)}
+    if found := check.place_problems(recipe, **need):
+        raise RunError(*found[0].split(" ", 1)) if len(found) == 1 else RecipeError(found)
+    run_dir = create(Path(recipe.runs_dir).expanduser(), recipe.name)
+    write_json(run_dir.plan, figures.as_json())
+    write_text(run_dir.recipe, recipe_yaml(recipe))  # last: a folder with a recipe is a run
+    return run_dir
+
+
+def carry_on(run_dir: RunDir, *, until: str = "report", launch: Callable[[str, RunDir], None] = launch_here) -> RunDir:
+    """Carries out the stages of a run that are not done, in order, up to `until`, and writes the record after the last."""
+    stages = list(STAGES)[: list(STAGES).index(until) + 1]
+    refuse(read_recipe(run_dir.recipe))
+    for number, stage in enumerate(stages, 1):
+        if all(path.exists() for path in STAGES[stage](run_dir)):
+            print(f"[{number}/{len(STAGES)}] {stage}: done before", flush=True)
+        else:
+            print(f"[{number}/{len(STAGES)}] {stage}", flush=True)
+            launch(stage, run_dir)
+            run_dir.record.unlink(missing_ok=True)  # it no longer describes the folder
+        if stage == "evaluate":
+            require_gates(run_dir)
+    if until == list(STAGES)[-1] and not run_dir.record.exists():
+        record.write_record(run_dir)
+    return run_dir
+
+
+def refuse(recipe: Recipe) -> None:
+    """Nothing, or the errors of everything that would stop the job later."""
+    if found := [*check.problems(recipe), *check.environment_problems()]:
+        raise RecipeError(found)
+    if missing := check.missing_weights(recipe):
+        raise missing
+
+
+def require_gates(run_dir: RunDir) -> None:
+    """Nothing, or GateError when the run's scores are below what its recipe demands: also when it is continued later."""
+    failed = [gate for gate in read_json(run_dir.scores)["gates"] if not gate["passed"]]
+    if failed:
+        what = "; ".join(f"{gate['gate']} is {gate['value']}, demanded {gate['limit']}" for gate in failed)
+        raise GateError("EVAL-004", what, "the run stops here and exports nothing", f"{run_dir.scores} for the scores")

@@ -1,0 +1,118 @@
+"""How many parameters and bytes a model card and an adapter mean. Arithmetic only: no weights, no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import RecipeError
+from finetune.families import FAMILIES, Family, Matrix
+from finetune.recipe import Adapter, Model
+
+GIB = 2**30
+NF4_BYTES = 0.5 + 4 / 64
+"""Bytes per parameter in NF4: half a byte, and an fp32 absmax per block of 64."""
+BF16_BYTES = 2
+FP32_BYTES = 4
+
+
+def family_of_card(model: Model) -> Family:
+    """The family that a model card names. Raises RecipeError (MOD-002) when there is none of that name."""
+    if model.family not in FAMILIES:
+        exist = ", ".join(sorted(FAMILIES))
+        raise RecipeError([f"MOD-002 model.family={model.family or '(empty)'} does not exist. Choose one of: {exist}."])
+    return FAMILIES[model.family]
+
+
+def shape_config(model: Model) -> Mapping[str, Any]:
+    """The config fields that determine shapes: the family's tiny ones, the card's, or those of the folder `model.source`.
+
+    Raises RecipeError (MOD-003) when there are none.
+    """
+    family = family_of_card(model)
+    if model.tiny:
+        return family.tiny
+    if model.config:
+        return family.text_part(model.config)
+    file = Path(model.source).expanduser() / "config.json"
+    if model.source and file.is_file():
+        return family.text_part(json.loads(file.read_text(encoding="utf-8")))
+    raise RecipeError(
+        [
+            "MOD-003 model.config is empty: nothing says how large the model is. Choose a model card with model=NAME, or give a folder with config.json as model.source."
+        ]
+    )
+
+
+def matrices(model: Model) -> list[Matrix]:
+    """Every weight of the base. Raises RecipeError (MOD-003) when a field of the config is missing."""
+    family, config = family_of_card(model), shape_config(model)
+    try:
+        return family.matrices(config)
+    except KeyError as error:
+        name = error.args[0]
+        raise RecipeError(
+            [
+                f"MOD-003 model.config lacks {name}, which the family {family.key} needs. Copy it from the published config.json."
+            ]
+        ) from None
+
+
+def total_parameters(weights: list[Matrix]) -> int:
+    """All parameters of the base (text part)."""
+    return sum(m.parameters for m in weights)
+
+
+def active_parameters(weights: list[Matrix]) -> int:
+    """Parameters that one token is multiplied with, the output head included and the input embedding (a lookup) not.
+
+    Where head and embedding are one tied matrix it is the head that counts.
+    """
+    embeddings = [m for m in weights if m.group == "embedding"]
+    lookup = embeddings[0].parameters if len(embeddings) > 1 else 0
+    return sum(m.active_parameters for m in weights if m.columns > 1) - lookup
+
+
+def rank_of(matrix: Matrix, family: Family, adapter: Adapter) -> int:
+    """Width of the LoRA update of one weight under `adapter`; 0 where there is none."""
+    if matrix.experts:
+        module, _, name = matrix.name.rpartition(".")
+        stack = module == family.experts and name in family.expert_parameters and matrix.columns > 1
+        return adapter.expert_rank if stack and adapter.targets != "attention" else 0
+    names = set(family.attention)
+    if adapter.targets == "all":
+        names |= {*family.shared, *family.dense}
+    if adapter.router:
+        names.add(family.router)
+    return adapter.rank if matrix.name in names else 0
+
+
+def lora_parameters(weights: list[Matrix], family: Family, adapter: Adapter) -> int:
+    """Trainable parameters, as stock PEFT makes them: rank x (in + out) per linear map, and per expert of a stack."""
+    return sum(rank_of(m, family, adapter) * (m.rows + m.columns) * m.count * max(m.experts, 1) for m in weights)
+
+
+def active_lora_parameters(weights: list[Matrix], family: Family, adapter: Adapter) -> int:
+    """Trainable parameters that one token is multiplied with: those of its own experts only."""
+    return sum(
+        rank_of(m, family, adapter) * (m.rows + m.columns) * m.count * (m.active if m.experts else 1) for m in weights
+    )
+
+
+def is_4bit(matrix: Matrix, adapter: Adapter) -> bool:
+    """Whether a frozen weight is stored in 4 bits: every linear map and expert stack, but no embedding, head, router, norm."""
+    return adapter.load_in_4bit and matrix.group in ("attention", "dense", "shared", "routed") and matrix.columns > 1
+
+
+def weights_gib(model: Model) -> float:
+    """Size of the weight files of the base in GiB: as published, else computed as bf16."""
+    if model.download_gib > 0 and not model.tiny:
+        return model.download_gib
+    return total_parameters(matrices(model)) * BF16_BYTES / GIB
+
+
+def merged_gib(model: Model) -> float:
+    """Size of the merged weights in GiB, written as bf16."""
+    return total_parameters(matrices(model)) * BF16_BYTES / GIB

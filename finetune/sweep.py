@@ -1,0 +1,91 @@
+"""Several jobs one after another, each in a run folder and a process of its own, and a table of their scores."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.compose import compose, expand_sweep
+from finetune.errors import RecipeError
+from finetune.run import refuse, start
+from finetune.rundir import RunDir, read_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One finished or failed job of a sweep."""
+
+    words: tuple[str, ...]
+    """The words in which it differs from the others."""
+    run_dir: RunDir
+    """Its run folder."""
+    exit_code: int
+    """What its process returned; 0 means finished."""
+
+
+def sweep(words: Sequence[str], config_dir: str | None, until: str, console: Console) -> int:
+    """Carries out every job of the words, prints their scores by tuned loss, and returns the first exit code that is not 0.
+
+    Raises RecipeError with the problems of all jobs before the first one starts.
+    """
+    variants = expand_sweep(words)
+    recipes, found = [], []
+    for variant in variants:
+        try:
+            recipe = compose(variant, config_dir)
+            refuse(recipe)
+            recipes.append(recipe)
+        except RecipeError as error:
+            found += error.problems
+    if found:
+        raise RecipeError(list(dict.fromkeys(found)))
+    jobs = []
+    for number, (variant, recipe) in enumerate(zip(variants, recipes, strict=True), 1):
+        differs = tuple(word for word in variant if not all(word in other for other in variants))
+        run_dir = start(recipe)
+        console.print(
+            f"job {number} of {len(variants)}: {' '.join(differs)} in {run_dir.path}", markup=False, highlight=False
+        )
+        command = [sys.executable, "-m", "finetune", *([until] if until != "report" else []), f"run={run_dir.path}"]
+        jobs.append(Job(differs, run_dir, subprocess.run(command, check=False).returncode))
+        if jobs[-1].exit_code in (130, -2):  # Ctrl-C reached the child: the user means the whole sweep
+            break
+    show_jobs(jobs, console)
+    return next((job.exit_code for job in jobs if job.exit_code), 0)
+
+
+def show_jobs(jobs: Sequence[Job], console: Console) -> None:
+    """Prints a table of jobs, the lowest tuned loss first; jobs without scores last, with their exit code."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("job", "tuned loss", "base loss", "tuned accuracy", "run"):
+        table.add_column(name)
+    for job in sorted(jobs, key=tuned_loss):
+        scores = read_json(job.run_dir.scores) if job.run_dir.scores.is_file() else None
+        accuracy = scores["tuned"]["accuracy"] if scores else None
+        table.add_row(
+            " ".join(job.words),
+            f"{scores['tuned']['loss']:.4f}"
+            if scores
+            else f"failed, exit code {job.exit_code}"
+            if job.exit_code
+            else "not scored",
+            f"{scores['base']['loss']:.4f}" if scores else "",
+            f"{accuracy:.1%}" if accuracy is not None else "",
+            str(job.run_dir.path),
+        )
+    console.print(table)
+
+
+def tuned_loss(job: Job) -> float:
+    """Held-out loss of the tuned model; infinity when the job has no scores."""
+    file: Path = job.run_dir.scores
+    return float(read_json(file)["tuned"]["loss"]) if file.is_file() else float("inf")

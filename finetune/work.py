@@ -1,0 +1,104 @@
+"""How much work a recipe is: rows, tokens, updates and floating-point operations. Arithmetic only, no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from finetune import sizes
+from finetune.figure import Basis, Figure, assumed, computed, given
+from finetune.recipe import Recipe
+
+ASSUMED_ROWS = 1000
+"""Training rows where nothing says how many there are."""
+
+
+def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
+    """Rows, tokens, updates and FLOPs of the training, without evaluation and merge. `prepared` is a run's data folder.
+
+    Forward 2, backward through frozen weights 2, adapter 6 (forward, backward, its own gradients) FLOPs per parameter
+    and token; a token counts its own experts only.
+    """
+    train, devices = recipe.train, recipe.launch.devices
+    weights, family = sizes.matrices(recipe.model), sizes.family_of_card(recipe.model)
+    rows, length = _rows(recipe, prepared), _tokens_per_row(recipe, prepared)
+    per_update = train.batch_size * train.accumulation * devices
+    seen = train.max_steps * per_update if train.max_steps else math.ceil(rows.value * train.epochs)
+    steps = train.max_steps or math.ceil(seen / per_update)
+    tokens = seen * length.value
+    active = sizes.active_parameters(weights)
+    trainable = sizes.active_lora_parameters(weights, family, recipe.adapter)
+    basis: Basis = "assumed" if "assumed" in (rows.basis, length.basis) else "computed"
+    again = 2 * active * tokens if train.gradient_checkpointing else 0
+
+    def counted(name: str, value: float, unit: str, how: str) -> Figure:
+        return Figure(name=name, value=value, unit=unit, basis=basis, how=how)
+
+    per_token = "2 x active parameters x tokens"
+    return (
+        rows,
+        length,
+        computed(
+            "rows per update",
+            per_update,
+            "rows",
+            f"{devices} device x {train.batch_size} rows x {train.accumulation} accumulated",
+        ),
+        counted("steps", steps, "updates", "train.max_steps" if train.max_steps else f"{seen:,} rows / {per_update}"),
+        counted("tokens", tokens, "tokens", f"{seen:,} rows x {length.value:,.0f}"),
+        counted("forward", 2 * active * tokens, "FLOP", f"{per_token}, attention scores not counted"),
+        counted("backward", 2 * active * tokens, "FLOP", f"{per_token}, through frozen weights"),
+        counted("adapter maths", 6 * trainable * tokens, "FLOP", "6 x trainable parameters of a token's experts x tokens"),
+        counted("recompute", again, "FLOP", "a second forward pass" if again else "no gradient checkpointing"),
+    )
+
+
+def _rows(recipe: Recipe, prepared: Path | None) -> Figure:
+    """Training rows: counted in prepared data or the user's files, else the limit of recipe or card, else assumed."""
+    name, unit, data = "training rows", "rows", recipe.data
+    if report := _report(prepared):
+        return given(name, report["rows"]["train"], unit, "the prepared data of this run")
+    files = [Path(f).expanduser() for f in data.train_files]
+    if files and all(f.is_file() for f in files):
+        lines = sum(_lines(f) for f in files)
+        kept = math.floor(lines * (1 - data.heldout_fraction))
+        rows = min(kept, data.train_rows) if data.train_rows else kept
+        return given(name, rows, unit, f"{lines:,} lines, {data.heldout_fraction:.0%} held out")
+    most = _card_rows(recipe)
+    if data.train_rows and (not most or data.train_rows < most):
+        return given(name, data.train_rows, unit, "data.train_rows, if the source has as many")
+    if most:
+        return given(name, most, unit, f"the most that the data card {data.card} takes")
+    return assumed(name, ASSUMED_ROWS, unit, "the data is not prepared yet")
+
+
+def _card_rows(recipe: Recipe) -> int:
+    """Most training rows of the recipe's data card, or of its sample; 0 where it sets no limit."""
+    if not recipe.data.card:
+        return 0
+    from finetune.data.card import card_folder, read_card
+
+    card = read_card(recipe.data.card)
+    return _lines(card_folder() / card.sample) if recipe.data.sample else card.train_rows
+
+
+def _tokens_per_row(recipe: Recipe, prepared: Path | None) -> Figure:
+    name, unit = "tokens per row", "tokens"
+    if report := _report(prepared):
+        mean = report["tokens"]["train"] / report["rows"]["train"]
+        return given(name, mean, unit, "mean of the prepared data of this run")
+    return assumed(name, recipe.data.max_length, unit, "every row as long as data.max_length allows")
+
+
+def _report(prepared: Path | None) -> dict[str, Any]:
+    """The report of prepared data, or nothing."""
+    file = prepared / "report.json" if prepared else None
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
+    return found
+
+
+def _lines(file: Path) -> int:
+    with file.open("rb") as handle:
+        return sum(1 for line in handle if line.strip())

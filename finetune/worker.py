@@ -1,0 +1,77 @@
+"""What another process executes: `python -m finetune.worker STAGE RUN` carries out one stage of an existing run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+from finetune.errors import RunError
+from finetune.rundir import RunDir, open_run
+
+STAGES = {
+    "data": "finetune.data:prepare",
+    "train": "finetune.train:train",
+    "evaluate": "finetune.evaluate:evaluate",
+    "merge": "finetune.merge:merge",
+    "export": "finetune.export:export",
+    "report": "finetune.report:report",
+}
+"""Stage -> function that reads a run folder and writes into it, as an import string: nothing heavy is imported before it is needed."""
+
+
+def work(stage: str, run_dir: RunDir, cpu_threads: int = 0) -> None:
+    """Carries out one stage with the run's lock held; leftovers of a killed process are removed first.
+
+    Raises RunError when another process holds the run, and what the stage raises.
+    """
+    function = stage_function(stage)
+    _set_threads(cpu_threads)
+    with run_dir.lock():
+        run_dir.sweep()
+        function(run_dir)
+
+
+def stage_function(stage: str) -> Callable[[RunDir], None]:
+    """The function of a stage. Raises RunError for a name that is no stage."""
+    if stage not in STAGES:
+        raise RunError("RUN-008", f"there is no stage {stage}", f"the stages are {', '.join(STAGES)}", "one of them")
+    module, _, name = STAGES[stage].partition(":")
+    function: Callable[[RunDir], None] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def _set_threads(count: int) -> None:
+    """Threads of CPU arithmetic; 0 leaves them as they are. Before torch is imported the environment decides."""
+    if count > 0:
+        os.environ["OMP_NUM_THREADS"] = str(count)
+        if "torch" in sys.modules:
+            import torch
+
+            torch.set_num_threads(count)
+
+
+def main(words: list[str]) -> int:
+    """The exit code of `python -m finetune.worker STAGE RUN`."""
+    from finetune.compose import read_recipe
+    from finetune.failures import explain
+
+    run_dir = None
+    try:
+        if len(words) != 2:
+            raise RunError(
+                "RUN-008",
+                "two words are needed",
+                "a stage and a run folder",
+                "python -m finetune.worker train runs/NAME/0001",
+            )
+        run_dir = open_run(words[1])
+        work(words[0], run_dir, read_recipe(run_dir.recipe).launch.cpu_threads)
+    except BaseException as error:
+        return explain(error, run_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Writes the three locks anew from pyproject.toml. Versions stay as they are where they still fit; `--upgrade` or
+# `--upgrade-package NAME` moves them. Extra words go to pip-compile.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup_venv.sh"
+
+set_up test
+cd -- "$root"
+temporary=$(mktemp -d)
+trap 'rm -rf -- "$temporary"' EXIT
+
+# $1: output; the rest: what to compile. No index, host or folder of this machine gets into a lock.
+compile() {
+  [ ! -e "$1" ] || cp -- "$1" "$temporary/out.lock" # its pins are the ones to keep
+  .venv/bin/python -m piptools compile -q --generate-hashes --allow-unsafe --strip-extras --no-header \
+    --no-emit-index-url --no-emit-find-links --no-emit-trusted-host -o "$temporary/out.lock" "${@:2}"
+}
+
+# What pip-compile wrote, less the packages in $1 (one extended regular expression for names) and its section titles.
+without() { awk -v drop="^($1)==" '/^#/ || /^$/ { next } /^[A-Za-z0-9]/ { keep = $0 !~ drop } keep' "$temporary/out.lock"; }
+
+cuda='torch|triton|nvidia-[a-z0-9-]*|cuda-[a-z0-9-]*'
+
+names() { sed -n 's/^\([A-Za-z0-9._-]*\)==.*/\1/p' "$@" | paste -sd '|' -; }
+
+say "lock: requirements.lock"
+compile requirements.lock "$@" pyproject.toml
+{
+  cat <<END
+# Everything that runs, in exact versions with the hashes of all their files. Written by scripts/lock.sh: do not edit.
+#
+# torch is missing on purpose: its CPU and CUDA builds have other hashes and other requirements on each platform.
+# scripts/setup_venv.sh installs torch==$TORCH after this file, in the build that pip finds, with these pins held.
+END
+  without "$cuda"
+} >"$temporary/requirements.lock"
+mv -- "$temporary/requirements.lock" requirements.lock
+rm "$temporary/out.lock"
+
+say "lock: scripts/build.lock"
+printf '%s\n' pip setuptools wheel editables "$(sed -n 's/^requires = \["\(.*\)"\]/\1/p' pyproject.toml)" >"$temporary/build.in"
+compile scripts/build.lock "$@" -c requirements.lock "$temporary/build.in"
+{
+  printf '# What installs and builds: pip, and the back ends of the packages that come as source. Written by scripts/lock.sh.\n'
+  without "$cuda" | sed 's|-r .*/build.in|scripts/lock.sh|'
+} >scripts/build.lock
+rm "$temporary/out.lock"
+
+say "lock: tests/requirements.lock"
+compile tests/requirements.lock "$@" --extra test -c requirements.lock -c scripts/build.lock pyproject.toml
+{
+  printf '# The test tools, on top of requirements.lock and scripts/build.lock. Written by scripts/lock.sh: do not edit.\n'
+  without "$(names requirements.lock scripts/build.lock)|$cuda"
+} >"$temporary/tests.lock"
+mv -- "$temporary/tests.lock" tests/requirements.lock

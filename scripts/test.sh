@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change lands: lint, format, types, import layers, spelling, tests.
+# Extra words go to pytest: `bash scripts/test.sh -m slurm`, `bash scripts/test.sh tests/test_merge.py -x`.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup_venv.sh"
+
+set_up test
+cd -- "$root"
+
+failed=()
+check() { # name, then the command: all of them run, so that one call shows everything
+  say "--- $1"
+  "${@:2}" || failed+=("$1")
+}
+
+python=.venv/bin/python
+check "lint" "$python" -m ruff check
+check "format" "$python" -m ruff format --check
+check "types" "$python" -m mypy
+check "layers" "$python" -c 'import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports())'
+check "spelling" "$python" -m codespell_lib
+check "tests" "$python" -m pytest "$@"
+
+if [ ${#failed[@]} -gt 0 ]; then
+  say "Failed: ${failed[*]}"
+  exit 1
+fi
+say "All checks passed."
