@@ -47,7 +47,7 @@ Every setting, with its meaning: finetune/recipe.py. The order of the stages: fi
 
 
 def main(words: list[str] | None = None) -> int:
-    """The exit code of a command line: 0 done, 2 the user's words, 3 the machine or the files, 4 a gate, 130 stopped."""
+    """The exit code of a command line: 0 done, 2 wrong words, 3 machine or files, 4 a gate not met, 130 stopped."""
     from finetune.failures import explain
 
     request = None
@@ -99,7 +99,7 @@ def read(words: list[str]) -> Request:
                 problems.append("CFG-011 run= lacks the path of a run folder. Type: run=runs/NAME/0001")
         else:
             request.settings.append(word)
-    if request.sweep and VERBS[request.verb][0] != VERBS["run"][0] if request.verb in VERBS else False:
+    if request.sweep and request.verb in VERBS and VERBS[request.verb][0] != VERBS["run"][0]:
         problems.append(f"CFG-011 -m does not go with {request.verb}. Leave one of them out.")
     if request.as_json and request.verb != "plan":
         problems.append("CFG-011 --json goes with plan only. Leave it out.")

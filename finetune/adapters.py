@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
@@ -27,7 +27,7 @@ LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 
 @dataclass(slots=True)
 class CoverageRow:
-    """One line of the coverage table: what a group of weights holds, how it is stored, and how much of it is adapted."""
+    """One line of the coverage table: what a group holds, how it is stored, and how much of it is adapted."""
 
     group: Group
     parameters: int
@@ -57,12 +57,29 @@ def attach(base: Base, adapter: Adapter) -> PeftModel:
 
 
 def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> PeftModel:
-    """The base with the adapter in `folder` (a stock PEFT folder). Raises NumbersError (ADP-011) on keys that do not fit."""
+    """The base with the adapter in `folder`, a stock PEFT folder.
+
+    Raises NumbersError (ADP-011) unless the file holds exactly the adapter weights that its settings mean for this base.
+    """
+    from safetensors import safe_open
+
     config = LoraConfig.from_pretrained(folder)
     register_layers(config, base)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning)
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error of ours, below
         model = PeftModel.from_pretrained(base.model, folder, config=config, is_trainable=trainable)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        given = set(file.keys())
+    wanted = set(get_peft_model_state_dict(model))
+    if given != wanted:
+        some = sorted(given ^ wanted)[0]
+        raise NumbersError(
+            "ADP-011",
+            f"{folder} does not fit {base.folder}: {len(given ^ wanted)} adapter weights are on one side only, e.g. {some}",
+            "the adapter was trained on another base",
+            "the base that adapter_config.json names",
+        )
     to_fp32(model)
     return model
 
@@ -75,7 +92,7 @@ def lora_config(base: Base, adapter: Adapter) -> LoraConfig:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank; a fraction is fine
+        lora_alpha=adapter.alpha,  # PEFT divides it by the rank; a fraction is fine
         lora_dropout=adapter.dropout,
         target_modules=list(present(base.model, family.attention)),
         target_parameters=[*stacks, *matrices] or None,
@@ -169,7 +186,7 @@ def coverage_table(model: nn.Module, family: Family) -> list[dict[str, Any]]:
     return [asdict(row) for row in coverage(model, family)]
 
 
-def measure(module: nn.Module, name: str, parameter: torch.Tensor) -> tuple[int, bool, int]:
+def measure(module: Any, name: str, parameter: torch.Tensor) -> tuple[int, bool, int]:
     """(logical parameters, whether stored in 4 bits, bytes) of one parameter of a module."""
     size = parameter.numel() * parameter.element_size()
     if hasattr(module, "finetune_layout") and name in module.finetune_layout.shapes and is_packed(module, name):

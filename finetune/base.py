@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,16 @@ class Base:
     """Highest resident memory of the process while loading, in GiB."""
     resident_gib: float
     """Bytes of parameters and buffers, in GiB."""
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        """The context for a forward pass outside training. Families that keep some weights in fp32 beside bf16 ones
+        need autocast there, as training has it; the others need nothing.
+        """
+        import torch
+
+        if self.family.mixed_dtypes and self.model.dtype == torch.bfloat16:
+            return torch.autocast(self.model.device.type, torch.bfloat16)
+        return nullcontext()
 
 
 def load_base(folder: Path, *, load_in_4bit: bool, precision: str) -> Base:
@@ -73,8 +84,12 @@ def load_base(folder: Path, *, load_in_4bit: bool, precision: str) -> Base:
     for what in ("missing_keys", "mismatched_keys"):
         if info[what]:
             some = ", ".join(str(k) for k in sorted(map(str, info[what]))[:3])
-            raise WeightsError("WGT-005", f"{folder}: {len(info[what])} {what.replace('_', ' ')}, e.g. {some}",
-                               "the weights are not those that config.json describes", "fetch the folder again")  # fmt: skip
+            raise WeightsError(
+                "WGT-005",
+                f"{folder}: {len(info[what])} {what.replace('_', ' ')}, e.g. {some}",
+                "the weights are not those that config.json describes",
+                "fetch the folder again",
+            )
     if not load_in_4bit:
         prepare_experts(model, family)
     _keep_cpu_layout(model)
@@ -136,7 +151,8 @@ def _auto_class(family: Family) -> Any:
 
 def _keep_cpu_layout(model: Any) -> None:
     """On CPUs with AVX512-BF16 an evaluation repacks a Linear4bit weight for a kernel without autograd, and later
-    training steps lose their input gradients (bitsandbytes 0.50.2, nn/modules.py). The switch is the layer's own."""
+    training steps lose their input gradients (bitsandbytes 0.50.2, nn/modules.py). The switch is the layer's own.
+    """
     import bitsandbytes as bnb
 
     for module in model.modules():

@@ -126,10 +126,11 @@ def reply(
     if room < 1:
         raise ValueError(f"the conversation has {tokens.shape[1]} tokens, {1 - room} more than the model can read")
     stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=min(MAX_NEW_TOKENS, room),
-        eos_token_id=tokenizer.eos_token_id if stops is None else stops,
+        eos_token_id=sorted({token for token in (*stops, tokenizer.eos_token_id) if token is not None}),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         use_cache=model.generation_config.use_cache,
     )

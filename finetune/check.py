@@ -1,19 +1,16 @@
-"""Everything that can be wrong before a job starts, all at once: `problems(recipe)`. No torch, no network, no weights."""
+"""Everything that can be wrong with settings, all at once: `problems(recipe)`. No torch, no network, no weights."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from finetune import sizes
-from finetune.errors import FinetuneError, RecipeError, WeightsError
+from finetune.errors import RecipeError
 from finetune.licences import find_licence
 from finetune.recipe import Recipe
 
@@ -69,8 +66,9 @@ ABOVE_ZERO: dict[str, float] = {
 BELOW_ONE = ("adapter.dropout", "evaluate.confidence")
 """Settings from 0 up to, but not including, 1."""
 
+
 def problems(recipe: Recipe) -> list[str]:
-    """A sentence for every setting that cannot work, with its id, `key=value`, why, and what to type. Empty when all is well."""
+    """A sentence for every setting that cannot work: id, `key=value`, why, what to type. Empty when all is well."""
     rules = (_choices, _ranges, _names, _model, _adapter, _data, _launch, _export, _licence)
     return [sentence for rule in rules for sentence in rule(recipe)]
 
@@ -122,7 +120,7 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
 def _names(recipe: Recipe) -> Iterator[str]:
     if not NAME.fullmatch(recipe.name):
         what = f"name={recipe.name}" if recipe.name else "name is empty"
-        yield f"CHK-003 {what}: the run folder is named after it. Choose a recipe=NAME, or letters, digits, . _ - as name=my_job."
+        yield f"CHK-003 {what}: the run folder is named after it. Choose recipe=NAME, or a name=my_job."
     if recipe.export.name and not NAME.fullmatch(recipe.export.name):
         yield f"CHK-003 export.name={recipe.export.name}: a model name has letters, digits, . _ - only. Change it."
 
@@ -139,8 +137,8 @@ def _model(recipe: Recipe) -> Iterator[str]:
     kind = source_kind(model.source)
     if kind == "hub" and recipe.network and not model.tiny and not re.fullmatch(r"[0-9a-f]{40}", model.revision):
         yield (
-            f"MOD-004 model.revision={model.revision or '(empty)'} must be a commit of 40 hex digits to fetch {model.source}: "
-            "a branch moves. Copy the commit from the repository's history, or give a folder as model.source."
+            f"MOD-004 model.revision={model.revision or '(empty)'} must be a commit of 40 hex digits to fetch "
+            f"{model.source}: a branch moves. Copy it from the repository's history, or give a folder as model.source."
         )
     if kind == "package" and not PACKAGE.fullmatch(model.source):
         yield f"MOD-005 model.source={model.source} is not of the form package:NAME==VERSION/FILE. Mend it."
@@ -151,27 +149,30 @@ def _model(recipe: Recipe) -> Iterator[str]:
         )
     if 0 < model.upcycle_experts < model.upcycle_top_k:
         yield (
-            f"MOD-007 model.upcycle_top_k={model.upcycle_top_k} is larger than model.upcycle_experts={model.upcycle_experts}. "
-            f"Set model.upcycle_top_k={model.upcycle_experts}."
+            f"MOD-007 model.upcycle_top_k={model.upcycle_top_k} is larger than "
+            f"model.upcycle_experts={model.upcycle_experts}. Set model.upcycle_top_k={model.upcycle_experts}."
         )
     limit = model.config["max_position_embeddings"] if "max_position_embeddings" in model.config else 0
     if isinstance(limit, int) and 0 < limit < recipe.data.max_length and not model.tiny:
-        yield f"DAT-005 data.max_length={recipe.data.max_length} is more than the base can read ({limit}). Set data.max_length={limit}."
+        yield (
+            f"DAT-005 data.max_length={recipe.data.max_length} is more than the base can read. "
+            f"Set data.max_length={limit}."
+        )
 
 
 def _adapter(recipe: Recipe) -> Iterator[str]:
     adapter = recipe.adapter
     if adapter.dropout > 0 and adapter.targets != "attention":
         yield (
-            f"ADP-002 adapter.dropout={adapter.dropout} must be 0 when adapter.targets={adapter.targets}: fused experts have no "
-            "input to drop. Set adapter.dropout=0."
+            f"ADP-002 adapter.dropout={adapter.dropout} must be 0 when adapter.targets={adapter.targets}: "
+            "fused experts have no input to drop. Set adapter.dropout=0."
         )
     try:
         family = sizes.family_of_card(recipe.model)
     except RecipeError:
         return  # said by _model
     if adapter.targets == "experts" and not family.experts:
-        yield f"ADP-003 adapter.targets=experts: the family {family.key} has no experts. Set adapter.targets=all or attention."
+        yield f"ADP-003 adapter.targets=experts: the family {family.key} has no experts. Set adapter.targets=all."
     if adapter.router and not family.router:
         yield f"ADP-004 adapter.router=true: the family {family.key} has no router. Set adapter.router=false."
 
@@ -179,7 +180,7 @@ def _adapter(recipe: Recipe) -> Iterator[str]:
 def _data(recipe: Recipe) -> Iterator[str]:
     data = recipe.data
     if data.card and data.train_files:
-        yield f"DAT-001 data.card={data.card} and data.train_files are both given. Set data.card='' or data.train_files=[]."
+        yield f"DAT-001 data.card={data.card} and data.train_files are both given. Leave one of them out."
     if not data.card and not data.train_files:
         yield "DAT-001 there are no training rows. Choose a card with data=NAME, or give data.train_files=[my.jsonl]."
     for key, files in (("train_files", data.train_files), ("heldout_files", data.heldout_files)):
@@ -187,30 +188,30 @@ def _data(recipe: Recipe) -> Iterator[str]:
             if not Path(name).expanduser().is_file():
                 yield f"DAT-002 data.{key}: {name} does not exist in {Path.cwd()}. Give the path of a JSONL file."
     if data.train_files and not data.heldout_files and data.heldout_fraction == 0:
-        yield "DAT-003 there are no held-out rows to compare with. Give data.heldout_files=[my.jsonl], or data.heldout_fraction=0.1."
+        yield "DAT-003 there are no held-out rows. Give data.heldout_files=[my.jsonl], or data.heldout_fraction=0.1."
     if data.heldout_files and data.heldout_fraction > 0:
-        yield f"DAT-003 data.heldout_fraction={data.heldout_fraction} has no effect beside data.heldout_files. Set it to 0."
+        yield f"DAT-003 data.heldout_fraction={data.heldout_fraction} has no effect beside heldout_files. Set it to 0."
     if not data.train_files and (data.heldout_files or data.heldout_fraction > 0):
-        yield "DAT-003 a data card brings its own held-out rows. Leave out data.heldout_files and data.heldout_fraction."
+        yield "DAT-003 a data card has its own held-out rows. Leave out data.heldout_files and data.heldout_fraction."
     paths = {Path(name).expanduser().resolve() for name in data.train_files}
     for name in data.heldout_files:
         if Path(name).expanduser().resolve() in paths:
-            yield f"DAT-004 {name} is both trained on and held out: the scores would mean nothing. Give different files."
+            yield f"DAT-004 {name} is both trained on and held out: scores would mean nothing. Give different files."
 
 
 def _launch(recipe: Recipe) -> Iterator[str]:
     if recipe.launch.kind == "slurm":
         yield "LCH-001 launch.kind=slurm is not available yet. Set launch.kind=local and start it inside your own job."
     if recipe.launch.devices > 1:
-        yield f"LCH-002 launch.devices={recipe.launch.devices}: training on several devices is not available yet. Set launch.devices=1."
+        yield f"LCH-002 launch.devices={recipe.launch.devices}: more than 1 is not available yet. Set launch.devices=1."
 
 
 def _export(recipe: Recipe) -> Iterator[str]:
     wrong = [name for name in recipe.export.formats if name not in EXPORT_FORMATS]
     if wrong or not recipe.export.formats:
         yield (
-            f"EXP-001 export.formats=[{','.join(recipe.export.formats)}] must name some of {', '.join(EXPORT_FORMATS)}. "
-            f"Set export.formats=[{','.join(EXPORT_FORMATS)}]."
+            f"EXP-001 export.formats=[{','.join(recipe.export.formats)}] must name some of {', '.join(EXPORT_FORMATS)}."
+            f" Set export.formats=[{','.join(EXPORT_FORMATS)}]."
         )
 
 

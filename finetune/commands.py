@@ -1,4 +1,4 @@
-"""What each verb of the command line does. `__main__` finds the words; nothing heavy is imported before it is needed."""
+"""What each verb of the command line does. Nothing heavy is imported before it is needed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def job(request: Request) -> int:
 
 def plan(request: Request) -> int:
     """Prints what a recipe or a run needs, takes and costs."""
-    from finetune.check import missing_weights, problems
+    from finetune.check import problems
+    from finetune.machine import missing_weights
     from finetune.plan import plan as make_plan
 
     recipe = _recipe(request)
@@ -127,11 +128,8 @@ def _recipe(request: Request) -> Recipe:
     if not request.run:
         return compose(request.settings, request.config_dir)
     if request.settings:
-        raise RecipeError(
-            [
-                f"CFG-010 {' '.join(request.settings)}: a run keeps its settings. Leave out run= to start a new run with them."
-            ]
-        )
+        words = " ".join(request.settings)
+        raise RecipeError([f"CFG-010 {words}: a run keeps its settings. Leave out run= to start a new run with them."])
     request.run_dir = open_run(request.run)
     return read_recipe(request.run_dir.recipe)
 

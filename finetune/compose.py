@@ -1,32 +1,21 @@
-"""From words and YAML files to a typed `Recipe`. The only module that knows Hydra; nothing behind it sees its objects."""
+"""From words and YAML files to a typed `Recipe`. The only module that knows Hydra."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import itertools
 import shutil
 import tempfile
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import guard
+from finetune import guard, keys
 from finetune.errors import RecipeError
 from finetune.recipe import Recipe
 
 GROUPS = ("recipe", "model", "adapter", "data", "train", "launch", "evaluate", "export", "scale")
 """Folders of a recipes folder; `group=option` on the command line chooses a file in one."""
-
-TYPE_WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-    list[str]: "a list of texts such as [a,b]",
-    dict[str, Any]: "a mapping",
-}
 
 
 def load_recipe(name: str, *overrides: str, config_dir: str | Path | None = None) -> Recipe:
@@ -63,22 +52,22 @@ def from_config(config: Any) -> Recipe:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    tree = OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config
+    tree: Any = OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config
     forbidden = guard.forbidden(tree)
     problems = list(forbidden.values())
     schema = OmegaConf.structured(Recipe)
-    known = _settings(Recipe)
+    known = keys.settings(Recipe)
     references = []
-    for key, value in _flatten(tree, known):
+    for key, value in keys.flatten(tree, known):
         if any(bad == key or bad.startswith(key + ".") for bad in forbidden):
             continue
         if key not in known:
-            problems.append(_unknown(key, known))
+            problems.append(keys.unknown(key, known))
             continue
         try:
             OmegaConf.update(schema, key, value)
         except (OmegaConfBaseException, ValueError):
-            problems.append(_wrong_type(key, value, known[key]))
+            problems.append(keys.wrong_type(key, value, known[key]))
         if isinstance(value, str) and "${" in value:
             references.append((key, value))
     for key, value in references:
@@ -91,19 +80,24 @@ def from_config(config: Any) -> Recipe:
     if problems:
         raise RecipeError(problems)
     try:
-        recipe: Recipe = OmegaConf.to_object(schema)
+        recipe = OmegaConf.to_object(schema)
     except OmegaConfBaseException as error:
         raise RecipeError([f"CFG-004 {str(error).splitlines()[0]}. Give every setting a value."]) from None
+    assert isinstance(recipe, Recipe)
     return recipe
 
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a frozen recipe.yaml. Raises RecipeError when it is not one; imports no Hydra."""
+    import yaml
     from omegaconf import OmegaConf
 
     if problem := guard.yaml_problem(path):
         raise RecipeError([problem])
-    return from_config(OmegaConf.load(path))
+    try:
+        return from_config(OmegaConf.load(path))
+    except yaml.YAMLError as error:
+        raise RecipeError([f"CFG-008 {path}: {' '.join(str(error).split())}"]) from None
 
 
 def recipe_yaml(recipe: Recipe) -> str:
@@ -114,7 +108,7 @@ def recipe_yaml(recipe: Recipe) -> str:
 
 
 def expand_sweep(words: Sequence[str]) -> list[list[str]]:
-    """One list of words per job: `adapter.rank=8,16` gives two. The grammar is Hydra's: `a,b`, `range(1,4)`, `choice(a,b)`.
+    """One list of words per job: `adapter.rank=8,16` gives two. Hydra's grammar: `a,b`, `range(1,4)`, `choice(a,b)`.
 
     Raises RecipeError for a word that is no `key=value`.
     """
@@ -244,15 +238,15 @@ def _hydra_compose(plain: Sequence[str], folders: Sequence[Path]) -> tuple[dict[
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    # Hydra looks through its first folder before any other, and wants config.yaml there: a folder with nothing else in it
-    # lets the user's files come before ours.
+    # Hydra looks through its first folder before any other, and wants config.yaml there: a folder with nothing else in
+    # it lets the user's files come before ours.
     first = next(f / "config.yaml" for f in folders if (f / "config.yaml").is_file())
     quoted = ", ".join(f'"file://{folder}"' for folder in folders)
     try:
         with tempfile.TemporaryDirectory() as root, initialize_config_dir(root, version_base="1.3"):
             shutil.copy(first, root)
             config = compose("config", overrides=[*plain, f"hydra.searchpath=[{quoted}]"], return_hydra_config=True)
-        tree = OmegaConf.to_container(config, resolve=False)
+        tree: Any = OmegaConf.to_container(config, resolve=False)
     except MissingConfigException as error:
         group, _, option = str(error.missing_cfg_file).strip("/").rpartition("/")
         exist = options(group, folders)
@@ -260,7 +254,6 @@ def _hydra_compose(plain: Sequence[str], folders: Sequence[Path]) -> tuple[dict[
         raise RecipeError([sentence if group in GROUPS else f"CFG-002 {str(error).splitlines()[0]}."]) from None
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise RecipeError([f"CFG-003 the settings do not fit together: {' '.join(str(error).split())}"]) from None
-    assert isinstance(tree, dict)
     choices = tree.pop("hydra")["runtime"]["choices"]
     chosen = ["config", *(f"{group}/{option}" for group, option in choices.items() if not group.startswith("hydra/"))]
     return tree, [p for name in chosen for f in folders if (p := f / f"{name}.yaml").is_file()]
@@ -288,56 +281,6 @@ def _folder_problems(folder: Path) -> list[str]:
             found.append("CFG-005 hydra: Hydra's own settings cannot be changed here. Remove the key.")
         problems += [f"{p} ({path})" for p in found]
     return problems
-
-
-def _settings(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> type of every setting, in order."""
-    known = {}
-    hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        key, kind = prefix + f.name, hints[f.name]
-        known.update(_settings(kind, key + ".") if dataclasses.is_dataclass(kind) else {key: kind})  # type: ignore[arg-type]
-    return known
-
-
-def _flatten(tree: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """(dotted key, value) down to the settings; what lies below an unknown key comes with its full path."""
-    flat = []
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if key not in known and isinstance(value, Mapping) and value:
-            flat += _flatten(value, known, key + ".")
-        else:
-            flat.append((key, value))
-    return flat
-
-
-def _unknown(key: str, known: Mapping[str, Any]) -> str:
-    section, _, leaf = key.rpartition(".")
-    if any(k.startswith(key + ".") for k in known):
-        return f"CFG-004 {key} is a group of settings, not one. Write {key}.NAME=VALUE, or {key}=OPTION for a file of them."
-    if section == "recipe" or section.startswith("recipe."):
-        return f"CFG-001 {key}: the recipe file lacks its first line. It must begin with `# @package _global_`."
-    beside = [k for k in known if k.rpartition(".")[0] == section]
-    by_leaf = {k.rpartition(".")[2]: k for k in reversed(known)}
-    near = (
-        difflib.get_close_matches(key, beside, n=1, cutoff=0.6)
-        or [by_leaf[n] for n in difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.7)]
-        or difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
-    )
-    hint = (
-        f"Nearest: {near[0]}."
-        if near
-        else f"Settings there: {', '.join(beside)}."
-        if beside
-        else "See finetune/recipe.py."
-    )
-    return f"CFG-001 {key}: there is no such setting. {hint}"
-
-
-def _wrong_type(key: str, value: Any, kind: Any) -> str:
-    got = "nothing" if value is None else f"{value!r}"
-    return f"CFG-004 {key}={'null' if value is None else value}: expected {TYPE_WORDS[kind]}, got {got}."
 
 
 def _with_place(problem: str, words: Sequence[str], files: Sequence[Path]) -> str:

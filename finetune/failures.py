@@ -1,4 +1,4 @@
-"""An exception becomes a sentence on stderr and an exit code: `explain(error, run_dir)`. Nobody is shown a traceback."""
+"""An exception becomes a sentence on stderr and an exit code: `explain(error, run_dir)`. Nobody sees a traceback."""
 
 from __future__ import annotations
 
@@ -35,33 +35,27 @@ def explain(error: BaseException, run_dir: RunDir | None) -> int:
         return BROKEN_PIPE
     causes = list(_causes(error))
     if any(_disk_full(cause) for cause in causes):
-        where = f" {error.filename}" if isinstance(error, OSError) and error.filename else ""
-        return _say(f"DSK-002 the disk is full{where}. Nothing half-written is used. Free some room.{again}", RUNTIME)
+        return _say(f"DSK-002 the disk is full. Nothing half-written is used. Free some room.{again}", RUNTIME)
     for cause in causes:
-        if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            reason = os.strerror(cause.errno).lower()
-            return _say(
-                f"RUN-007 {cause.filename}: {reason}. Change its rights, or give other folders with runs_dir= and cache_dir=",
-                RUNTIME,
-            )
-        if isinstance(cause, ModuleNotFoundError) and cause.name and not cause.name.startswith("finetune"):
-            module = cause.name.partition(".")[0]
-            name = DISTRIBUTIONS[module] if module in DISTRIBUTIONS else module
-            return _say(
-                f"DEP-001 the package {name} is missing. Type: {Path(sys.executable).name} -m pip install {name}",
-                RUNTIME,
-            )
-        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
-            return _say(
-                f"MEM-001 out of memory. `python -m finetune plan` shows what a recipe needs and the smallest change.{again}",
-                RUNTIME,
-            )
-    first = (str(error).strip().splitlines() or ["no message"])[0]
-    first = guard.SECRET_VALUE.sub("[hidden]", first)
-    return _say(
-        f"BUG-001 unexpected {type(error).__name__}: {first}. This is a defect of finetune; details: {_log(error, run_dir)}.{again}",
-        UNEXPECTED,
-    )
+        if known := _known(cause):
+            return _say(known + again, RUNTIME)
+    first = guard.SECRET_VALUE.sub("[hidden]", (str(error).strip().splitlines() or ["no message"])[0])
+    what = f"BUG-001 unexpected {type(error).__name__}: {first.rstrip('.')}. This is a defect of finetune"
+    return _say(f"{what}; details: {_log(error, run_dir)}{again}", UNEXPECTED)
+
+
+def _known(error: BaseException) -> str:
+    """The sentence about an error that the user can mend, or an empty text."""
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        reason = os.strerror(error.errno).lower()
+        return f"RUN-007 {error.filename}: {reason}. Change its rights, or give another runs_dir= or cache_dir=."
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "finetune":
+        module = error.name.partition(".")[0]
+        name = DISTRIBUTIONS[module] if module in DISTRIBUTIONS else module
+        return f"DEP-001 the package {name} is missing. Type: {sys.executable} -m pip install {name}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "MEM-001 out of memory. `python -m finetune plan` shows what is needed and the smallest change."
+    return ""
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -76,11 +70,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _disk_full(error: BaseException) -> bool:
     """Also where a library gives the system's message without its number, as safetensors does."""
-    return (
-        isinstance(error, OSError)
-        and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        or "No space left on device" in str(error)
-    )
+    by_number = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return by_number or "No space left on device" in str(error)
 
 
 def _log(error: BaseException, run_dir: RunDir | None) -> Path:
@@ -93,9 +84,10 @@ def _log(error: BaseException, run_dir: RunDir | None) -> Path:
             return run_dir.path / LOG
         except OSError:
             pass  # the folder may be why it failed; the temporary folder is tried next
-    with tempfile.NamedTemporaryFile("w", prefix="finetune-", suffix=".log", delete=False, encoding="utf-8") as handle:
+    number, name = tempfile.mkstemp(prefix="finetune-", suffix=".log")
+    with open(number, "w", encoding="utf-8") as handle:  # noqa: PTH123  # a descriptor, not a path
         handle.write(text)
-    return Path(handle.name)
+    return Path(name)
 
 
 def _say(sentences: str, code: int) -> int:

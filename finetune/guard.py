@@ -1,9 +1,10 @@
-"""What a setting may never contain: secrets, classes to load, resolvers. Texts and YAML files are checked before use."""
+"""What a setting may never contain: secrets, classes to load, resolvers. Checked before anything is used."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def is_secret(key: str, value: str) -> bool:
     Whole words: `evaluate.max_new_tokens` is no secret.
     """
     words = [w for w in re.split(r"[^a-z0-9]+", key.lower()) if w]
-    named = not SECRET_WORDS.isdisjoint(words) or not SECRET_PAIRS.isdisjoint(zip(words, words[1:], strict=False))
+    named = not SECRET_WORDS.isdisjoint(words) or not SECRET_PAIRS.isdisjoint(pairwise(words))
     return named or SECRET_VALUE.search(value) is not None
 
 
@@ -58,9 +59,7 @@ def forbidden(tree: Any) -> dict[str, str]:
         elif is_secret("" if "config." in key else key, str(value)):  # a published config has eos_token and the like
             found[key] = secret_problem(key)
         elif isinstance(value, str) and has_resolver(value):
-            found[key] = (
-                f"CFG-007 {key}: only plain references such as ${{train.lr}} are allowed, no resolvers. Write the value out."
-            )
+            found[key] = f"CFG-007 {key}: only plain references such as ${{train.lr}} are allowed. Write the value out."
     return found
 
 
@@ -83,12 +82,15 @@ def yaml_problem(path: Path) -> str:
     if path.stat().st_size > MAX_YAML_BYTES:
         return f"CFG-008 {path} is larger than {MAX_YAML_BYTES} bytes, which no settings file is. Is it the right file?"
     try:
-        for token in yaml.scan(path.read_text(encoding="utf-8")):
+        text = path.read_text(encoding="utf-8")
+        for token in yaml.scan(text):
             if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
                 line = token.start_mark.line + 1
                 return (
                     f"CFG-008 {path}:{line}: YAML anchors and aliases are not allowed in settings. Write the value out."
                 )
+        if not isinstance(yaml.compose(text, Loader=yaml.SafeLoader), yaml.MappingNode | None):
+            return f"CFG-008 {path} holds no settings. Write one key: value a line."
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         return f"CFG-008 {path}:{line}: not valid YAML: {error.problem}. Mend this line."

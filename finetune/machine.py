@@ -45,53 +45,36 @@ def environment_problems() -> list[str]:
 def missing_weights(recipe: Recipe) -> WeightsError | None:
     """The error of a base whose files are not at hand and may not be fetched, or None.
 
-    It says which files are needed, how large, under which licence and where to put them. Looks at folders and the cache.
+    It says which files are needed, how large, under which licence and where to put them.
     """
-    model, rehearse = recipe.model, "scale=rehearsal to run the same chain on a tiny model of this family"
+    model, kind = recipe.model, source_kind(recipe.model.source)
     if model.tiny:
         return None
-    kind = source_kind(model.source)
-    gib, licence = sizes.weights_gib(model), find_licence(model.licence)
-    terms = (
-        f"{licence.title}, {model.licence_url or licence.source}"
-        if licence
-        else f"{model.licence or 'no licence stated'}"
-    )
-    needed = f"config.json, the tokenizer and the *.safetensors files of {model.title or model.name}: {gib:,.1f} GiB, {terms}"
-    if kind == "folder":
-        folder = Path(model.source).expanduser()
-        lacking = [name for name in ("config.json", "*.safetensors") if not any(folder.glob(name))]
-        if not folder.is_dir():
-            return WeightsError(
-                "WGT-001", f"model.source={folder} is not a folder", f"needed there: {needed}", rehearse
-            )
-        if lacking:
-            return WeightsError(
-                "WGT-001", f"{folder} has no {' and no '.join(lacking)}", f"needed there: {needed}", rehearse
-            )
-        return None
+    licence = find_licence(model.licence)
+    title = licence.title if licence else model.licence or "no licence stated"
+    files = f"config.json, the tokenizer and the *.safetensors files of {model.title or model.name}"
+    needed = f"needed: {files}; {sizes.weights_gib(model):,.1f} GiB; {title} {model.licence_url}".rstrip()
+    folder = Path(model.source).expanduser()
+    lacking = [name for name in ("config.json", "*.safetensors") if not any(folder.glob(name))]
+    ways = ["model.source=/folder with these files"]
     if kind == "none":
-        return WeightsError(
-            "WGT-002",
-            "the weights of this base are not at hand and its card names no place to fetch them from",
-            f"needed: {needed}",
-            f"model.source=/folder with these files; or {rehearse}",
-        )
-    if recipe.network or _cached(recipe, kind):
-        return None
-    fetch_them = "network=true" if kind == "package" or model.revision else "network=true model.revision=COMMIT"
-    return WeightsError(
-        "WGT-003",
-        f"model.source={model.source} is no folder here, is not in the cache, and network=false",
-        f"needed: {needed}",
-        f"model.source=/folder with these files; or {fetch_them} to fetch them; or {rehearse}",
-    )
+        code, what = "WGT-002", "model.source is empty: the card of this base names no place to fetch it from"
+    elif kind == "folder":
+        code = "WGT-001"
+        what = f"model.source={folder} " + (f"lacks {' and '.join(lacking)}" if folder.is_dir() else "is not a folder")
+        if not lacking:
+            return None
+    else:
+        code, what = "WGT-003", f"model.source={model.source} is no folder here and not in the cache, and network=false"
+        ways.append("network=true" if kind == "package" or model.revision else "network=true model.revision=COMMIT")
+        if recipe.network or _cached(recipe, kind):
+            return None
+    ways.append("scale=rehearsal to run the same chain on a tiny model of this family")
+    return WeightsError(code, what, needed, "; or ".join(ways))
 
 
 def place_problems(recipe: Recipe, *, run_gib: float, cache_gib: float) -> list[str]:
     """What stops the job from writing: RUN-001 where it may not, DSK-001 where there is too little room."""
-    from finetune import fetch
-
     runs, cache = Path(recipe.runs_dir).expanduser(), fetch.cache_folder(recipe)
     needs: dict[int, float] = {}
     places: dict[int, list[str]] = {}
@@ -125,11 +108,11 @@ def existing_parent(path: Path) -> Path:
 
 def _cached(recipe: Recipe, kind: str) -> bool:
     """Whether the cache has the package or the commit that the recipe names."""
-    from finetune import fetch
-
     model, cache = recipe.model, fetch.cache_folder(recipe)
     if kind == "hub" and not model.revision:
         return False
+    if any((cache / "bases").glob(f"{model.name}-*/config.json")):
+        return True  # made from the package before; `source` checks its hashes
     try:
         if kind == "hub":
             fetch.fetch_hub(model.source, model.revision, cache=cache, network=False, verify=False)
@@ -139,5 +122,3 @@ def _cached(recipe: Recipe, kind: str) -> bool:
     except FinetuneError:
         return False
     return True
-
-

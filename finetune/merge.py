@@ -65,7 +65,8 @@ def merge_folder(base: Path, adapter: Path, target: Path, console: Any = None) -
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < need:
-        raise WeightsError("DSK-002", f"merging needs {need / 2**30:.1f} GiB in {target.parent}, {free / 2**30:.1f} GiB are free", "", "runs_dir=/larger/disk")  # fmt: skip
+        what = f"merging needs {need / 2**30:.1f} GiB in {target.parent}, {free / 2**30:.1f} GiB are free"
+        raise WeightsError("DSK-002", what, "", "runs_dir=/larger/disk")
     names = Renamer(base)
     updates = read_updates(adapter, names)
     with atomic_folder(target) as folder:
@@ -109,7 +110,8 @@ def merge_shard(source: Path, target: Path, names: Renamer, updates: dict[str, U
                 continue
             tensor = tensors.get_tensor(key)
             if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-                raise WeightsError("MRG-002", f"{key} is stored as {tensor.dtype}", "an update cannot be added to it", "a bf16 copy of the base")  # fmt: skip
+                what = f"{key} is stored as {tensor.dtype}"
+                raise WeightsError("MRG-002", what, "an update cannot be added to it", "a bf16 copy of the base")
             delta = part_of(updates[runtime], key, tensor, names.part(pattern))
             merged = (tensor.float() + delta).to(tensor.dtype).contiguous()
             writer.write(merged.view(torch.uint8).numpy().tobytes())
@@ -180,7 +182,7 @@ class Renamer:
 
 
 def read_updates(adapter: Path, names: Renamer) -> dict[str, Update]:
-    """Parameter name -> its update, of a stock PEFT adapter folder. Raises WeightsError MRG-003 for what is no plain LoRA."""
+    """Parameter name -> its update, of a stock PEFT adapter folder. Raises WeightsError (MRG-003)."""
     from peft import LoraConfig
     from peft.utils.other import get_pattern_key
     from safetensors.torch import load_file
@@ -207,7 +209,7 @@ def read_updates(adapter: Path, names: Renamer) -> dict[str, Update]:
 
 
 def runtime_name(path: str, names: Renamer) -> str:
-    """The parameter that an adapter entry at `path` belongs to. PEFT nests one wrapper per stack: the innermost is the first."""
+    """The parameter of an adapter entry at `path`. PEFT nests one wrapper per stack: the innermost is the first."""
     match = LAYER.search(path.replace(".base_layer", ""))
     if match and names.family.experts and match[2] == names.family.experts:
         stacks = names.family.expert_parameters
@@ -219,7 +221,7 @@ def runtime_name(path: str, names: Renamer) -> str:
 def update_of(name: str, a: torch.Tensor, b: torch.Tensor, rank: int, scale: float, names: Renamer) -> Update:
     """The update of parameter `name` from its LoRA matrices as PEFT stores them. Raises WeightsError MRG-001.
 
-    PEFT takes a stack (E, d1, d2) as (E, out, in) unless its module says `is_transposed`; delta is B A, or its transpose.
+    PEFT takes a stack (E, d1, d2) as (E, out, in) unless its module says `is_transposed`; delta is B A or (B A)^T.
     """
     if name not in names.state:
         raise WeightsError(

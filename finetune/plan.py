@@ -19,6 +19,7 @@ from finetune.licences import find_licence
 from finetune.recipe import Recipe
 from finetune.work import work
 
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """What a job is expected to need. `plan.json` of a run folder holds `Plan.as_json()`."""
@@ -116,7 +117,9 @@ def _parameters(recipe: Recipe) -> tuple[Figure, ...]:
     return (
         computed("parameters", total, "", "every weight of the text part, from its published shapes"),
         computed("in routed experts", routed, "", f"{routed / total:.1%} of all"),
-        computed("active per token", active, "", "what one token is multiplied with: the head counts, the lookup does not"),
+        computed(
+            "active per token", active, "", "what one token is multiplied with: the head counts, the lookup does not"
+        ),
         computed("trainable", trainable, "", f"rank x (in + out) per map and expert; {trainable / total:.2%} of all"),
     )
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from finetune.errors import NumbersError
 
 
-class TrainingProgress(TrainerCallback):  # type: ignore[misc]
+class TrainingProgress(TrainerCallback):
     """A bar with loss and speed on a terminal, a line every tenth of the run elsewhere; keeps every step's numbers."""
 
     def __init__(self, console: Console, total: int) -> None:
@@ -26,10 +26,8 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
         """Starts the bar."""
         self._last = time.monotonic()
         if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-                console=self.console,
-            )  # fmt: skip
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console)
             self._task = self._bar.add_task("training", total=self.total, note="")
             self._bar.start()
 
@@ -67,7 +65,7 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
             self._bar.stop()
 
 
-class Guard(TrainerCallback):  # type: ignore[misc]
+class Guard(TrainerCallback):
     """After the first backward pass, every kind of adapted weight must have received a gradient."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -71,7 +71,7 @@ def content(run_dir: RunDir, recipe: Recipe, base: Path) -> dict[str, Any]:
 
 
 def output_names(run_dir: RunDir) -> list[str]:
-    """Paths in the run folder that the record covers: all but the record itself, logs, the lock and unfinished files."""
+    """Paths in the run folder that the record covers: all but itself, logs, the lock and unfinished files."""
     names = []
     for path in run_dir.path.rglob("*"):
         left_out = (
@@ -95,7 +95,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this program runs from, with `+changes` when files differ from it; None outside a checkout."""
+    """Commit of the checkout this program runs from, `+changes` after it where files differ; None outside one."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune import check, record
+from finetune import check, machine, record
 from finetune.compose import read_recipe, recipe_yaml
 from finetune.errors import GateError, RecipeError, RunError
 from finetune.launch import launch as launch_here
@@ -52,12 +52,13 @@ def run(
 
 
 def start(recipe: Recipe) -> RunDir:
-    """A new run folder with the frozen recipe and its plan. Raises RecipeError, WeightsError or RunError instead of writing."""
+    """A new run folder with the frozen recipe and its plan. Raises what `refuse` raises, and RunError."""
     refuse(recipe)
     figures = plan(recipe)
     need = {"run_gib": run_folder_gib(figures), "cache_gib": cache_gib(figures)}
-    if found := check.place_problems(recipe, **need):
-        raise RunError(*found[0].split(" ", 1)) if len(found) == 1 else RecipeError(found)
+    if found := machine.place_problems(recipe, **need):
+        code, _, sentences = "\n".join(found).partition(" ")
+        raise RunError(code, sentences)
     run_dir = create(Path(recipe.runs_dir).expanduser(), recipe.name)
     write_json(run_dir.plan, figures.as_json())
     write_text(run_dir.recipe, recipe_yaml(recipe))  # last: a folder with a recipe is a run
@@ -65,7 +66,7 @@ def start(recipe: Recipe) -> RunDir:
 
 
 def carry_on(run_dir: RunDir, *, until: str = "report", launch: Callable[[str, RunDir], None] = launch_here) -> RunDir:
-    """Carries out the stages of a run that are not done, in order, up to `until`, and writes the record after the last."""
+    """Carries out the stages of a run that are not done, up to `until`, and writes the record after the last one."""
     stages = list(STAGES)[: list(STAGES).index(until) + 1]
     refuse(read_recipe(run_dir.recipe))
     for number, stage in enumerate(stages, 1):
@@ -73,8 +74,8 @@ def carry_on(run_dir: RunDir, *, until: str = "report", launch: Callable[[str, R
             print(f"[{number}/{len(STAGES)}] {stage}: done before", flush=True)
         else:
             print(f"[{number}/{len(STAGES)}] {stage}", flush=True)
+            run_dir.record.unlink(missing_ok=True)  # it will not describe the folder any longer
             launch(stage, run_dir)
-            run_dir.record.unlink(missing_ok=True)  # it no longer describes the folder
         if stage == "evaluate":
             require_gates(run_dir)
     if until == list(STAGES)[-1] and not run_dir.record.exists():
@@ -84,14 +85,14 @@ def carry_on(run_dir: RunDir, *, until: str = "report", launch: Callable[[str, R
 
 def refuse(recipe: Recipe) -> None:
     """Nothing, or the errors of everything that would stop the job later."""
-    if found := [*check.problems(recipe), *check.environment_problems()]:
+    if found := [*check.problems(recipe), *machine.environment_problems()]:
         raise RecipeError(found)
-    if missing := check.missing_weights(recipe):
+    if missing := machine.missing_weights(recipe):
         raise missing
 
 
 def require_gates(run_dir: RunDir) -> None:
-    """Nothing, or GateError when the run's scores are below what its recipe demands: also when it is continued later."""
+    """Nothing, or GateError when the scores are below what the recipe demands: also when a run is continued later."""
     failed = [gate for gate in read_json(run_dir.scores)["gates"] if not gate["passed"]]
     if failed:
         what = "; ".join(f"{gate['gate']} is {gate['value']}, demanded {gate['limit']}" for gate in failed)

@@ -27,7 +27,7 @@ def family_of_card(model: Model) -> Family:
 
 
 def shape_config(model: Model) -> Mapping[str, Any]:
-    """The config fields that determine shapes: the family's tiny ones, the card's, or those of the folder `model.source`.
+    """The config fields that determine shapes: the family's tiny ones, the card's, or those of `model.source`.
 
     Raises RecipeError (MOD-003) when there are none.
     """
@@ -39,11 +39,8 @@ def shape_config(model: Model) -> Mapping[str, Any]:
     file = Path(model.source).expanduser() / "config.json"
     if model.source and file.is_file():
         return family.text_part(json.loads(file.read_text(encoding="utf-8")))
-    raise RecipeError(
-        [
-            "MOD-003 model.config is empty: nothing says how large the model is. Choose a model card with model=NAME, or give a folder with config.json as model.source."
-        ]
-    )
+    why = "MOD-003 model.config is empty: nothing says how large the model is."
+    raise RecipeError([f"{why} Choose a card with model=NAME, or a folder with config.json as model.source."])
 
 
 def matrices(model: Model) -> list[Matrix]:
@@ -52,12 +49,8 @@ def matrices(model: Model) -> list[Matrix]:
     try:
         return family.matrices(config)
     except KeyError as error:
-        name = error.args[0]
-        raise RecipeError(
-            [
-                f"MOD-003 model.config lacks {name}, which the family {family.key} needs. Copy it from the published config.json."
-            ]
-        ) from None
+        lacks = f"MOD-003 model.config lacks {error.args[0]}, which the family {family.key} needs."
+        raise RecipeError([f"{lacks} Copy it from the published config.json."]) from None
 
 
 def total_parameters(weights: list[Matrix]) -> int:
@@ -102,7 +95,7 @@ def active_lora_parameters(weights: list[Matrix], family: Family, adapter: Adapt
 
 
 def is_4bit(matrix: Matrix, adapter: Adapter) -> bool:
-    """Whether a frozen weight is stored in 4 bits: every linear map and expert stack, but no embedding, head, router, norm."""
+    """Whether a frozen weight is stored in 4 bits: linear maps and expert stacks, but no embedding, router or norm."""
     return adapter.load_in_4bit and matrix.group in ("attention", "dense", "shared", "routed") and matrix.columns > 1
 
 

@@ -31,7 +31,7 @@ class Job:
 
 
 def sweep(words: Sequence[str], config_dir: str | None, until: str, console: Console) -> int:
-    """Carries out every job of the words, prints their scores by tuned loss, and returns the first exit code that is not 0.
+    """Carries out every job of the words and prints their scores; gives the first exit code that is not 0.
 
     Raises RecipeError with the problems of all jobs before the first one starts.
     """

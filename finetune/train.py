@@ -102,7 +102,7 @@ def arithmetic(settings: Train, rows: int, steps: int) -> str:
     per_update = settings.batch_size * settings.accumulation
     return (
         f"1 device x {settings.batch_size} rows x {settings.accumulation} accumulated = {per_update} rows per update; "
-        f"{steps} updates x {per_update} = {steps * per_update} rows = {steps * per_update / rows:.2f} passes over {rows} rows"
+        f"{steps} updates x {per_update} = {steps * per_update} rows, {steps * per_update / rows:.2f} x {rows}"
     )
 
 

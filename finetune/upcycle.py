@@ -98,7 +98,7 @@ def upcycle_model(dense: Any, num_experts: int, top_k: int) -> Any:
 
 
 def _restore_rotary_buffers(moe: Any, dense: Any) -> None:
-    """`to_empty` leaves non-persistent buffers without values; both models rotate alike, so the dense one's are copied."""
+    """`to_empty` leaves non-persistent buffers empty; both models rotate alike, so the dense one's are copied."""
     values = dict(dense.named_buffers())
     for name, buffer in moe.named_buffers():
         buffer.copy_(values[name])

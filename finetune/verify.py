@@ -10,7 +10,7 @@ from finetune.rundir import RunDir, read_json, sha256_file
 
 
 def verify(run_dir: RunDir) -> int:
-    """How many files are as recorded. Raises RunError (VER-001) that names every file that changed, is missing or is new."""
+    """How many files are as recorded. Raises RunError (VER-001) naming each that changed, is missing or is new."""
     record = _read(run_dir)
     if found := differences(run_dir):
         raise RunError(

@@ -50,7 +50,9 @@ def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
         counted("tokens", tokens, "tokens", f"{seen:,} rows x {length.value:,.0f}"),
         counted("forward", 2 * active * tokens, "FLOP", f"{per_token}, attention scores not counted"),
         counted("backward", 2 * active * tokens, "FLOP", f"{per_token}, through frozen weights"),
-        counted("adapter maths", 6 * trainable * tokens, "FLOP", "6 x trainable parameters of a token's experts x tokens"),
+        counted(
+            "adapter maths", 6 * trainable * tokens, "FLOP", "6 x trainable parameters of a token's experts x tokens"
+        ),
         counted("recompute", again, "FLOP", "a second forward pass" if again else "no gradient checkpointing"),
     )
 
@@ -59,7 +61,7 @@ def _rows(recipe: Recipe, prepared: Path | None) -> Figure:
     """Training rows: counted in prepared data or the user's files, else the limit of recipe or card, else assumed."""
     name, unit, data = "training rows", "rows", recipe.data
     if report := _report(prepared):
-        return given(name, report["rows"]["train"], unit, "the prepared data of this run")
+        return given(name, report["splits"]["train"]["rows"], unit, "the prepared data of this run")
     files = [Path(f).expanduser() for f in data.train_files]
     if files and all(f.is_file() for f in files):
         lines = sum(_lines(f) for f in files)
@@ -87,7 +89,7 @@ def _card_rows(recipe: Recipe) -> int:
 def _tokens_per_row(recipe: Recipe, prepared: Path | None) -> Figure:
     name, unit = "tokens per row", "tokens"
     if report := _report(prepared):
-        mean = report["tokens"]["train"] / report["rows"]["train"]
+        mean = report["splits"]["train"]["tokens"] / report["splits"]["train"]["rows"]
         return given(name, mean, unit, "mean of the prepared data of this run")
     return assumed(name, recipe.data.max_length, unit, "every row as long as data.max_length allows")
 

@@ -18,7 +18,7 @@ STAGES = {
     "export": "finetune.export:export",
     "report": "finetune.report:report",
 }
-"""Stage -> function that reads a run folder and writes into it, as an import string: nothing heavy is imported before it is needed."""
+"""Stage -> function that reads a run folder and writes into it. Import strings: nothing is imported before its turn."""
 
 
 def work(stage: str, run_dir: RunDir, cpu_threads: int = 0) -> None:

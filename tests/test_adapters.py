@@ -4,13 +4,13 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from tests.tiny_models import adapted, checkpoint, some_ids
 
 from finetune.adapters import attach, check_coverage, coverage, load_adapter
 from finetune.base import load_base
 from finetune.errors import NumbersError
 from finetune.families import FAMILIES
 from finetune.recipe import Adapter
+from tests.tiny_models import adapted, checkpoint, some_ids
 
 ALL = Adapter(targets="all", rank=4, alpha=8.0, expert_rank=3, expert_alpha=5.0, router=False)
 
@@ -72,7 +72,11 @@ def test_the_coverage_table_says_what_is_packed_and_what_is_adapted(family, targ
     base = load_base(checkpoint(family), load_in_4bit=True, precision="bf16")
     model = attach(base, Adapter(targets=targets, rank=2, expert_rank=2))
     rows = {row.group: row for row in coverage(model, base.family)}
-    asked = {"attention": {"attention"}, "experts": {"attention", "routed"}, "all": {"attention", "routed", "shared", "dense"}}
+    asked = {
+        "attention": {"attention"},
+        "experts": {"attention", "routed"},
+        "all": {"attention", "routed", "shared", "dense"},
+    }
     for group, row in rows.items():
         if group in asked[targets]:
             assert row.adapted > 0.5 * row.parameters, group
@@ -99,7 +103,7 @@ def test_the_router_is_adapted_only_when_asked():
 def test_an_adapter_that_misses_a_layer_is_refused():
     base = load_base(checkpoint("mixtral"), load_in_4bit=True, precision="bf16")
     model = attach(base, Adapter(targets="attention", rank=2))
-    with pytest.raises(NumbersError, match="ADP-010 adapter.targets=experts asks for"):
+    with pytest.raises(NumbersError, match=r"ADP-010 adapter\.targets=experts asks for"):
         check_coverage(model, base.family, Adapter(targets="experts"))
 
 

@@ -257,10 +257,8 @@ def test_a_rule_sees_an_offence(rule: Rule, offence: str) -> None:
     ("rule", "fine"),
     [
         (undocumented_fields, "class A:\n    'A thing.'\n    rank: int = 1\n"),
-        (
-            dangerous_calls,
-            "model.eval()\nx = yaml.safe_load('a')\ny = yaml.load('a', Loader=yaml.CSafeLoader)\nsubprocess.run(['ls'], shell=False)\n",
-        ),
+        (dangerous_calls, "model.eval()\nsubprocess.run(['ls'], shell=False)\n"),
+        (dangerous_calls, "x = yaml.safe_load('a')\ny = yaml.load('a', Loader=yaml.CSafeLoader)\n"),
         (defaults_behind_keys, "x = counts.get(name, 0) + message.get('role', '')\ny = config.get('model_type')\n"),
         (family_names, "x = 'ollama and llama.cpp, recipe=llama4_70b_legal'\n"),
     ],
@@ -316,10 +314,10 @@ def test_no_family_is_named_outside_the_room_of_families() -> None:
         assert complaints(family_names, [PACKAGE / name])
 
 
-def test_every_yaml_file_says_at_its_top_what_it_is_for() -> None:
+def test_every_recipe_file_says_at_its_top_what_it_is_for() -> None:
     recipes = sorted((ROOT / "recipes").rglob("*.yaml"))
     assert len([p for p in recipes if p.parent.name == "recipe"]) >= 8
-    no(complaints(missing_header, [*recipes, *sorted((ROOT / "data").rglob("*.yaml"))]))
+    no(complaints(missing_header, recipes))
 
 
 def test_no_file_holds_a_path_of_somebodys_machine() -> None:
@@ -397,7 +395,7 @@ def tree_differences(entries: dict[str, str], files: list[str]) -> list[str]:
     return [
         *(f"{name} is not in the tree" for name in files if not any(matches(name, p) for p in entries)),
         *(f"{p} is in the tree only" for p in entries if not any(matches(name, p) for name in files)),
-        *(f"{p} has no phrase" for p, phrase in entries.items() if len(phrase) < 8),
+        *(f"{p} has no phrase" for p, phrase in entries.items() if not phrase),
     ]
 
 
@@ -407,10 +405,8 @@ def test_the_tree_in_the_readme_is_the_tree_on_disk() -> None:
 
 
 def test_a_tree_that_lacks_a_file_or_invents_one_is_seen() -> None:
-    tree = read_tree(
-        "\n## The tree\n\n```\na/\n  b.py     the first room\n  *.yaml   all the settings\nc.md   x\n```\n"
-    )
-    assert tree == {"a/b.py": "the first room", "a/*.yaml": "all the settings", "c.md": "x"}
+    tree = read_tree("\n## The tree\n\n```\na/\n  b.py     the first room\n  *.yaml   all the settings\nc.md\n```\n")
+    assert tree == {"a/b.py": "the first room", "a/*.yaml": "all the settings", "c.md": ""}
     found = tree_differences(tree, ["a/b.py", "a/new.py", "a/deep/x.yaml"])
     assert found == [
         "a/new.py is not in the tree",
@@ -437,9 +433,13 @@ HEAVY = ["torch", "transformers", "datasets", "peft", "trl", "hydra", "omegaconf
 IMPORTED = f"import sys; print([name for name in {HEAVY} if name in sys.modules])"
 COMMAND = """
 import contextlib, io, runpy, sys
-sys.argv = ["finetune", *{words}]
-with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-    runpy.run_module("finetune", run_name="__main__")
+sys.argv, code = ["finetune", *{words}], 0
+try:
+    with contextlib.redirect_stdout(io.StringIO()):
+        runpy.run_module("finetune", run_name="__main__")
+except SystemExit as end:
+    code = end.code
+assert not code, code
 """
 
 
@@ -453,8 +453,8 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_plan_does_not_import_torch() -> None:
-    imported = python(COMMAND.format(words=["plan", f"recipe={RECIPES[0]}"]) + IMPORTED)
-    assert "'hydra'" in imported, "the plan did not get as far as the recipe"
+    imported = python(COMMAND.format(words=["plan", "recipe=qwen3_30b_legal"]) + IMPORTED)
+    assert "'hydra'" in imported, "the list does not show what is imported"
     assert "'torch'" not in imported and "'transformers'" not in imported
 
 

@@ -1,4 +1,4 @@
-"""Merging into the original files: every family, against the adapter and against stock PEFT, and what must be refused."""
+"""Merging into the original files: every family, against the adapter and stock PEFT, and what must be refused."""
 
 import shutil
 
@@ -7,7 +7,6 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tests.tiny_models import adapted, checkpoint, some_ids, tensors
 
 from finetune.adapters import load_adapter
 from finetune.base import load_base
@@ -15,6 +14,7 @@ from finetune.errors import WeightsError
 from finetune.families import FAMILIES
 from finetune.merge import merge_folder
 from finetune.recipe import Adapter
+from tests.tiny_models import adapted, checkpoint, some_ids, tensors
 
 ALL = Adapter(targets="all", rank=4, alpha=8.0, expert_rank=3, expert_alpha=5.0)
 
@@ -134,7 +134,7 @@ def test_a_scrambled_adapter_is_seen_by_the_comparison(mutation, adapter_of, tmp
             elif mutation == "permute B":
                 values[key] = value.reshape(value.shape[0], -1, 3).mT.reshape(value.shape).contiguous()
     if mutation == "drop the scale":
-        config["alpha_pattern"] = {key: 3.0 for key in config["alpha_pattern"]}
+        config["alpha_pattern"] = dict.fromkeys(config["alpha_pattern"], 3.0)
     save_file(values, wrong / "adapter_model.safetensors", metadata={"format": "pt"})
     (wrong / "adapter_config.json").write_text(json.dumps(config))
     merge_folder(checkpoint("mixtral", True), wrong, tmp_path / "merged")

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every family, made once per test session; in bf16 as published ones are, or in fp32 for exact sums."""
+"""Tiny checkpoints of every family, made once per session; bf16 as published ones are, or fp32 for exact sums."""
 
 import tempfile
 from pathlib import Path

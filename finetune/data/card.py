@@ -61,11 +61,11 @@ class Card:
     labels: dict[str, str] = field(default_factory=dict)
     """Value of the `label` field -> choice. Rows with other values are dropped. Empty means the value itself."""
     choices: list[str] = field(default_factory=list)
-    """All possible answers; empty when answers are free text. Classes are balanced in both splits."""
+    """All possible answers; empty when answers are free text."""
+    balanced: bool = True
+    """With choices: equally many rows of each in both splits. False keeps the proportions of the source."""
     group: str
     """Field that must not stand on both sides of the split, e.g. the licence family or the question."""
-    per_group: int = 0
-    """At most so many rows of one group; 0 means all."""
     near_duplicate: float = 0.0
     """Share of common five-word runs (Jaccard) from which two `text`s count as the same; 0 means only exact copies do."""
     train_rows: int = 0

@@ -178,7 +178,10 @@ def word(rows: list[Row], card: Card, excerpt_words: int) -> None:
         values = {**fields, "excerpt": excerpt, "label": row.label}
         try:
             question, answer = card.question.format_map(values).strip(), card.answer.format_map(values).strip()
-        except (KeyError, ValueError, IndexError, AttributeError) as error:
+        except KeyError as error:
+            row.drop("no-field", f"it has no {error.args[0]}")
+            continue
+        except (ValueError, IndexError, AttributeError) as error:
             known = ", ".join(sorted(values))
             raise DataError("DATA-008", f"card {card.name}: a template cannot be filled ({error})", f"fields: {known}") from None
         if not answer:

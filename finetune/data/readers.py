@@ -77,20 +77,18 @@ def _factbook(member: str, country: dict[str, Any]) -> Iterator[Row]:
         long_name = country["Government"]["Country name"]["conventional short form"]["text"]
     except KeyError:
         return  # oceans, and territories without a name of their own
-    name = _plain(long_name)
-    number = 0
+    name, number = _plain(long_name), 0
     for section, facts in country.items():
-        for fact, value in facts.items():
-            pairs = [(fact, value)] if "text" in value else [(f"{fact}: {k}", v) for k, v in value.items() if isinstance(v, dict)]
-            for title, entry in pairs:
-                if "text" not in entry or not _plain(entry["text"]):
+        for outer, value in facts.items():
+            entries = {outer: value} if "text" in value else {k: v for k, v in value.items() if isinstance(v, dict)}
+            for inner, entry in entries.items():
+                text = _plain(entry["text"]) if "text" in entry else ""
+                if not text:
                     continue
                 number += 1
-                inner = title.partition(": ")[2]
-                title = inner if inner.startswith(title.partition(": ")[0]) else title
-                fields = {"country": name, "section": section, "fact": title, "value": _plain(entry["text"])}
-                row = _record(member, number, json.dumps(fields, sort_keys=True), fields)
-                yield row
+                fact = inner if inner.startswith(outer) else f"{outer}: {inner}"
+                fields = {"country": name, "section": section, "fact": fact, "value": text}
+                yield _record(member, number, json.dumps(fields, sort_keys=True), fields)
 
 
 def _plain(markup: str) -> str:

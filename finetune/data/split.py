@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from finetune.data.card import Card
 from finetune.data.rows import Row
@@ -31,12 +31,12 @@ def split_card(rows: list[Row], card: Card) -> None:
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in sorted(kept, key=lambda row: order(row.id)):
         groups[row.group].append(row)
-    classes = card.choices or [""]
-    wanted = dict.fromkeys(classes, card.heldout_rows // len(classes))
+    classes = card.choices if card.balanced and card.choices else []
+    wanted = dict.fromkeys(classes, card.heldout_rows // len(classes)) if classes else {"": card.heldout_rows}
     held = NearCopies(card.near_duplicate)
     for name in sorted(groups, key=order):
         chosen = [row for row in groups[name] if held.closest(row) is None][: card.heldout_per_group or None]
-        need = Counter(row.label for row in chosen)
+        need = Counter(row.label if classes else "" for row in chosen)
         small = not card.heldout_group_most or len(groups[name]) <= card.heldout_group_most
         fits = small and bool(chosen) and all(wanted[c] >= n for c, n in need.items())
         for row in groups[name]:
@@ -52,10 +52,8 @@ def split_card(rows: list[Row], card: Card) -> None:
         near = held.closest(row) if row.split == "train" and not row.code else None
         if near:
             row.drop("near-copy", f"{near[0]:.0%} of its runs of words are those of held-out {near[1].id}")
-    if card.per_group:
-        limit_groups(rows, card.per_group)
-    balance(rows, "heldout", card.choices, card.heldout_rows)
-    balance(rows, "train", card.choices, card.train_rows)
+    balance(rows, "heldout", classes, card.heldout_rows)
+    balance(rows, "train", classes, card.train_rows)
 
 
 def split_fraction(rows: list[Row], fraction: float) -> None:
@@ -81,14 +79,13 @@ def limit(rows: list[Row], split: str, most: int) -> None:
 
 
 def in_order(rows: Iterable[Row], split: str) -> list[Row]:
-    """The rows of a split, classes in turn, within a class in the order of their hash."""
+    """The rows of a split, classes in turn; within a class variety first, so that a shorter list is still a good one."""
     ranked: Counter[str] = Counter()
-    keys = {}
-    mine = sorted((row for row in rows if row.split == split and not row.code), key=lambda row: order(row.id))
-    for row in mine:
-        keys[row.id] = (ranked[row.label], row.label)
+    keyed = []
+    for row in _by_variety(row for row in rows if row.split == split and not row.code):
+        keyed.append((ranked[row.label], row.label, row))
         ranked[row.label] += 1
-    return sorted(mine, key=lambda row: keys[row.id])
+    return [row for _, _, row in sorted(keyed, key=lambda k: k[:2])]
 
 
 def order(name: str) -> str:
@@ -140,33 +137,26 @@ class NearCopies:
         return (share, self.rows[-i]) if share >= self.share else None
 
 
-def limit_groups(rows: list[Row], most: int) -> None:
-    """Keeps `most` training rows of each group, so that one large family does not fill its class."""
-    seen: Counter[str] = Counter()
-    for row in sorted((r for r in rows if r.split == "train" and not r.code), key=lambda r: order(r.id)):
-        seen[row.group] += 1
-        if seen[row.group] > most:
-            row.drop("group-limit", f"its group {row.group} already gives {most} training rows")
+def balance(rows: list[Row], split: str, classes: list[str], most: int) -> None:
+    """Keeps equally many rows of each class, together at most `most` (0: as many as there are); no classes: only `most`.
 
-
-def balance(rows: list[Row], split: str, choices: list[str], most: int) -> None:
-    """Keeps equally many rows of each class, together at most `most` (0: as many as there are)."""
+    Where a class has too many rows, every group first gives one, then a second: variety before size.
+    """
     mine = [row for row in rows if row.split == split and not row.code]
-    classes = choices or [""]
-    counts = Counter(row.label for row in mine)
-    each = min(counts[c] for c in classes)
+    kinds = {c: [row for row in mine if row.label == c] for c in classes} if classes else {"": mine}
+    each = min(map(len, kinds.values()))
     if most:
-        each = min(each, most // len(classes))
-    for c in classes:
-        for row in _small_groups_first(mine, lambda row, c=c: row.label == c)[each:]:  # type: ignore[misc]
-            row.drop("balance", f"{each} {split} rows of each class")
+        each = min(each, most // len(kinds))
+    for kind in kinds.values():
+        for row in _by_variety(kind)[each:]:
+            row.drop("balance" if classes else "rows-limit", f"{each} {split} rows" + " of each class" * bool(classes))
 
 
-def _small_groups_first(rows: list[Row], mine: Callable[[Row], bool]) -> list[Row]:
-    """One row of every group, then a second of every group that has one ...: variety before size."""
+def _by_variety(rows: Iterable[Row]) -> list[Row]:
+    """One row of every group, then a second of every group that has one, and so on; else in the order of their hash."""
     ranked: Counter[str] = Counter()
     keyed = []
-    for row in sorted(filter(mine, rows), key=lambda row: order(row.id)):
+    for row in sorted(rows, key=lambda row: order(row.id)):
         keyed.append((ranked[row.group], order(row.id), row))
         ranked[row.group] += 1
     return [row for _, _, row in sorted(keyed, key=lambda k: k[:2])]

@@ -158,8 +158,7 @@ def greedy(model: Any, tokenizer: Any, prompt: Sequence[int], max_new_tokens: in
     """The continuation of `prompt` (tokens) by the likeliest token each time, as text; ` …` marks one that was cut."""
     from transformers import GenerationConfig
 
-    stops = model.generation_config.eos_token_id
-    stops = tokenizer.eos_token_id if stops is None else stops
+    stops = stop_tokens(model, tokenizer)
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -171,8 +170,15 @@ def greedy(model: Any, tokenizer: Any, prompt: Sequence[int], max_new_tokens: in
     with torch.inference_mode():
         out = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
     new = out[0, len(prompt) :].tolist()
-    stopped = bool(new) and new[-1] in (stops if isinstance(stops, list) else [stops])
+    stopped = bool(new) and new[-1] in stops
     return tokenizer.decode(new, skip_special_tokens=True).strip() + ("" if stopped else " …")
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: those of the model's generation settings and the tokenizer's own."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({token for token in (*own, tokenizer.eos_token_id) if token is not None})
 
 
 def prompt_of(row: Row) -> list[int]:

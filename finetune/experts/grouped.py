@@ -5,7 +5,7 @@ there (dequantised again when packed). Only experts that received tokens are tou
 
 Tokens are sorted by expert and every expert's rows are padded to a multiple of 64: matrix shapes then repeat from step
 to step, and oneDNN, which builds a kernel for every new shape, finds them in its cache. (Measured on a 2-core CPU: without
-padding most of a step is kernel building; `scripts/bench_experts.py` compares.)
+padding most of a step is kernel building.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from finetune.experts.stack import expert_weight
 
@@ -80,7 +79,7 @@ class Dispatch(torch.autograd.Function):
         return x_TH[routing.token_P]
 
     @staticmethod
-    def backward(ctx: Any, grad_PH: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]  # noqa: D102
+    def backward(ctx: Any, grad_PH: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: D102
         return grad_PH[ctx.position_TK].sum(1), None
 
 
@@ -95,7 +94,7 @@ class Combine(torch.autograd.Function):
         return (rows_TKH * weights_TK.unsqueeze(-1)).sum(1).to(y_PH.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[override]  # noqa: D102
+    def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # noqa: D102
         y_PH, weights_TK = ctx.saved_tensors
         position_TK = ctx.position_TK
         grad_y = torch.zeros_like(y_PH)
@@ -117,7 +116,7 @@ class GroupedLinear(torch.autograd.Function):
         left_ENr: torch.Tensor | None,
         right_ErM: torch.Tensor | None,
         scale: float,
-        module: nn.Module,
+        module: Any,
         name: str,
         groups: list[tuple[int, int, int]],
     ) -> torch.Tensor:
@@ -138,7 +137,7 @@ class GroupedLinear(torch.autograd.Function):
         return y_PM
 
     @staticmethod
-    def backward(ctx: Any, grad_PM: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]  # noqa: D102
+    def backward(ctx: Any, grad_PM: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
         x_PN, left_ENr, right_ErM = ctx.saved_tensors
         grad_x = torch.zeros_like(x_PN)
         grad_left = None if left_ENr is None else torch.zeros_like(left_ENr)
@@ -158,7 +157,7 @@ class GroupedLinear(torch.autograd.Function):
 
 
 def experts_forward(
-    self: nn.Module,
+    self: Any,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
@@ -167,7 +166,7 @@ def experts_forward(
     """The routed experts' output (T, H): our entry in transformers' table of experts implementations.
 
     `self` is an experts module with `finetune_layout`; `lora` maps a stack's name to its factors. Activation, clamps
-    and interleaving are the module's own `_apply_gate`; biases `<name>_bias` (E, M) are added where the module has them.
+    and interleaving are the module's own `_apply_gate`; biases `<name>_bias` (E, M) are added where it has them.
     """
     lora = lora or {}
     first, second = self.finetune_layout.shapes
@@ -178,9 +177,7 @@ def experts_forward(
     return Combine.apply(y_PH, top_k_weights, routing.position_TK).to(hidden_states.dtype)
 
 
-def linear(
-    module: nn.Module, name: str, x_PN: torch.Tensor, routing: Routing, lora: dict[str, Factors]
-) -> torch.Tensor:
+def linear(module: Any, name: str, x_PN: torch.Tensor, routing: Routing, lora: dict[str, Factors]) -> torch.Tensor:
     """One grouped projection of the sorted rows, with its LoRA update and its bias where there are any."""
     factors = lora[name] if name in lora else None
     y_PM = GroupedLinear.apply(

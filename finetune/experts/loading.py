@@ -33,7 +33,7 @@ EXPERTS = "finetune_split"
 
 
 @register_quantization_config(METHOD)
-class Nf4Config(BitsAndBytesConfig):  # type: ignore[misc]
+class Nf4Config(BitsAndBytesConfig):
     """NF4, block 64, no double quantisation, for linear maps and for expert stacks."""
 
     def __init__(
@@ -57,7 +57,7 @@ class Nf4Config(BitsAndBytesConfig):  # type: ignore[misc]
 
 
 @register_quantizer(METHOD)
-class Nf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+class Nf4Quantizer(Bnb4BitHfQuantizer):
     """bitsandbytes' 4-bit quantizer that packs expert stacks too."""
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -90,7 +90,7 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
                 module.register_parameter(name + nf4.ABSMAX, nn.Parameter(placeholder, requires_grad=False))
 
 
-class Pack(Bnb4bitQuantize):  # type: ignore[misc]
+class Pack(Bnb4bitQuantize):
     """Packs one tensor while loading: an expert stack into two parameters, a linear map as bitsandbytes does."""
 
     def convert(
@@ -118,7 +118,7 @@ class Pack(Bnb4bitQuantize):  # type: ignore[misc]
 
 
 def linears_to_keep(model: nn.Module, family: Family) -> list[str]:
-    """Paths of linear maps that stay as they are: every one the family does not name (routers, gates, heads, odd kinds)."""
+    """Paths of linear maps that stay as they are: all that the family does not name (routers, gates, heads ...)."""
     named = family.attention + family.shared + family.dense
     return [
         path
@@ -127,7 +127,7 @@ def linears_to_keep(model: nn.Module, family: Family) -> list[str]:
     ]
 
 
-def prepare_experts(model: nn.Module, family: Family) -> list[nn.Module]:
+def prepare_experts(model: Any, family: Family) -> list[Any]:
     """The experts modules of a model, each with its layout noted. Call it before the stacks are packed."""
     if not family.experts:
         return []

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from finetune.experts.grouped import Combine, Dispatch, Factors, linear, route
+from finetune.experts.stack import layout_of
 
 
 class RepeatedExperts(nn.Module):
     """Takes the place of a stock experts module; same parameters, and only rows that are not zero are computed."""
 
-    def __init__(self, stock: nn.Module) -> None:
+    def __init__(self, stock: Any) -> None:
         super().__init__()
         self.num_experts: int = stock.num_experts
         self.hidden_size: int = stock.hidden_size
@@ -28,7 +29,7 @@ class RepeatedExperts(nn.Module):
     def forward(self, hidden_states: torch.Tensor, lora: dict[str, Factors] | None = None) -> torch.Tensor:
         """(E*T, H) -> (E*T, H): block e of T rows holds the tokens scaled by expert e's score."""
         lora = lora or {}
-        first, second = self.finetune_layout.shapes
+        first, second = layout_of(self).shapes
         hidden_states = hidden_states.reshape(-1, self.hidden_size)
         rows_R = (hidden_states != 0).any(-1).nonzero().squeeze(1)
         routing = route((rows_R // (hidden_states.shape[0] // self.num_experts)).unsqueeze(1), self.num_experts)

@@ -7,9 +7,9 @@ experts, H hidden, I expert intermediate, O output features, r LoRA rank, N inpu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 
 from finetune.experts import nf4
 
@@ -26,25 +26,25 @@ class Layout:
     """Floating-point type of the unpacked weights."""
 
 
-def layout_of(module: nn.Module) -> Layout:
+def layout_of(module: Any) -> Layout:
     """The layout that loading left on an experts module."""
-    layout = module.finetune_layout
-    assert isinstance(layout, Layout)
+    layout: Layout = module.finetune_layout
     return layout
 
 
-def set_layout(module: nn.Module, names: tuple[str, ...], transposed: bool) -> None:
+def set_layout(module: Any, names: tuple[str, ...], transposed: bool) -> None:
     """Notes the layout of an experts module; call it while its stacks still have their logical shapes."""
     shapes = {name: tuple(getattr(module, name).shape) for name in names}
     module.finetune_layout = Layout(shapes, transposed, getattr(module, names[0]).dtype)
 
 
-def is_packed(module: nn.Module, name: str) -> bool:
+def is_packed(module: Any, name: str) -> bool:
     """Whether the stack `name` of an experts module is stored in 4 bits."""
-    return getattr(module, name).dtype == torch.uint8
+    packed: bool = getattr(module, name).dtype == torch.uint8
+    return packed
 
 
-def expert_weight(module: nn.Module, name: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
+def expert_weight(module: Any, name: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
     """One expert's weight as (in, out) in `dtype`: y = x @ weight. Dequantised on the fly when packed."""
     layout = layout_of(module)
     stack = getattr(module, name)

@@ -1,4 +1,4 @@
-"""What a server loads: `export(run_dir)` leaves export/ with a model folder, the adapter, and the proof that they agree."""
+"""What a server loads: `export(run_dir)` leaves export/ with a model folder, the adapter, and a proof of both."""
 
 from __future__ import annotations
 
@@ -47,10 +47,19 @@ def refuse_drift(parity: Parity, recipe: Recipe) -> None:
     limit = recipe.export.max_kl
     if parity.mean_kl > limit:
         what = f"export and adapter differ by {parity.mean_kl:.4f} nats per token, the limit is {limit}"
-        raise GateError("MRG-010", what, "the merged weights are not what was trained", "report this; the adapter is unharmed")
+        raise GateError(
+            "MRG-010", what, "the merged weights are not what was trained", "report this; the adapter is unharmed"
+        )
     if parity.effect_kl <= parity.mean_kl:
-        what = f"the export is as close to the base ({parity.effect_kl:.2g} nats) as to the adapter ({parity.mean_kl:.2g})"
-        raise GateError("MRG-011", what, "training changed too little to be seen in the stored weights", "more steps or a larger train.lr")
+        what = (
+            f"the export is as close to the base ({parity.effect_kl:.2g} nats) as to the adapter ({parity.mean_kl:.2g})"
+        )
+        raise GateError(
+            "MRG-011",
+            what,
+            "training changed too little to be seen in the stored weights",
+            "more steps or a larger train.lr",
+        )
 
 
 def link_tree(source: Path, target: Path) -> None:

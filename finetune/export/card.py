@@ -45,7 +45,10 @@ def card(run_dir: RunDir, recipe: Recipe, parity: Parity | None) -> str:
             "",
         ]
     if "peft" in recipe.export.formats:
-        lines += ["`peft/` is an ordinary PEFT adapter for the base above (`PeftModel.from_pretrained(base, 'peft')`).", ""]
+        lines += [
+            "`peft/` is an ordinary PEFT adapter for the base above (`PeftModel.from_pretrained(base, 'peft')`).",
+            "",
+        ]
     return "\n".join(lines)
 
 

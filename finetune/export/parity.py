@@ -46,7 +46,7 @@ class Parity:
         """One line a person understands."""
         return (
             f"export against adapter: mean KL {self.mean_kl:.2e}, max {self.max_kl:.2e} nats per token, same likeliest "
-            f"token {self.top1_agreement:.1%} of {self.tokens}, same answer {self.same_answers}/{self.answers} prompts; "
+            f"token {self.top1_agreement:.1%} of {self.tokens}, same answer to {self.same_answers}/{self.answers}; "
             f"base against adapter: mean KL {self.effect_kl:.2e} ({self.precision})"
         )
 
@@ -93,7 +93,7 @@ def _load_stock(folder: Path, auto_class: str, precision: str) -> Any:
 
 
 def _log_probs(model: Any, rows: Any) -> list[torch.Tensor]:
-    """Per row, log-probabilities (answer tokens, vocabulary) at the positions that predict the answer, fp32 on the CPU."""
+    """Per row, fp32 log-probabilities (answer tokens, vocabulary) at the positions that predict the answer."""
     found = []
     with torch.inference_mode():
         for row in rows:
