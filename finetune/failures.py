@@ -41,7 +41,7 @@ def explain(error: BaseException, run_dir: RunDir | None) -> int:
             return _say(known + again, RUNTIME)
     first = guard.SECRET_VALUE.sub("[hidden]", (str(error).strip().splitlines() or ["no message"])[0])
     what = f"BUG-001 unexpected {type(error).__name__}: {first.rstrip('.')}. This is a defect of finetune"
-    return _say(f"{what}; details: {_log(error, run_dir)}{again}", UNEXPECTED)
+    return _say(f"{what} (details: {_log(error, run_dir)}).{again}", UNEXPECTED)
 
 
 def _known(error: BaseException) -> str:

@@ -30,11 +30,13 @@ MAX_YAML_BYTES = 1_000_000
 def is_secret(key: str, value: str) -> bool:
     """Whether a setting looks like a password or an access token, by a whole word of its key or by its value.
 
-    Whole words: `evaluate.max_new_tokens` is no secret.
+    Whole words: `evaluate.max_new_tokens` is no secret. Below `config.` only values count: a published config.json has
+    `eos_token_id` and the like.
     """
     words = [w for w in re.split(r"[^a-z0-9]+", key.lower()) if w]
+    published = "config." in key
     named = not SECRET_WORDS.isdisjoint(words) or not SECRET_PAIRS.isdisjoint(pairwise(words))
-    return named or SECRET_VALUE.search(value) is not None
+    return (named and not published) or SECRET_VALUE.search(value) is not None
 
 
 def secret_problem(key: str) -> str:
@@ -56,7 +58,7 @@ def forbidden(tree: Any) -> dict[str, str]:
     for key, value in leaves(tree):
         if not CLASS_KEYS.isdisjoint(key.split(".")):
             found[key] = f"CFG-005 {key}: settings never name classes to load. Remove the key."
-        elif is_secret("" if "config." in key else key, str(value)):  # a published config has eos_token and the like
+        elif is_secret(key, str(value)):
             found[key] = secret_problem(key)
         elif isinstance(value, str) and has_resolver(value):
             found[key] = f"CFG-007 {key}: only plain references such as ${{train.lr}} are allowed. Write the value out."

@@ -8,5 +8,5 @@ from finetune.worker import work
 
 
 def launch(stage: str, run_dir: RunDir) -> None:
-    """Carries out one stage as `launch` of the recipe says. Raises what the stage raises, and RunError if it is busy."""
+    """Carries out one stage as `launch` of the recipe says. Raises what the stage raises, RunError if it is busy."""
     work(stage, run_dir, read_recipe(run_dir.recipe).launch.cpu_threads)

@@ -28,6 +28,7 @@ class RunDir:
     """A run folder, `runs/<recipe>/<number>`; attributes are the paths in it."""
 
     path: Path
+    """The folder itself."""
 
     @property
     def recipe(self) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,10 +30,21 @@ class Job:
     """What its process returned; 0 means finished."""
 
 
-def sweep(words: Sequence[str], config_dir: str | None, until: str, console: Console) -> int:
+def process(words: list[str]) -> int:
+    """The exit code of `python -m finetune` with these words, in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "finetune", *words], check=False).returncode
+
+
+def sweep(
+    words: Sequence[str],
+    config_dir: str | None,
+    until: str,
+    console: Console,
+    carry_out: Callable[[list[str]], int] = process,
+) -> int:
     """Carries out every job of the words and prints their scores; gives the first exit code that is not 0.
 
-    Raises RecipeError with the problems of all jobs before the first one starts.
+    `carry_out` takes the words of one job. Raises RecipeError with the problems of all jobs before the first starts.
     """
     variants = expand_sweep(words)
     recipes, found = [], []
@@ -53,8 +64,7 @@ def sweep(words: Sequence[str], config_dir: str | None, until: str, console: Con
         console.print(
             f"job {number} of {len(variants)}: {' '.join(differs)} in {run_dir.path}", markup=False, highlight=False
         )
-        command = [sys.executable, "-m", "finetune", *([until] if until != "report" else []), f"run={run_dir.path}"]
-        jobs.append(Job(differs, run_dir, subprocess.run(command, check=False).returncode))
+        jobs.append(Job(differs, run_dir, carry_out([until, f"run={run_dir.path}"])))
         if jobs[-1].exit_code in (130, -2):  # Ctrl-C reached the child: the user means the whole sweep
             break
     show_jobs(jobs, console)

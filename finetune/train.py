@@ -63,7 +63,7 @@ def train(run_dir: RunDir) -> None:
     passes = steps * recipe.train.batch_size * recipe.train.accumulation / len(rows)
     with atomic_folder(run_dir.adapter) as folder:
         trainer.model.peft_config["default"].base_model_name_or_path = recipe.model.source
-        trainer.model.save_pretrained(folder)
+        trainer.model.save_pretrained(folder, save_embedding_layers=False)  # none is trained
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's template card; the export writes a real one
     write_json(
         run_dir.train,

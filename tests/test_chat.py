@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-import toy
 from rich.console import Console
 
 import finetune.chat as room
 from finetune.errors import RunError
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir
+from tests import toy
 
 
 @pytest.fixture(scope="module")

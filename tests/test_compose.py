@@ -96,7 +96,9 @@ def test_a_recipe_file_without_its_package_line_is_told_what_it_lacks(mine: Path
     assert "@package _global_" in only(problems(config_dir=mine, name="bare"))
 
 
-@pytest.mark.parametrize("group", ["recipe", "model", "data", "adapter", "train", "launch", "evaluate", "export", "scale"])
+@pytest.mark.parametrize(
+    "group", ["recipe", "model", "data", "adapter", "train", "launch", "evaluate", "export", "scale"]
+)
 def test_an_unknown_option_lists_those_that_exist(group: str) -> None:
     exist = [path.stem for path in (RECIPES / group).glob("*.yaml")]
     assert exist
@@ -128,7 +130,8 @@ def test_the_nearest_option_is_named() -> None:
         ("train.lr=${oc.env:HOME}", "CFG-007"),
         ("name=${oc.env:HOME}", "CFG-007"),
         ("name='x ${oc.env:HOME}'", "CFG-007"),
-        ("name=${oc.decode:${oc.env:HOME}}", "CFG-007"),
+        ("name=${oc.decode:${oc.env:HOME}}", "CFG-003"),
+        ("name='${oc.decode:${oc.env:HOME}}'", "CFG-007"),
         ("train.lr=${train.nothing}", "CFG-007"),
         ("~train.lr", "CFG-003"),
         ("model@data=olmoe", "CFG-003"),
@@ -212,7 +215,9 @@ def test_a_users_folder_with_something_forbidden_is_refused_by_file(
 
 
 def test_a_frozen_recipe_reads_back_equal(tmp_path: Path) -> None:
-    recipe = load_recipe("deepseek_v4_legal", "train.lr=0.1", "data.train_files=[a.jsonl,'b c.jsonl']", "export.name='007'")
+    recipe = load_recipe(
+        "deepseek_v4_legal", "train.lr=0.1", "data.train_files=[a.jsonl,'b c.jsonl']", "export.name='007'"
+    )
     (tmp_path / "recipe.yaml").write_text(recipe_yaml(recipe), encoding="utf-8")
     assert read_recipe(tmp_path / "recipe.yaml") == recipe
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import toy
 from datasets import Dataset
 
 import finetune.evaluate as evaluation
@@ -17,6 +16,7 @@ from finetune.evaluate import verdict as say
 from finetune.evaluate.score import continuations, greedy, prompt_of, score_rows
 from finetune.recipe import Evaluate, Recipe
 from finetune.rundir import RunDir, read_json
+from tests import toy
 
 YES_NO = ["yes", "no", "maybe"]
 ALIKE = ["Permissive", "Permissive licence", "Copyleft"]
@@ -167,10 +167,22 @@ def test_greedy_text_is_the_argmax_of_full_forwards_and_says_when_it_was_cut(
     for _ in range(9):
         ids.append(int(alone(model, ids)[-1].argmax()))
     assert 2 not in ids[len(prompt) :]
-    assert greedy(model, tok, prompt, 9) == tok.decode(ids[len(prompt) :], skip_special_tokens=True).strip() + " …"
+    assert greedy(model, tok, [prompt], 9) == [tok.decode(ids[len(prompt) :], skip_special_tokens=True).strip() + " …"]
     model.generation_config.eos_token_id = ids[-1]
     first = ids.index(ids[-1], len(prompt))
-    assert greedy(model, tok, prompt, 50) == tok.decode(ids[len(prompt) : first + 1], skip_special_tokens=True).strip()
+    assert greedy(model, tok, [prompt], 50) == [tok.decode(ids[len(prompt) : first], skip_special_tokens=True).strip()]
+
+
+def test_greedy_texts_of_a_batch_are_those_of_each_prompt_alone(tok: Any, rows: list[dict[str, Any]]) -> None:
+    model, prompts = toy.model(), [prompt_of(row) for row in rows]
+    assert len({len(prompt) for prompt in prompts}) > 3
+    ids = list(prompts[3])
+    for _ in range(4):
+        ids.append(int(alone(model, ids)[-1].argmax()))
+    model.generation_config.eos_token_id = ids[-1]  # row 3 ends early, others do not
+    each = [greedy(model, tok, [prompt], 12)[0] for prompt in prompts]
+    assert greedy(model, tok, prompts, 12) == each == greedy(model, tok, prompts, 12, use_cache=False)
+    assert {text.endswith("…") for text in each} == {True, False}
 
 
 # ---- statistics
@@ -309,8 +321,8 @@ def test_compare_scores_the_base_below_the_adapter(tok: Any, rows: list[dict[str
     )
     drawn = {s["row"]: s for s in scores["samples"]}
     one = next(r for r in rows if r["row"] in drawn)
-    assert drawn[one["row"]]["base"] == greedy(toy.model(), tok, prompt_of(one), 5)
-    assert drawn[one["row"]]["tuned"] == greedy(model, tok, prompt_of(one), 5)
+    assert drawn[one["row"]]["base"] == greedy(toy.model(), tok, [prompt_of(one)], 5)[0]
+    assert drawn[one["row"]]["tuned"] == greedy(model, tok, [prompt_of(one)], 5)[0]
 
 
 def test_fewer_rows_are_drawn_by_the_seed(tok: Any, rows: list[dict[str, Any]]) -> None:

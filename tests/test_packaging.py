@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -77,6 +80,20 @@ def test_the_locks_hold_every_dependency_in_a_version_that_the_project_allows() 
     locked["torch"] = torch.group(1)
     for requirement in map(Requirement, wanted):
         assert requirement.specifier.contains(locked[requirement.name]), requirement
+
+
+def test_every_package_that_we_import_is_a_dependency_and_the_other_way_round() -> None:
+    trees = [ast.parse(p.read_text(encoding="utf-8")) for p in (ROOT / "finetune").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    modules = {name.split(".")[0] for name in imported} - sys.stdlib_module_names - {"finetune"}
+    names = packages_distributions()
+    ours = {canonicalize_name(names[module][0]) for module in modules}
+    declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["project"]["dependencies"]}
+    # Not imported by name: accelerate carries TRL's trainer, and transformers asks for tensorboard when it logs.
+    assert ours <= declared, f"not declared: {ours - declared}"
+    assert declared <= ours | {"accelerate", "tensorboard"}, f"not used: {declared - ours}"
 
 
 def test_the_locks_are_above_the_security_floors() -> None:

@@ -11,7 +11,14 @@ from typing import Any, get_type_hints
 from finetune.errors import DataError
 from finetune.recipe import one_of
 
-KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "a mapping"}
+KINDS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "a mapping",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,9 +56,11 @@ class Card:
     text: str = ""
     """Field that holds the long text, if there is one."""
     excerpt: str = one_of("head", "operative")
-    """How the long text is shortened: `head` = its first words; `operative` = its sentences on copying, changing and passing on."""
+    """How the long text is shortened: to its first words, or to its sentences on copying and changing (`operative`)."""
     excerpt_words: int = 0
     """Words of the long text that go into the prompt; 0 means all. `data.excerpt_words` overrides it."""
+    excerpts_per_text: int = 1
+    """A long text gives up to so many training rows, each with other words (`operative` only); held out, it gives one."""
     question: str
     """Template of the user's message. `{excerpt}` is the shortened `text`."""
     answer: str
@@ -67,7 +76,7 @@ class Card:
     group: str
     """Field that must not stand on both sides of the split, e.g. the licence family or the question."""
     near_duplicate: float = 0.0
-    """Share of common five-word runs (Jaccard) from which two `text`s count as the same; 0 means only exact copies do."""
+    """Share of common five-word runs (Jaccard) from which two excerpts count as the same; 0: only exact copies do."""
     train_rows: int = 0
     """At most so many training rows; 0 means all."""
     heldout_rows: int
@@ -75,15 +84,15 @@ class Card:
     heldout_per_group: int = 0
     """At most so many held-out rows of one group, so that they are nearly independent; 0 means all."""
     heldout_group_most: int = 0
-    """Groups with more rows than this always train, so that a large family is not lost to training; 0 means no such limit."""
+    """Groups with more rows than this always train, so that training does not lose large families; 0: no limit."""
     too_long: str = one_of("error", "drop")
-    """What happens to a row longer than `data.max_length`: the run ends, or the row is dropped with a line in the ledger."""
+    """What a row longer than `data.max_length` means: the run ends, or the row is dropped with a line in the ledger."""
     sample: str
     """JSONL file of our own writing beside the card, for rehearsals without a network."""
 
 
 def card_folder() -> Path:
-    """The folder of the cards: `data/` of the checkout when there is one, else the copy inside the installed package."""
+    """The folder of the cards: `data/` of the checkout when there is one, else the copy in the installed package."""
     package = Path(__file__).resolve().parents[1]
     beside = package.parent / "data"
     return beside if beside.is_dir() and (package.parent / "pyproject.toml").is_file() else package / "_data"
@@ -102,7 +111,9 @@ def read_card(name: str) -> Card:
     if not path.is_file():
         near = difflib.get_close_matches(name, card_names(), 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise DataError("DATA-007", f"there is no data card {name}", f"{hint}cards: {', '.join(card_names())}", "data=NAME")
+        raise DataError(
+            "DATA-007", f"there is no data card {name}", f"{hint}cards: {', '.join(card_names())}", "data=NAME"
+        )
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -122,7 +133,9 @@ def make_card(name: str, value: Any, where: str) -> Card:
             problems.append(f"unknown key {key}" + (f", did you mean {near[0]}?" if near else ""))
             continue
         kind = getattr(hints[key], "__origin__", hints[key])
-        fits = isinstance(given, (int, float) if kind is float else kind) and (kind is bool or not isinstance(given, bool))
+        fits = isinstance(given, (int, float) if kind is float else kind) and (
+            kind is bool or not isinstance(given, bool)
+        )
         if not fits:
             problems.append(f"{key} must be {KINDS[kind]}, not {given!r}")
         elif "choices" in known[key].metadata and given not in known[key].metadata["choices"]:
@@ -133,5 +146,7 @@ def make_card(name: str, value: Any, where: str) -> Card:
         raise DataError("DATA-008", f"{where} is not a data card", "; ".join(problems))
     card = Card(name=name, **value)
     if card.choices and (not card.label or not set(card.labels.values()) <= set(card.choices)):
-        raise DataError("DATA-008", f"{where} is not a data card", "choices need a label field, and labels must lead to choices")
+        raise DataError(
+            "DATA-008", f"{where} is not a data card", "choices need a label field, and labels must lead to choices"
+        )
     return card

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 _SUBJECT = re.compile(
     r"(re)?distribut\w*|deriv\w+|modif\w*|source|sublicens\w*|reverse|decompil\w*|sell|sale|rent|lease|commercial\w*"
@@ -14,29 +15,39 @@ _FORCE = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"(?<=[.;:])\s+")
-_HEADING = re.compile(r"^\W*(copyright|\(c\)|©|all rights reserved|version \d|licen[cs]e version|last (updated|revised))", re.I)
+_HEADING = re.compile(
+    r"^\W*(copyright|\(c\)|©|all rights reserved|version \d|licen[cs]e version|last (updated|revised))", re.I
+)
 _SHORTEST_SENTENCE = 6
 
 
-def shorten(text: str, words: int, how: str) -> str:
-    """At most `words` words of `text` (0: all): its beginning (`head`), or its operative sentences in their order.
+def excerpts(text: str, words: int, how: str, most: int = 1) -> list[str]:
+    """Up to `most` parts of `text` of at most `words` words (0: all of it), the most telling first, none overlapping.
 
-    A sentence is operative by the density of words for what may be done with a work (copy, modify, sell ...), which
-    count two, and of words of permission and duty (may, must, provided ...), which count one.
+    `head` gives the first words. `operative` gives whole sentences in their order, chosen by the density of words for
+    what may be done with a work (copy, modify, sell ...), which count two, and of words of permission and duty (may,
+    must, provided ...), which count one. Parts after the first are at least three quarters full.
     """
     if words == 0 or len(text.split()) <= words:
-        return text
+        return [text]
     if how == "head":
-        return " ".join(text.split()[:words])
+        return [" ".join(text.split()[:words])]
     sentences = split_sentences(text)
-    kept, total = set(), 0
-    for i in sorted(range(len(sentences)), key=lambda i: (-_density(sentences[i]), i)):
-        size = len(sentences[i].split())
-        if kept and total + size > words:
-            continue
-        kept.add(i)
-        total += size
-    return " ".join(" ".join(sentences[i] for i in sorted(kept)).split()[:words])
+    left = sorted(range(len(sentences)), key=lambda i: (-_density(sentences[i]), i))
+    parts: list[str] = []
+    while left and len(parts) < most:
+        kept: set[int] = set()
+        total = 0
+        for i in left:
+            size = len(sentences[i].split())
+            if not kept or total + size <= words:
+                kept.add(i)
+                total += size
+        if parts and total < 0.75 * words:
+            break
+        parts.append(" ".join(" ".join(sentences[i] for i in sorted(kept)).split()[:words]))
+        left = [i for i in left if i not in kept]
+    return parts
 
 
 def split_sentences(text: str) -> list[str]:
@@ -52,7 +63,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def plain_body(text: str, names: list[str]) -> str:
-    """A licence text without title, copyright lines, addresses and comment marks, its own names replaced by `this licence`.
+    """A licence text without title, copyright lines, addresses and comment marks; its own names become `this licence`.
 
     Without that the name in the heading answers the question; what must be read is what the text allows.
     """
@@ -73,6 +84,11 @@ def _is_heading(paragraph: str) -> bool:
 
 
 def _density(sentence: str) -> float:
-    words = [word.strip("\"'().,;:*“”") for word in sentence.split()]
-    hits = sum(2 * bool(_SUBJECT.fullmatch(w)) + bool(_FORCE.fullmatch(w)) for w in words)
-    return hits / (len(words) + 4)  # + 4: a sentence of three words is not the most telling one
+    words = sentence.split()
+    return sum(map(_weight, words)) / (len(words) + 4)  # + 4: a sentence of three words is not the most telling one
+
+
+@lru_cache(maxsize=50_000)
+def _weight(word: str) -> int:
+    bare = word.strip("\"'().,;:*“”")
+    return 2 * bool(_SUBJECT.fullmatch(bare)) + bool(_FORCE.fullmatch(bare))

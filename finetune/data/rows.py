@@ -1,4 +1,4 @@
-"""A row on its way to a model, and the reader of users' own JSONL files, which names file, line and field of every fault."""
+"""A row on its way to a model, and the reader of users' own JSONL files, which names every fault by file and line."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ class Row:
     """Hash of the row as it stood in the file."""
     fields: dict[str, str] = field(default_factory=dict)
     """What a card's reader found; empty for rows that came as messages."""
+    part: int = 1
+    """1, or 2, 3 ... for a further excerpt of the same text, which can only train."""
     group: str = ""
     """Rows of one group stand on one side of the split."""
     label: str = ""
@@ -57,14 +59,16 @@ class Row:
 
 
 def read_messages(path: Path) -> list[Row]:
-    """The rows of a JSONL file with a `messages` list per line. Raises DataError with every fault, the first 20 spelled out.
+    """The rows of a JSONL file with a `messages` list per line. Raises DataError with all faults, the first 20 in full.
 
     A row may also have `id`, `group` (rows of one group are never split) and `choices` (all possible answers).
     """
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError("DATA-006", f"{path} cannot be read", error.strerror or str(error), "give the path of a JSONL file") from None
+        raise DataError(
+            "DATA-006", f"{path} cannot be read", error.strerror or str(error), "give the path of a JSONL file"
+        ) from None
     rows, problems = [], []
     for number, raw in enumerate(data.split(b"\n"), 1):
         if not raw.strip():
@@ -81,7 +85,9 @@ def read_messages(path: Path) -> list[Row]:
     if problems:
         raise listed(problems, f"faults in {path}")
     if not rows:
-        raise DataError("DATA-006", f"{path} has no rows", "every line must be a JSON object with messages", "another file")
+        raise DataError(
+            "DATA-006", f"{path} has no rows", "every line must be a JSON object with messages", "another file"
+        )
     return rows
 
 
@@ -124,10 +130,12 @@ def _parse(raw: bytes) -> tuple[Any, list[str]]:
     except (json.JSONDecodeError, RecursionError) as error:
         return None, [f"DATA-001 @ is not JSON: {error}"]
     if not isinstance(value, dict):
-        return None, [f"DATA-001 @ is {_kind(value)}, expected an object like {{\"messages\": [...]}}"]
+        return None, [f'DATA-001 @ is {_kind(value)}, expected an object like {{"messages": [...]}}']
     faults = [f"DATA-002 @ has the unknown key {key!r}, known: {', '.join(KEYS)}" for key in value if key not in KEYS]
     for key in ("id", "group"):
-        if key in value and (not isinstance(value[key], (str, int)) or isinstance(value[key], bool) or value[key] == ""):
+        if key in value and (
+            not isinstance(value[key], (str, int)) or isinstance(value[key], bool) or value[key] == ""
+        ):
             faults.append(f"DATA-002 @ {key} is {_kind(value[key])}, expected a text or number")
     if not isinstance(value.get("messages"), list) or not value["messages"]:
         return value, [*faults, f"DATA-002 @ messages is {_kind(value.get('messages'))}, expected a list with messages"]
@@ -138,7 +146,8 @@ def _parse(raw: bytes) -> tuple[Any, list[str]]:
 
 
 def _message_faults(messages: list[Any]) -> list[str]:
-    faults, roles = [], []
+    faults: list[str] = []
+    roles: list[str] = []
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             faults.append(f"DATA-002 @ messages[{i}] is {_kind(message)}, expected an object with role and content")
@@ -153,14 +162,16 @@ def _message_faults(messages: list[Any]) -> list[str]:
             faults.append(f"DATA-002 @ messages[{i}].content is {_kind(content)}, expected a text")
         elif not content.strip():
             faults.append(f"DATA-003 @ messages[{i}].content is empty")
-        roles.append(role)
+        roles.append(str(role))
     if faults:
         return faults
     turns = roles[1:] if roles[0] == "system" else roles
     if not turns or turns[-1] != "assistant":
         faults.append("DATA-003 @ has no assistant message at its end, so there is nothing to learn from it")
     if turns != ["user", "assistant"] * (len(turns) // 2) and not faults:
-        faults.append(f"DATA-004 @ roles must alternate user, assistant after an optional system message, not {', '.join(roles)}")
+        faults.append(
+            f"DATA-004 @ roles must alternate user, assistant after an optional system message, not {', '.join(roles)}"
+        )
     return faults
 
 
@@ -178,5 +189,12 @@ def _choice_faults(value: dict[str, Any]) -> list[str]:
 def _kind(value: Any) -> str:
     if value is None:
         return "missing"
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
     return ("an empty " + names[type(value)].split()[-1]) if value in ("", [], {}) else names[type(value)]

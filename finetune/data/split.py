@@ -16,9 +16,6 @@ from finetune.data.rows import Row
 RUN = 5
 """Words in a run when two texts are compared."""
 
-COMPARED = 150
-"""Words of a text that are compared: more than an excerpt, less than the whole of a long agreement."""
-
 
 def split_card(rows: list[Row], card: Card) -> None:
     """Sets `split` of every kept row, or drops it with the reason. Held-out rows come from groups that never train.
@@ -29,15 +26,16 @@ def split_card(rows: list[Row], card: Card) -> None:
     drop_copies(rows)
     kept = [row for row in rows if not row.code]
     groups: dict[str, list[Row]] = defaultdict(list)
-    for row in sorted(kept, key=lambda row: order(row.id)):
+    for row in sorted(kept, key=lambda row: (row.part, order(row.id))):
         groups[row.group].append(row)
     classes = card.choices if card.balanced and card.choices else []
     wanted = dict.fromkeys(classes, card.heldout_rows // len(classes)) if classes else {"": card.heldout_rows}
     held = NearCopies(card.near_duplicate)
     for name in sorted(groups, key=order):
-        chosen = [row for row in groups[name] if held.closest(row) is None][: card.heldout_per_group or None]
+        texts = [row for row in groups[name] if row.part == 1]
+        chosen = [row for row in texts if held.closest(row) is None][: card.heldout_per_group or None]
         need = Counter(row.label if classes else "" for row in chosen)
-        small = not card.heldout_group_most or len(groups[name]) <= card.heldout_group_most
+        small = not card.heldout_group_most or len(texts) <= card.heldout_group_most
         fits = small and bool(chosen) and all(wanted[c] >= n for c, n in need.items())
         for row in groups[name]:
             row.split = "heldout" if fits else "train"
@@ -57,7 +55,7 @@ def split_card(rows: list[Row], card: Card) -> None:
 
 
 def split_fraction(rows: list[Row], fraction: float) -> None:
-    """Sets `split` of every kept row: whole groups are held out, in the order of their hash, up to `fraction` of the rows."""
+    """Sets `split` of every kept row: whole groups are held out, in the order of their hash, up to `fraction`."""
     drop_copies(rows)
     kept = [row for row in rows if not row.code]
     groups: dict[str, list[Row]] = defaultdict(list)
@@ -79,7 +77,7 @@ def limit(rows: list[Row], split: str, most: int) -> None:
 
 
 def in_order(rows: Iterable[Row], split: str) -> list[Row]:
-    """The rows of a split, classes in turn; within a class variety first, so that a shorter list is still a good one."""
+    """The rows of a split, classes in turn, within a class variety first: a shorter list is still a good one."""
     ranked: Counter[str] = Counter()
     keyed = []
     for row in _by_variety(row for row in rows if row.split == split and not row.code):
@@ -138,7 +136,7 @@ class NearCopies:
 
 
 def balance(rows: list[Row], split: str, classes: list[str], most: int) -> None:
-    """Keeps equally many rows of each class, together at most `most` (0: as many as there are); no classes: only `most`.
+    """Keeps equally many rows of each class, together at most `most` (0: all there are); no classes: only `most`.
 
     Where a class has too many rows, every group first gives one, then a second: variety before size.
     """
@@ -156,14 +154,14 @@ def _by_variety(rows: Iterable[Row]) -> list[Row]:
     """One row of every group, then a second of every group that has one, and so on; else in the order of their hash."""
     ranked: Counter[str] = Counter()
     keyed = []
-    for row in sorted(rows, key=lambda row: order(row.id)):
+    for row in sorted(rows, key=lambda row: (row.part, order(row.id))):
         keyed.append((ranked[row.group], order(row.id), row))
         ranked[row.group] += 1
     return [row for _, _, row in sorted(keyed, key=lambda k: k[:2])]
 
 
 def _runs(row: Row) -> set[str]:
-    words = _words(row.fields["text"] if "text" in row.fields else row.messages[-2]["content"])[:COMPARED]
+    words = _words(row.fields["text"] if "text" in row.fields else row.messages[-2]["content"])
     return {" ".join(words[i : i + RUN]) for i in range(max(1, len(words) - RUN + 1))}
 
 

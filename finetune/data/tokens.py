@@ -21,7 +21,7 @@ class Tokens:
     input_ids: list[int]
     """The whole conversation as the chat template writes it."""
     labels: list[int]
-    """The same, with IGNORED where nothing is learnt: everything but the assistant's words and its end-of-turn token."""
+    """The same, with IGNORED where nothing is learnt: everything but the assistant's words and end-of-turn."""
 
     @property
     def prompt_length(self) -> int:
@@ -62,10 +62,14 @@ def tokenize(tokenizer: Any, stop: set[int], messages: list[dict[str, str]], whe
             last = tokenizer.convert_ids_to_tokens(upto[-1])
             names = ", ".join(sorted(tokenizer.convert_ids_to_tokens(sorted(stop))))
             why = f"the template ends it with {last!r}; stop tokens: {names}. A model trained on this would never stop"
-            raise DataError("TOK-004", f"{where} messages[{i}] has no end-of-turn token", why, "mend eos_token of the tokenizer")
+            raise DataError(
+                "TOK-004", f"{where} messages[{i}] has no end-of-turn token", why, "mend eos_token of the tokenizer"
+            )
         if _bare(message["content"]) not in _bare(tokenizer.decode(whole[len(before) : end])):
             why = "the chat template drops or changes part of it"
-            raise DataError("MASK-002", f"{where} messages[{i}] is not what would be trained", why, "look at chat_template.jinja")
+            raise DataError(
+                "MASK-002", f"{where} messages[{i}] is not what would be trained", why, "look at chat_template.jinja"
+            )
         labels[len(before) : end] = whole[len(before) : end]
     return Tokens(input_ids=whole, labels=labels)
 
@@ -77,7 +81,9 @@ def load_tokenizer(folder: Path) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     if not tokenizer.chat_template:
         why = "without it nobody knows how the model writes a conversation"
-        raise DataError("TPL-001", f"the tokenizer in {folder} has no chat template", why, "put its chat_template.jinja there")
+        raise DataError(
+            "TPL-001", f"the tokenizer in {folder} has no chat template", why, "put its chat_template.jinja there"
+        )
     return tokenizer
 
 
@@ -114,7 +120,9 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], prompt: bool, where:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         roles = ", ".join(m["role"] for m in messages)
-        raise DataError("TPL-003", f"{where}: the chat template refuses this conversation", f"{error} (roles: {roles})") from None
+        raise DataError(
+            "TPL-003", f"{where}: the chat template refuses this conversation", f"{error} (roles: {roles})"
+        ) from None
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 

@@ -64,10 +64,12 @@ def compare(
         with progress(len(rows), "tuned") as advance:
             tuned = score_rows(model, tokenizer, rows, settings.batch_size, advance)
         effect = adapter_effect(base, tuned)
-        prompts = [(prompt_of(row), settings.max_new_tokens, use_cache) for row in shown]
-        with model.disable_adapter():
-            before = [greedy(model, tokenizer, *prompt) for prompt in prompts]
-        after = [greedy(model, tokenizer, *prompt) for prompt in prompts]
+        before, after = [], []
+        for begin in range(0, len(shown), settings.batch_size):
+            prompts = [prompt_of(row) for row in shown[begin : begin + settings.batch_size]]
+            with model.disable_adapter():
+                before += greedy(model, tokenizer, prompts, settings.max_new_tokens, use_cache)
+            after += greedy(model, tokenizer, prompts, settings.max_new_tokens, use_cache)
     finally:
         model.train(was_training)
     samples = [

@@ -154,8 +154,14 @@ def continuations(tokenizer: Any, row: Row) -> dict[str, list[int]]:
     return found
 
 
-def greedy(model: Any, tokenizer: Any, prompt: Sequence[int], max_new_tokens: int, use_cache: bool = True) -> str:
-    """The continuation of `prompt` (tokens) by the likeliest token each time, as text; ` …` marks one that was cut."""
+def greedy(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, use_cache: bool = True
+) -> list[str]:
+    """The continuation of each prompt (tokens) by the likeliest token each time, as text; ` …` marks one that was cut.
+
+    All together, because a step of a packed model costs nearly the same for one row as for many. Here the padding is on
+    the left, where `generate` expects it and makes position ids for it.
+    """
     from transformers import GenerationConfig
 
     stops = stop_tokens(model, tokenizer)
@@ -166,12 +172,19 @@ def greedy(model: Any, tokenizer: Any, prompt: Sequence[int], max_new_tokens: in
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         use_cache=use_cache,
     )
-    tokens = torch.tensor([list(prompt)], device=model.device)
+    width = max(map(len, prompts))
+    tokens = torch.tensor([[settings.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.inference_mode():
-        out = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
-    new = out[0, len(prompt) :].tolist()
-    stopped = bool(new) and new[-1] in stops
-    return tokenizer.decode(new, skip_special_tokens=True).strip() + ("" if stopped else " …")
+        out = model.generate(
+            input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+        )
+    texts = []
+    for new in out[:, width:].tolist():
+        end = next((i for i, token in enumerate(new) if token in stops), None)
+        text = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
+        texts.append(text if end is not None else f"{text} …")
+    return texts
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -10,7 +10,8 @@ from finetune.rundir import RunDir, read_json
 def card(run_dir: RunDir, recipe: Recipe, parity: Parity | None) -> str:
     """README.md of an export, as Markdown with the metadata block that model hubs read."""
     name = export_name(run_dir, recipe)
-    data = read_json(run_dir.data / "report.json")
+    data = read_json(run_dir.data / "report.json")["source"]
+    title = data["title"] if "title" in data else data["kind"]
     lines = [
         "---",
         f"license: {recipe.model.licence or 'other'}",
@@ -25,7 +26,7 @@ def card(run_dir: RunDir, recipe: Recipe, parity: Parity | None) -> str:
         + (" in rehearsal: a tiny random model, of no use but to try the chain." if recipe.model.tiny else "."),
         "",
         f"- base licence: {recipe.model.licence or 'unknown'} {recipe.model.licence_url}".rstrip(),
-        f"- data: {data['title']}, licence {data['licence']}. {data['attribution']}".rstrip(),
+        f"- data: {title}, licence {data['licence']}. {data['attribution']}".rstrip(),
     ]
     if run_dir.scores.exists():
         lines += ["", "## Result", "", read_json(run_dir.scores)["verdict"]]

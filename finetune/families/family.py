@@ -19,6 +19,7 @@ class Matrix:
     name: str
     """Path below the decoder layer, or below the model for embeddings, e.g. `self_attn.q_proj`."""
     group: Group
+    """Its row in the coverage table and in the plan."""
     rows: int
     """Output features of one expert, or of the linear map."""
     columns: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ STYLE = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "mathtext.default": "regular",
+    "svg.hashsalt": "finetune",  # the same figures give the same page
 }
 COLOURS = {"#010101": "var(--ink)", "#020202": "var(--line)", "#030303": "var(--accent)", "#040404": "var(--soft)"}
 """Stand-ins that matplotlib draws with -> the page's colours."""
@@ -21,7 +22,7 @@ INK, LINE, ACCENT, SOFT = COLOURS
 
 def intervals(rows: Sequence[tuple[str, float, float, float]], confidence: float) -> str:
     """SVG of one dot with its interval per (name, share, low, high), as fractions of 1."""
-    figure, axes = _figure("intervals", 1.0 + 0.42 * len(rows))
+    figure, axes = _figure(1.0 + 0.42 * len(rows))
     for y, (name, share, low, high) in enumerate(reversed(rows)):
         colour = ACCENT if name == "tuned" else SOFT
         axes.plot([100 * low, 100 * high], [y, y], color=colour, linewidth=3, solid_capstyle="round")
@@ -36,7 +37,7 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], confidence: float
 
 def loss_curve(steps: Sequence[int], losses: Sequence[float]) -> str:
     """SVG of the training loss at every logged update, with a running mean where there are enough of them."""
-    figure, axes = _figure("loss", 2.6)
+    figure, axes = _figure(2.6)
     window = max(1, len(losses) // 12)
     alone = window == 1
     axes.plot(
@@ -60,13 +61,13 @@ def loss_curve(steps: Sequence[int], losses: Sequence[float]) -> str:
     return _svg(figure, axes, "Training loss by update")
 
 
-def _figure(name: str, height: float) -> tuple[Any, Any]:
-    """A figure of its own, outside pyplot, whose SVG ids begin with `name`'s hash: two plots share one page."""
+def _figure(height: float) -> tuple[Any, Any]:
+    """A figure and its axes, outside pyplot, which would keep them."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.8, height), layout="constrained")
         FigureCanvasSVG(figure)
         return figure, figure.subplots()
@@ -82,11 +83,13 @@ def _svg(figure: Any, axes: Any, title: str) -> str:
         text.set_color(INK)
     axes.set_axisbelow(True)
     out = io.StringIO()
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):
+    with matplotlib.rc_context(STYLE):
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     text = out.getvalue()
     text = text[text.index("<svg") :]
+    # Names such as axes_1 would stand on the page twice. The hashed ones are referred to.
+    text = re.sub(r' id="(?![mp][0-9a-f]{10}")[^"]*"', "", text)
     for stand_in, colour in COLOURS.items():
         text = text.replace(stand_in, colour)
     return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)

@@ -1,0 +1,22 @@
+"""Files from outside, kept in a cache and checked against their hash each time: pinned packages and hub repositories.
+
+The network is touched only where the caller says `network=True`, and then by a child process.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from finetune.fetch.child import FetchError
+from finetune.fetch.hub import fetch_hub
+from finetune.fetch.package import extract, fetch_package, open_wheel
+from finetune.recipe import Recipe
+
+__all__ = ["FetchError", "cache_folder", "extract", "fetch_hub", "fetch_package", "open_wheel"]
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """The folder for downloads and converted bases: `cache_dir`, else `$FINETUNE_CACHE`, else `~/.cache/finetune`."""
+    named = recipe.cache_dir or os.environ.get("FINETUNE_CACHE") or "~/.cache/finetune"
+    return Path(named).expanduser().absolute()

@@ -1,0 +1,68 @@
+"""A recipe without a problem, and stages that write what real ones do in a millisecond."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from finetune.families import FAMILIES
+from finetune.recipe import Data, Model, Recipe
+from finetune.rundir import RunDir, write_json, write_text
+
+
+def good(**changes: Any) -> Recipe:
+    """A recipe without a problem, with dotted settings changed."""
+    family = FAMILIES["mixtral"]
+    recipe = Recipe(
+        name="job",
+        model=Model(name="m", family="mixtral", config=dict(family.tiny), licence="apache-2.0"),
+        data=Data(card="legal_licences"),
+    )
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        target: Any = recipe
+        for part in path:
+            target = getattr(target, part)
+        setattr(target, last, value)
+    return recipe
+
+
+def ready(tmp_path: Path, **changes: Any) -> Recipe:
+    """A recipe whose base is a folder here and whose runs go below `tmp_path`."""
+    base = tmp_path / "base"
+    base.mkdir(exist_ok=True)
+    (base / "config.json").write_text("{}")
+    (base / "model.safetensors").write_bytes(b"weights")
+    places = {"runs_dir": str(tmp_path / "runs"), "cache_dir": str(tmp_path / "cache"), "model__source": str(base)}
+    return good(**(places | changes))
+
+
+class Stages:
+    """Stands in for `launch`: notes the stages and writes their outputs. `fail` names a stage that raises `error`."""
+
+    def __init__(self, fail: str = "", error: BaseException | None = None, passed: bool = True) -> None:
+        self.done: list[str] = []
+        self.fail, self.error, self.passed = fail, error, passed
+
+    def __call__(self, stage: str, run_dir: RunDir) -> None:
+        """Carries out one stage."""
+        if stage == self.fail and self.error is not None:
+            raise self.error
+        self.done.append(stage)
+        scores = {
+            "base": {"loss": 2.0, "accuracy": None},
+            "tuned": {"loss": 1.0, "accuracy": None},
+            "gates": [{"gate": "gain", "limit": 0.1, "value": 0.0, "passed": self.passed}],
+        }
+        if stage == "data":
+            write_json(run_dir.data / "report.json", {"splits": {"train": {"rows": 10, "tokens": 500}}})
+        elif stage == "train":
+            write_text(run_dir.adapter / "adapter_model.safetensors", "adapter")
+            write_json(run_dir.train, {"steps": []})
+            write_text(run_dir.logs / "events", "log")
+        elif stage == "evaluate":
+            write_json(run_dir.scores, scores)
+        elif stage in ("merge", "export"):
+            write_text((run_dir.merged if stage == "merge" else run_dir.export) / "model.safetensors", stage)
+        else:
+            write_text(run_dir.report, "<html>")
