@@ -1,5 +1,6 @@
 """finetune: fine-tune open-weight Mixture-of-Experts models in 4 bits, on premises, with proofs. Start at `finetune.run`."""
 
+import logging
 import os
 from typing import Any
 
@@ -16,6 +17,7 @@ OFFLINE = {
 
 os.environ.update(OFFLINE)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional kernel of a hub is absent
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_recipe", "run"]

@@ -71,7 +71,7 @@ def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> PeftMo
         model = PeftModel.from_pretrained(base.model, folder, config=config, is_trainable=trainable)
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         given = set(file.keys())
-    wanted = set(get_peft_model_state_dict(model))
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if given != wanted:
         some = sorted(given ^ wanted)[0]
         raise NumbersError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -54,7 +53,6 @@ def load_base(folder: Path, *, load_in_4bit: bool, precision: str) -> Base:
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional CPU kernel is absent
     disable_progress_bar()
     from finetune.experts import EXPERTS, Nf4Config, prepare_experts
 

@@ -87,6 +87,9 @@ def _made(cache: Path, name: str, parts: dict[str, str | int], write: object) ->
     if folder.is_dir() and _intact(folder):
         return folder
     console = Console(stderr=True)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     console.print(f"Making the base {name} in {folder} (once) ...")
     with atomic_folder(folder) as partial:
         write(partial, parts)  # type: ignore[operator]

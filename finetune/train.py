@@ -21,7 +21,7 @@ def train(run_dir: RunDir) -> None:
     """
     import torch
     from rich.console import Console
-    from transformers import set_seed
+    from transformers import PrinterCallback, set_seed
     from trl import SFTTrainer
 
     from finetune.adapters import attach, coverage_table, print_coverage, to_fp32
@@ -45,11 +45,12 @@ def train(run_dir: RunDir) -> None:
     with TemporaryDirectory(prefix="finetune-") as scratch:
         trainer = SFTTrainer(
             model=model,
-            args=trainer_settings(recipe, scratch, str(run_dir.logs), steps),
+            args=trainer_settings(recipe, scratch, str(run_dir.logs), steps, loss_type(base.model)),
             train_dataset=rows.select_columns(["input_ids", "labels"]),
             processing_class=base.tokenizer,
             callbacks=[progress, Guard()],
         )
+        trainer.remove_callback(PrinterCallback)  # prints each log as a dict; ours says the same in words
         to_fp32(trainer.model)  # TRL casts the adapter of a 4-bit model to bf16
         started = time.monotonic()
         trainer.train()
@@ -106,7 +107,16 @@ def arithmetic(settings: Train, rows: int, steps: int) -> str:
     )
 
 
-def trainer_settings(recipe: Recipe, output_dir: str, logging_dir: str, steps: int) -> Any:
+def loss_type(model: Any) -> str:
+    """TRL's name for the cross-entropy: a chunk of trained tokens at a time, where TRL can reach below the head.
+
+    TRL 1.14.2 goes through `model.base_model`, which is the model itself where a class names another prefix than its
+    own (seen in transformers 5.17.0). Those compute all logits at once; the value is the same.
+    """
+    return "chunked_nll" if model.base_model is not model else "nll"
+
+
+def trainer_settings(recipe: Recipe, output_dir: str, logging_dir: str, steps: int, loss: str) -> Any:
     """TRL's settings for a recipe."""
     import os
 
@@ -130,7 +140,7 @@ def trainer_settings(recipe: Recipe, output_dir: str, logging_dir: str, steps: i
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         router_aux_loss_coef=settings.router_aux_loss_coef,
-        loss_type="chunked_nll",  # logits only for the tokens that are trained, a chunk at a time
+        loss_type=loss,
         max_length=None,  # rows were measured and refused when they were prepared
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
 from collections.abc import Iterator
@@ -130,7 +131,7 @@ def run_chat(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, tok: Any, stdin: st
         "adapters": {"load_adapter": lambda _base, _folder: model},
         "base": {
             "load_base": lambda _folder, *, load_in_4bit, precision: SimpleNamespace(
-                tokenizer=tok, family=SimpleNamespace(routing_table="")
+                tokenizer=tok, family=SimpleNamespace(routing_table=""), arithmetic=contextlib.nullcontext
             )
         },
         "compose": {"read_recipe": lambda _path: Recipe(name="toy")},

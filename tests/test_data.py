@@ -474,6 +474,22 @@ def test_a_card_splits_by_group_in_equal_classes_and_drops_near_copies() -> None
     assert any(row.code == "near-copy" for row in rows)
 
 
+def test_further_excerpts_of_a_text_only_train_and_stay_on_its_side() -> None:
+    sentences = [
+        f"You may copy part {a} of the {b} work for a fee of {a}{b} coins." for a in "abcdef" for b in "uvwxyz"
+    ]
+    rows = raw_rows(*((f"g{i}", ("yes", "no")[i % 2], " ".join(sentences[3 * i : 3 * i + 3])) for i in range(12)))
+    chosen = card(
+        text="text", question="{excerpt}", excerpt="operative", excerpts_per_text=3, label="kind", choices=["yes", "no"]
+    )
+    word(rows, chosen, 16)
+    split_card(rows, chosen)
+    train, held = in_order(rows, "train"), in_order(rows, "heldout")
+    assert {row.part for row in train} == {1, 2, 3}
+    assert {row.part for row in held} == {1}
+    assert {(row.file, row.line) for row in train}.isdisjoint((row.file, row.line) for row in held)
+
+
 def test_rows_are_taken_from_many_groups_before_many_from_one() -> None:
     rows = raw_rows(*(("big", "x", f"text {i}") for i in range(50)), *((f"g{i}", "x", f"other {i}") for i in range(9)))
     for row in rows:
@@ -504,9 +520,9 @@ def test_an_operative_excerpt_keeps_what_is_allowed_and_the_order() -> None:
         "This agreement was written in a beautiful house by the sea. You may copy and modify the source. "
         "The sea was calm on that day and the sun was warm. You must not sell copies for a fee."
     )
-    first, second = excerpts(text, 18, "operative", 2)
+    first, second = excerpts(text, 15, "operative", 2)
     assert first == "You may copy and modify the source. You must not sell copies for a fee."
-    assert second == "The sea was calm on that day and the sun was warm."[: len(second)] or "sea" in second
+    assert second == "This agreement was written in a beautiful house by the sea."
     assert excerpts(text, 5, "head", 2) == ["This agreement was written in"]
     assert excerpts(text, 0, "operative", 2) == [text]
 

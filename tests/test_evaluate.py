@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from types import SimpleNamespace
@@ -347,7 +348,9 @@ def stage(monkeypatch: pytest.MonkeyPatch, tok: Any, rows: list[dict[str, Any]],
     """The rooms below `evaluate`, replaced by the toy model."""
     data, base = (
         Dataset.from_list(rows),
-        SimpleNamespace(tokenizer=tok, family=SimpleNamespace(routing_table="mlp.table")),
+        SimpleNamespace(
+        tokenizer=tok, family=SimpleNamespace(routing_table="mlp.table"), arithmetic=contextlib.nullcontext
+    ),
     )
     for name, what in {
         "adapters": {"load_adapter": lambda _base, _folder: toy.adapted()},

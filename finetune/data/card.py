@@ -60,7 +60,7 @@ class Card:
     excerpt_words: int = 0
     """Words of the long text that go into the prompt; 0 means all. `data.excerpt_words` overrides it."""
     excerpts_per_text: int = 1
-    """A long text gives up to so many training rows, each with other words (`operative` only); held out, it gives one."""
+    """A long text gives up to so many training rows of different words (`operative` only); held out, it gives one."""
     question: str
     """Template of the user's message. `{excerpt}` is the shortened `text`."""
     answer: str

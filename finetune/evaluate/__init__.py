@@ -34,7 +34,10 @@ def evaluate(run_dir: RunDir) -> None:
     base = load_base(base_folder(recipe), load_in_4bit=recipe.adapter.load_in_4bit, precision=recipe.train.precision)
     model = load_adapter(base, run_dir.adapter)
     cache = not base.family.routing_table  # a router that looks tokens up needs all of them in every step
-    scores = compare(model, base.tokenizer, splits.train, splits.heldout, recipe.evaluate, recipe.seed, use_cache=cache)
+    with base.arithmetic():
+        scores = compare(
+            model, base.tokenizer, splits.train, splits.heldout, recipe.evaluate, recipe.seed, use_cache=cache
+        )
     write_json(run_dir.scores, scores)
     show(scores)
     require_gates(scores)

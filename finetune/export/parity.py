@@ -60,13 +60,16 @@ def prove(base: Path, adapter: Path, merged: Path, rows: Any, recipe: Recipe) ->
     tokenizer, auto_class, family = loaded.tokenizer, loaded.family.auto_class, loaded.family
     model = load_adapter(loaded, adapter).eval()
     answer = _answerer(tokenizer, recipe.evaluate.max_new_tokens, use_cache=not family.routing_table)
-    tuned, tuned_answers = _log_probs(model, chosen), [answer(model, row) for row in chosen]
-    with model.disable_adapter():
-        bare = _log_probs(model, chosen)
+    with loaded.arithmetic():
+        tuned, tuned_answers = _log_probs(model, chosen), [answer(model, row) for row in chosen]
+        with model.disable_adapter():
+            bare = _log_probs(model, chosen)
+    arithmetic = loaded.arithmetic()
     del model, loaded
     gc.collect()
     stock = _load_stock(merged, auto_class, precision)
-    exported, exported_answers = _log_probs(stock, chosen), [answer(stock, row) for row in chosen]
+    with arithmetic:
+        exported, exported_answers = _log_probs(stock, chosen), [answer(stock, row) for row in chosen]
     kl = torch.cat([_kl(a, b) for a, b in zip(tuned, exported, strict=True)])
     effect = torch.cat([_kl(a, b) for a, b in zip(tuned, bare, strict=True)])
     agree = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(tuned, exported, strict=True)])
