@@ -52,9 +52,11 @@ def chat(run_dir: RunDir) -> None:
             import readline  # noqa: F401  # arrow keys and history in input()
         console = Console()
         console.print(f"{recipe.name}: the tuned model answers. /base compares, /help lists the rest.", highlight=False)
-        talk(model, base.tokenizer, _typed, console)
+        with base.arithmetic():
+            talk(model, base.tokenizer, _typed, console)
     else:
-        answer_lines(model, base.tokenizer, sys.stdin, sys.stdout.write)
+        with base.arithmetic():
+            answer_lines(model, base.tokenizer, sys.stdin, sys.stdout.write)
 
 
 def talk(model: Any, tokenizer: Any, ask: Ask, console: Console) -> list[Message]:

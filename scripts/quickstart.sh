@@ -12,12 +12,8 @@ run=$(find runs/legal_quickstart -mindepth 1 -maxdepth 1 -type d -name '[0-9]*' 
 [ -n "$run" ] || exit 0 # runs_dir= or name= was among the words: the program has said where the results are
 cat <<END
 
-Where to look, in $root:
-  $run/report.html   what changed: plots, tables, base and tuned side by side
-  $run/scores.json   the same in figures
-  $run/export/       what a server loads
-  $run/run.json      the record: hashes of every input and output
+The results are in $root/$run. Open report.html there in a browser. From $root:
 
-Talk to it:      .venv/bin/python -m finetune chat run=$run
-Check it again:  .venv/bin/python -m finetune verify run=$run
+  .venv/bin/python -m finetune chat run=$run      talk to it, its base beside it
+  .venv/bin/python -m finetune verify run=$run    is it still what its record says?
 END

@@ -327,6 +327,7 @@ def test_the_content_hash_follows_rows_and_settings(tmp_path: Path, tokenizer: A
     first = content()
     assert content() == first
     assert content(train_rows=5) != first
+    assert content(max_length=4000) != first
     jsonl(path, *(qa(f"question {i}", f"Answer {i}") for i in range(8)))
     assert content() != first
 
@@ -517,12 +518,12 @@ def test_the_title_the_copyright_and_the_name_of_a_licence_are_gone() -> None:
 
 def test_an_operative_excerpt_keeps_what_is_allowed_and_the_order() -> None:
     text = (
-        "This agreement was written in a beautiful house by the sea. You may copy and modify the source. "
+        "This agreement was written in a very beautiful house by the sea. You may copy and modify the source. "
         "The sea was calm on that day and the sun was warm. You must not sell copies for a fee."
     )
     first, second = excerpts(text, 15, "operative", 2)
     assert first == "You may copy and modify the source. You must not sell copies for a fee."
-    assert second == "This agreement was written in a beautiful house by the sea."
+    assert second == "This agreement was written in a very beautiful house by the sea."
     assert excerpts(text, 5, "head", 2) == ["This agreement was written in"]
     assert excerpts(text, 0, "operative", 2) == [text]
 

@@ -349,8 +349,8 @@ def stage(monkeypatch: pytest.MonkeyPatch, tok: Any, rows: list[dict[str, Any]],
     data, base = (
         Dataset.from_list(rows),
         SimpleNamespace(
-        tokenizer=tok, family=SimpleNamespace(routing_table="mlp.table"), arithmetic=contextlib.nullcontext
-    ),
+            tokenizer=tok, family=SimpleNamespace(routing_table="mlp.table"), arithmetic=contextlib.nullcontext
+        ),
     )
     for name, what in {
         "adapters": {"load_adapter": lambda _base, _folder: toy.adapted()},

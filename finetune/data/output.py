@@ -28,6 +28,7 @@ class Gathered:
     """The rows of a recipe with their splits, and where they are from."""
 
     rows: list[Row]
+    """Every row that came in, kept or dropped."""
     source: dict[str, Any]
     """Title, licence, attribution and hashes of the files, as report.json shows them."""
     drop_long: bool

@@ -29,7 +29,9 @@ class Splits:
     """Both splits of a run; columns as in `prepare`."""
 
     train: Dataset
+    """What the adapter learns from."""
     heldout: Dataset
+    """What base and tuned are compared on; its groups never train."""
 
 
 def prepare(run_dir: RunDir) -> None:

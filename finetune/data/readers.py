@@ -106,7 +106,7 @@ def _licence_rules(archive: zipfile.ZipFile, members: list[str]) -> tuple[list[R
     """
     import yaml
 
-    load = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    safe_loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same rules, ten times as fast where libyaml is
     licences: dict[str, dict[str, Any]] = {}
     texts: list[tuple[str, str, dict[str, Any], str]] = []
     passed_over = {"rule is no whole licence text": 0, "rule names several licences": 0, "no text": 0}
@@ -114,14 +114,14 @@ def _licence_rules(archive: zipfile.ZipFile, members: list[str]) -> tuple[list[R
         raw = archive.read(member).decode("utf-8").replace("\r\n", "\n")
         _, front, body = re.split(r"^---[ \t]*$", raw, maxsplit=2, flags=re.MULTILINE)
         if member.endswith(".LICENSE"):
-            head = yaml.load(front, Loader=load)  # noqa: S506 (a safe loader either way)
+            head = safe_loader(front).get_single_data()
             licences[head["key"]] = head
             key = head["key"]
         else:
             if "is_license_text: yes" not in front:
                 passed_over["rule is no whole licence text"] += 1
                 continue
-            head = yaml.load(front, Loader=load)  # noqa: S506
+            head = safe_loader(front).get_single_data()
             key = head["license_expression"]
             if key not in licences:
                 passed_over["rule names several licences"] += 1
