@@ -1,4 +1,4 @@
-"""finetune: fine-tune open-weight Mixture-of-Experts models in 4 bits, on premises, with proofs. Start at `finetune.run`."""
+"""Fine-tune open-weight Mixture-of-Experts models in 4 bits, on premises, with proofs. Start at `finetune.run`."""
 
 import logging
 import os

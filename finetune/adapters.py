@@ -30,6 +30,7 @@ class CoverageRow:
     """One line of the coverage table: what a group holds, how it is stored, and how much of it is adapted."""
 
     group: Group
+    """Where the weights belong."""
     parameters: int
     """Frozen parameters, counted unpacked."""
     bytes: int
@@ -59,7 +60,7 @@ def attach(base: Base, adapter: Adapter) -> PeftModel:
 def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> PeftModel:
     """The base with the adapter in `folder`, a stock PEFT folder.
 
-    Raises NumbersError (ADP-011) unless the file holds exactly the adapter weights that its settings mean for this base.
+    Raises NumbersError (ADP-011) unless the file holds exactly the weights that its settings mean for this base.
     """
     from safetensors import safe_open
 
@@ -76,7 +77,7 @@ def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> PeftMo
         some = sorted(given ^ wanted)[0]
         raise NumbersError(
             "ADP-011",
-            f"{folder} does not fit {base.folder}: {len(given ^ wanted)} adapter weights are on one side only, e.g. {some}",
+            f"{folder} does not fit {base.folder}: {len(given ^ wanted)} weights are on one side only, e.g. {some}",
             "the adapter was trained on another base",
             "the base that adapter_config.json names",
         )

@@ -33,8 +33,9 @@ class Base:
     """Bytes of parameters and buffers, in GiB."""
 
     def arithmetic(self) -> AbstractContextManager[Any]:
-        """The context for a forward pass outside training. Families that keep some weights in fp32 beside bf16 ones
-        need autocast there, as training has it; the others need nothing.
+        """The context for a forward pass outside training.
+
+        Families that keep some weights in fp32 beside bf16 ones need autocast there, as training has it.
         """
         import torch
 

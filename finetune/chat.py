@@ -36,10 +36,12 @@ def chat(run_dir: RunDir) -> None:
     from finetune.adapters import load_adapter
     from finetune.base import load_base
     from finetune.compose import read_recipe
+    from finetune.data import load_splits
     from finetune.source import base_folder
 
     recipe = read_recipe(run_dir.recipe)
     run_dir.require(run_dir.adapter, "train")
+    opening = opening_of(load_splits(run_dir).heldout[0]["messages"])
     base = load_base(base_folder(recipe), load_in_4bit=recipe.adapter.load_in_4bit, precision=recipe.train.precision)
     model = load_adapter(base, run_dir.adapter)
     model.eval()
@@ -53,15 +55,21 @@ def chat(run_dir: RunDir) -> None:
         console = Console()
         console.print(f"{recipe.name}: the tuned model answers. /base compares, /help lists the rest.", highlight=False)
         with base.arithmetic():
-            talk(model, base.tokenizer, _typed, console)
+            talk(model, base.tokenizer, _typed, console, opening)
     else:
         with base.arithmetic():
-            answer_lines(model, base.tokenizer, sys.stdin, sys.stdout.write)
+            answer_lines(model, base.tokenizer, sys.stdin, sys.stdout.write, opening)
 
 
-def talk(model: Any, tokenizer: Any, ask: Ask, console: Console) -> list[Message]:
+def opening_of(messages: list[Message]) -> list[Message]:
+    """The system message of a conversation, if it has one: what the model saw at the start of every row."""
+    return [{"role": m["role"], "content": m["content"]} for m in messages[:1] if m["role"] == "system"]
+
+
+def talk(model: Any, tokenizer: Any, ask: Ask, console: Console, opening: list[Message] | None = None) -> list[Message]:
     """A conversation of many turns until /quit or the end of the input; returns its messages."""
-    messages: list[Message] = []
+    start = list(opening or [])
+    messages = list(start)
     compare = False
     while True:
         try:
@@ -75,7 +83,7 @@ def talk(model: Any, tokenizer: Any, ask: Ask, console: Console) -> list[Message
         if word == "/quit":
             return messages
         if word == "/reset":
-            messages.clear()
+            messages[:] = start
             console.print("The conversation is forgotten.")
         elif word == "/base":
             compare = not compare
@@ -88,12 +96,14 @@ def talk(model: Any, tokenizer: Any, ask: Ask, console: Console) -> list[Message
             _turn(model, tokenizer, messages, typed.strip(), compare, console)
 
 
-def answer_lines(model: Any, tokenizer: Any, lines: Iterable[str], write: Callable[[str], Any]) -> None:
+def answer_lines(
+    model: Any, tokenizer: Any, lines: Iterable[str], write: Callable[[str], Any], opening: list[Message] | None = None
+) -> None:
     """One line of answer per line of `lines`. Each prompt is a conversation of its own; line breaks become spaces."""
     try:
         for line in lines:
             prompt = line.strip()
-            answer = reply(model, tokenizer, [{"role": "user", "content": prompt}]) if prompt else ""
+            answer = reply(model, tokenizer, [*(opening or []), {"role": "user", "content": prompt}]) if prompt else ""
             write(" ".join(answer.split("\n")) + "\n")
             sys.stdout.flush()
     except BrokenPipeError:  # whoever reads the answers has seen enough

@@ -35,6 +35,7 @@ class Update:
     """The update of one runtime parameter."""
 
     delta: Delta
+    """Gives the update."""
     experts: int
     """Experts of the stack; 0 for a plain matrix."""
     parts: set[tuple[int | None, int]] = field(default_factory=set)

@@ -26,7 +26,7 @@ class Model:
     family: str = ""
     """Key of the family, one of `finetune.families.FAMILIES`."""
     source: str = ""
-    """Where the weights are: a folder, a hub id (`org/name`, with network=true) or `package:<name>==<version>/<file>`."""
+    """Where the weights are: a folder, a hub id `org/name`, or `package:<name>==<version>/<file>`."""
     revision: str = ""
     """Commit of the hub repository. Required with a hub id, so that the same recipe loads the same bytes."""
     sha256: str = ""
@@ -86,7 +86,7 @@ class Data:
     heldout_files: list[str] = field(default_factory=list)
     """JSONL files of held-out rows, never trained on. Required with `train_files` unless `heldout_fraction` > 0."""
     heldout_fraction: float = 0.0
-    """Share of `train_files` set aside when there are no `heldout_files`. Whole groups (`group` of a row) are set aside."""
+    """Share of `train_files` set aside when there are no `heldout_files`, by whole groups (`group` of a row)."""
     train_rows: int = 0
     """Use at most this many training rows; 0 means all."""
     heldout_rows: int = 0
@@ -111,6 +111,8 @@ class Train:
     """Sequences per device and forward pass."""
     accumulation: int = 1
     """Forward passes per optimizer update."""
+    group_by_length: bool = False
+    """Rows of like length share a batch: less padding, but the order of rows is less random."""
     lr: float = 2e-4
     """Peak learning rate."""
     schedule: str = one_of("cosine", "linear", "constant_with_warmup")

@@ -140,7 +140,10 @@ def create(runs_dir: Path, name: str) -> RunDir:
                 number += 1
     except OSError as error:
         raise RunError(
-            "RUN-001", f"cannot make a run folder in {parent}", error.strerror or str(error), "runs_dir=/a/writable/folder"
+            "RUN-001",
+            f"cannot make a run folder in {parent}",
+            error.strerror or str(error),
+            "runs_dir=/a/writable/folder",
         ) from None
 
 
@@ -150,7 +153,8 @@ def open_run(path: str | Path) -> RunDir:
     if not run_dir.recipe.is_file():
         found = sorted(str(p.parent) for p in Path("runs").glob("*/*/recipe.yaml"))[-5:]
         exists = "known runs: " + ", ".join(found) if found else "there are no runs under runs/ yet"
-        raise RunError("RUN-004", f"run={path} is not a run folder", f"it has no recipe.yaml; {exists}", "run=runs/NAME/0001")
+        what = f"run={path} is not a run folder"
+        raise RunError("RUN-004", what, f"it has no recipe.yaml; {exists}", "run=runs/NAME/0001")
     return run_dir
 
 

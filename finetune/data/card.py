@@ -61,6 +61,8 @@ class Card:
     """Words of the long text that go into the prompt; 0 means all. `data.excerpt_words` overrides it."""
     excerpts_per_text: int = 1
     """A long text gives up to so many training rows of different words (`operative` only); held out, it gives one."""
+    system: str = ""
+    """System message of every row; empty leaves it to the base's chat template. `chat` says it too."""
     question: str
     """Template of the user's message. `{excerpt}` is the shortened `text`."""
     answer: str

@@ -212,7 +212,8 @@ def _fill(row: Row, card: Card, fields: dict[str, str], excerpt: str) -> None:
     if not answer:
         row.drop("no-answer", "its answer is empty")
         return
-    row.messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    opening = [{"role": "system", "content": card.system}] if card.system else []
+    row.messages = [*opening, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     row.choices = list(card.choices)
     # What copies are looked for in: the part that the model sees (long texts with different heads can have the
     # same operative sentences), else the whole conversation.

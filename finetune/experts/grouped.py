@@ -4,8 +4,7 @@ The product L R is never formed and nothing of the size of a stack is saved for 
 there (dequantised again when packed). Only experts that received tokens are touched.
 
 Tokens are sorted by expert and every expert's rows are padded to a multiple of 64: matrix shapes then repeat from step
-to step, and oneDNN, which builds a kernel for every new shape, finds them in its cache. (Measured on a 2-core CPU: without
-padding most of a step is kernel building.)
+to step, and oneDNN, which builds a kernel for every new shape on a CPU, finds them in its cache.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from finetune.experts.stack import expert_weight
+from finetune.experts.stack import expert_weight, width
 
 ROWS = 64
 """Rows of one expert are padded to a multiple of this."""
@@ -26,8 +25,11 @@ class Factors:
     """The LoRA update of one stack in the direction of the product: delta = scale * left @ right, per expert."""
 
     left_ENr: torch.Tensor
+    """First factor of every expert."""
     right_ErM: torch.Tensor
+    """Second factor of every expert."""
     scale: float
+    """What their product is multiplied by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,37 +124,31 @@ class GroupedLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x_PN, left_ENr, right_ErM)
         ctx.scale, ctx.module, ctx.name, ctx.groups = scale, module, name, groups
-        y_PM: torch.Tensor | None = None
+        y_PM = x_PN.new_empty(x_PN.shape[0], width(module, name))
         with torch.autocast(device_type=x_PN.device.type, enabled=False):
             for e, start, end in groups:
-                x = x_PN[start:end]
-                y = x @ expert_weight(module, name, e, x.dtype)
+                x, y = x_PN[start:end], y_PM[start:end]
+                torch.mm(x, expert_weight(module, name, e, x.dtype), out=y)
                 if left_ENr is not None and right_ErM is not None:
                     y.addmm_(x @ left_ENr[e].to(x.dtype), right_ErM[e].to(x.dtype), alpha=scale)
-                if y_PM is None:
-                    y_PM = x_PN.new_zeros(x_PN.shape[0], y.shape[1])
-                y_PM[start:end] = y
-        if y_PM is None:  # no rows at all
-            y_PM = x_PN.new_zeros(0, expert_weight(module, name, 0, x_PN.dtype).shape[1])
         return y_PM
 
     @staticmethod
     def backward(ctx: Any, grad_PM: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
         x_PN, left_ENr, right_ErM = ctx.saved_tensors
-        grad_x = torch.zeros_like(x_PN)
+        grad_x = torch.empty_like(x_PN)
         grad_left = None if left_ENr is None else torch.zeros_like(left_ENr)
         grad_right = None if right_ErM is None else torch.zeros_like(right_ErM)
         with torch.autocast(device_type=x_PN.device.type, enabled=False):
             for e, start, end in ctx.groups:
-                g, x = grad_PM[start:end].to(x_PN.dtype), x_PN[start:end]
-                grad = g @ expert_weight(ctx.module, ctx.name, e, x.dtype).T
+                g, x, grad = grad_PM[start:end].to(x_PN.dtype), x_PN[start:end], grad_x[start:end]
+                torch.mm(g, expert_weight(ctx.module, ctx.name, e, x.dtype).T, out=grad)
                 if grad_left is not None and grad_right is not None:
                     left, right = left_ENr[e].to(x.dtype), right_ErM[e].to(x.dtype)
                     through = (g @ right.T) * ctx.scale  # (rows, r)
                     grad.addmm_(through, left.T)
                     grad_left[e] = x.T @ through
                     grad_right[e] = (x @ left).T @ g * ctx.scale
-                grad_x[start:end] = grad
         return grad_x, grad_left, grad_right, None, None, None, None
 
 

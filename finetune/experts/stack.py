@@ -55,3 +55,10 @@ def expert_weight(module: Any, name: str, expert: int, dtype: torch.dtype) -> to
     else:
         weight = stack[expert].detach().to(dtype)
     return weight if layout.transposed else weight.T
+
+
+def width(module: Any, name: str) -> int:
+    """Output features of one expert's product with the stack `name`."""
+    layout = layout_of(module)
+    _, rows, columns = layout.shapes[name]
+    return columns if layout.transposed else rows

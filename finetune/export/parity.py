@@ -23,8 +23,11 @@ class Parity:
     """How far the export is from the adapter on its original (not quantised) base, and both from the base."""
 
     prompts: int
+    """Held-out rows that were compared."""
     tokens: int
+    """Answer tokens in them."""
     precision: str
+    """Arithmetic of both sides, fp32 or bf16."""
     mean_kl: float
     """Mean KL divergence of the export from the adapter, nats per token."""
     max_kl: float
