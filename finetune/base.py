@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 
 from finetune.errors import WeightsError
 from finetune.families import Family, family_of
+
+STRAY = re.compile(r"(language_model\.)?(model\.)?(language_model\.)?layers\.\d+\.")
 
 
 @dataclass(slots=True)
@@ -80,12 +83,15 @@ def load_base(folder: Path, *, load_in_4bit: bool, precision: str) -> Base:
         raise WeightsError(
             "WGT-004", f"cannot load {folder}", _first_line(error), "check the files against their hashes"
         ) from error
-    for what in ("missing_keys", "mismatched_keys"):
-        if info[what]:
-            some = ", ".join(str(k) for k in sorted(map(str, info[what]))[:3])
+    # A key that no layer of the text model has is a weight that would not be used; vision parts may stay unused.
+    strays = [key for key in info["unexpected_keys"] if STRAY.match(key)]
+    wrong = {"missing": info["missing_keys"], "mismatched": info["mismatched_keys"], "unexpected": strays}
+    for what, keys in wrong.items():
+        if keys:
+            some = ", ".join(sorted(map(str, keys))[:3])
             raise WeightsError(
                 "WGT-005",
-                f"{folder}: {len(info[what])} {what.replace('_', ' ')}, e.g. {some}",
+                f"{folder}: {len(keys)} {what} keys, e.g. {some}",
                 "the weights are not those that config.json describes",
                 "fetch the folder again",
             )

@@ -11,6 +11,7 @@ from typing import Any
 from finetune.compose import read_recipe
 from finetune.errors import NumbersError
 from finetune.recipe import Recipe, Train
+from finetune.record import versions
 from finetune.rundir import RunDir, atomic_folder, write_json
 
 
@@ -185,21 +186,3 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes."""
-    from importlib.metadata import version
-
-    names = (
-        "torch",
-        "transformers",
-        "trl",
-        "peft",
-        "accelerate",
-        "datasets",
-        "bitsandbytes",
-        "tokenizers",
-        "safetensors",
-    )
-    return {name: version(name) for name in names}

@@ -126,7 +126,9 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal() -> None:
     assert room._printable("a\x1b[2Jb\x07\tc\nd\u200bé") == "a[2Jb\tc\ndé"
 
 
-def run_chat(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, tok: Any, stdin: str, model: Any) -> None:
+def run_chat(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, tok: Any, stdin: str, model: Any, opening: Any = ()
+) -> None:
     for name, what in {
         "adapters": {"load_adapter": lambda _base, _folder: model},
         "base": {
@@ -135,6 +137,7 @@ def run_chat(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, tok: Any, stdin: st
             )
         },
         "compose": {"read_recipe": lambda _path: Recipe(name="toy")},
+        "data": {"load_splits": lambda _run: SimpleNamespace(heldout=[{"messages": [*opening, user("a question")]}])},
         "source": {"base_folder": lambda _recipe: None},
     }.items():
         monkeypatch.setitem(sys.modules, f"finetune.{name}", SimpleNamespace(**what))  # type: ignore[arg-type]
@@ -150,6 +153,17 @@ def test_a_pipe_gets_one_line_per_prompt_and_nothing_else(
     run_chat(tmp_path, monkeypatch, tok, "is this a licence\n\n/base\n", model)
     answers = [expected(model, tok, [user(p)]).replace("\n", " ") for p in ("is this a licence", "/base")]
     assert capsys.readouterr().out == f"{answers[0]}\n\n{answers[1]}\n"
+
+
+def test_the_system_message_of_the_rows_opens_every_conversation(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tok: Any
+) -> None:
+    model, opening = toy.adapted(), {"role": "system", "content": "this is a licence"}
+    (tmp_path / "adapter").mkdir()
+    run_chat(tmp_path, monkeypatch, tok, "is this a licence\n", model, [opening])
+    with_it = expected(model, tok, [opening, user("is this a licence")]).replace("\n", " ")
+    assert capsys.readouterr().out == f"{with_it}\n"
+    assert with_it != expected(model, tok, [user("is this a licence")]).replace("\n", " ")
 
 
 def test_chat_without_an_adapter_says_which_stage_is_missing(

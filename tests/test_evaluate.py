@@ -91,12 +91,31 @@ def test_a_model_that_cannot_narrow_its_head_gives_the_same_scores(tok: Any, row
             super().__init__()
             self.inner = toy.model()
             self.device = self.inner.device
+            self.get_output_embeddings = self.inner.get_output_embeddings
 
         def forward(self, input_ids: Any, attention_mask: Any, use_cache: bool) -> Any:
             return self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
 
     for narrow, wide in zip(score_rows(toy.model(), tok, rows, 4), score_rows(Wide(), tok, rows, 4), strict=True):
         np.testing.assert_allclose(narrow.logprobs, wide.logprobs, atol=1e-5)
+
+
+def test_a_bf16_model_is_scored_with_fp32_logits(tok: Any, rows: list[dict[str, Any]]) -> None:
+    """Its own bf16 logits are coarse: they tie where fp32 ones do not."""
+    model = toy.model().to(torch.bfloat16)
+    scores = score_rows(model, tok, rows, 4)
+    logprobs = np.concatenate([np.asarray(score.logprobs) for score in scores])
+    rounded = torch.tensor(logprobs).bfloat16().double().numpy()
+    assert not np.array_equal(logprobs, rounded)
+    row = rows[0]
+    ids = torch.tensor([row["input_ids"]])
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids).last_hidden_state
+        logits = hidden.float() @ model.lm_head.weight.float().T
+    wanted = torch.log_softmax(logits[0, :-1], -1).gather(1, ids[0, 1:, None])[:, 0]
+    places = [i for i, label in enumerate(row["labels"]) if label != -100]
+    np.testing.assert_allclose(scores[0].logprobs, wanted[[p - 1 for p in places]].numpy(), atol=0.05)
+    assert not model.lm_head._forward_hooks  # the hook is gone
 
 
 def test_the_head_is_applied_only_where_an_answer_is(tok: Any, rows: list[dict[str, Any]]) -> None:

@@ -1,0 +1,123 @@
+"""Training: what is counted, what is refused, and that the same seed gives the same adapter."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune.compose import load_recipe
+from finetune.errors import NumbersError
+from finetune.progress import Guard, TrainingProgress
+from finetune.recipe import Adapter, Train
+from finetune.run import run
+from finetune.rundir import read_json
+from finetune.train import arithmetic, loss_type, planned_steps, unchanged_factors
+from tests.tiny_models import adapted
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """words -> the run of a rehearsal up to training, each in its own folder."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def make(*words):
+        recipe = load_recipe(
+            "legal_quickstart", "scale=rehearsal", f"runs_dir={root}", f"cache_dir={root / 'cache'}", *words
+        )
+        return run(recipe, until="train")
+
+    return make
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(trained):
+    first, again, other = trained("seed=3"), trained("seed=3"), trained("seed=4")
+    file = "adapter_model.safetensors"
+    assert (first.adapter / file).read_bytes() == (again.adapter / file).read_bytes()
+    assert (first.adapter / file).read_bytes() != (other.adapter / file).read_bytes()
+    a, b = (read_json(r.train)["steps"] for r in (first, again))
+    assert [s["loss"] for s in a] == [s["loss"] for s in b]
+
+
+def test_accumulating_two_halves_equals_one_batch_in_fp32(trained):
+    """The same rows per update: the token-weighted mean over both halves is the mean over the whole."""
+    one = trained("train.batch_size=4", "train.precision=fp32", "adapter.load_in_4bit=false")
+    two = trained("train.batch_size=2", "train.accumulation=2", "train.precision=fp32", "adapter.load_in_4bit=false")
+    for a, b in zip(read_json(one.train)["steps"], read_json(two.train)["steps"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
+
+
+def test_gradient_checkpointing_changes_no_loss(trained):
+    plain, recomputed = trained(), trained("train.gradient_checkpointing=true")
+    a, b = (read_json(r.train)["steps"] for r in (plain, recomputed))
+    assert [s["loss"] for s in a] == pytest.approx([s["loss"] for s in b], abs=1e-6)
+
+
+def test_the_saved_adapter_is_fp32_and_names_its_base(trained):
+    done = trained()
+    assert {t.dtype for t in load_file(done.adapter / "adapter_model.safetensors").values()} == {torch.float32}
+    config = read_json(done.adapter / "adapter_config.json")
+    assert config["target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert "all-linear" not in str(config["target_modules"])
+    assert str(done.path.parent) not in str(config)  # no path of this machine
+
+
+def test_a_learning_rate_that_blows_up_stops_the_run_and_leaves_no_adapter(trained):
+    with pytest.raises(NumbersError, match=r"NUM-001 (loss|grad_norm) is (nan|inf)"):
+        trained("train.lr=1e30", "train.max_grad_norm=1e30", "train.max_steps=12", "train.warmup_fraction=0")
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "steps"),
+    [(Train(batch_size=8), 720, 90), (Train(batch_size=8, epochs=2), 9, 3), (Train(max_steps=5), 1000, 5)],
+)
+def test_planned_steps(settings, rows, steps):
+    assert planned_steps(settings, rows) == steps
+
+
+def test_the_arithmetic_is_shown():
+    text = arithmetic(Train(batch_size=2, accumulation=4), 64, 10)
+    assert "1 device x 2 rows x 4 accumulated = 8 rows per update" in text
+    assert "10 updates x 8 = 80 rows, 1.25 x 64" in text
+
+
+def test_an_adapter_that_did_not_move_is_refused_unless_its_expert_met_no_token():
+    _, model = adapted("mixtral", Adapter(rank=2, expert_rank=2))
+    assert unchanged_factors(model) == []
+    stacks = [n for n, _ in model.named_parameters() if ".experts." in n and "lora_B" in n]
+    with torch.no_grad():
+        dict(model.named_parameters())[stacks[0]].zero_()
+    assert len(unchanged_factors(model)) == 1
+    attention = next(n for n, _ in model.named_parameters() if "q_proj" in n and "lora_B" in n)
+    with torch.no_grad():
+        dict(model.named_parameters())[attention].zero_()
+    with pytest.raises(NumbersError, match="TRN-002"):
+        unchanged_factors(model)
+
+
+def test_a_kind_of_weight_without_a_gradient_is_named_at_step_one():
+    _, model = adapted("mixtral", Adapter(rank=2, expert_rank=2))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter) if "q_proj" in name else torch.ones_like(parameter)
+    state = type("State", (), {"global_step": 0})()
+    with pytest.raises(NumbersError, match=r"TRN-001 no gradient reaches \['.*q_proj'\]"):
+        Guard().on_pre_optimizer_step(None, state, None, model=model)
+
+
+def test_progress_keeps_numbers_and_refuses_those_that_are_not_finite():
+    from rich.console import Console
+
+    progress = TrainingProgress(Console(quiet=True), 10)
+    state = type("State", (), {"global_step": 1})()
+    progress.on_log(None, state, None, logs={"loss": 1.5, "learning_rate": 1e-4, "grad_norm": 2.0})
+    assert progress.steps[0]["loss"] == 1.5
+    with pytest.raises(NumbersError, match="NUM-001 loss is nan at step 1"):
+        progress.on_log(None, state, None, logs={"loss": math.nan, "learning_rate": 1e-4, "grad_norm": 2.0})
+
+
+def test_only_a_class_whose_backbone_is_itself_computes_all_logits_at_once():
+    _, model = adapted("mixtral", Adapter(rank=2, expert_rank=2))
+    assert loss_type(model.get_base_model()) == "chunked_nll"
+    _, model = adapted("llama4", Adapter(rank=2, expert_rank=2))
+    assert loss_type(model.get_base_model()) == "nll"
