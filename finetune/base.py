@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,9 @@ from typing import Any
 
 from finetune.errors import WeightsError
 from finetune.families import Family, family_of
+
+HEADER_LIMIT = 100_000_000
+"""Bytes of a safetensors header, at most; the format's own limit."""
 
 STRAY = re.compile(r"(language_model\.)?(model\.)?(language_model\.)?layers\.\d+\.")
 
@@ -55,16 +59,19 @@ def load_base(folder: Path, *, load_in_4bit: bool, precision: str) -> Base:
     """
     import torch
     from transformers import AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity
 
     disable_progress_bar()
+    verbosity = get_verbosity()
+    set_verbosity(logging.CRITICAL)  # transformers prints a report with tracebacks; what is wrong is said below
     from finetune.experts import EXPERTS, Nf4Config, prepare_experts
 
     started = time.monotonic()
     family, config = read_config(folder)
     check_shards(folder)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    quantisation = {"quantization_config": Nf4Config(family, compute_dtype=dtype)} if load_in_4bit else {}
+    nf4 = Nf4Config(family, compute_dtype=dtype)
+    quantisation = {"quantization_config": nf4} if load_in_4bit else {}
     place = {"device_map": {"": "cuda"}} if torch.cuda.is_available() else {}
     try:
         with _Peak() as peak:
@@ -80,9 +87,12 @@ def load_base(folder: Path, *, load_in_4bit: bool, precision: str) -> Base:
                 **place,
             )
     except (ValueError, RuntimeError, KeyError, OSError) as error:
+        why = nf4.wrong_shapes[0] if nf4.wrong_shapes else _first_line(error)
         raise WeightsError(
-            "WGT-004", f"cannot load {folder}", _first_line(error), "check the files against their hashes"
+            "WGT-004", f"cannot load {folder}", why, "the files that belong to this config.json"
         ) from error
+    finally:
+        set_verbosity(verbosity)
     # A key that no layer of the text model has is a weight that would not be used; vision parts may stay unused.
     strays = [key for key in info["unexpected_keys"] if STRAY.match(key)]
     wrong = {"missing": info["missing_keys"], "mismatched": info["mismatched_keys"], "unexpected": strays}
@@ -137,15 +147,24 @@ def check_shards(folder: Path) -> list[Path]:
                 "WGT-003", f"{folder}: {name} is missing", f"{index.name} names it", "fetch the folder again"
             )
         size = path.stat().st_size
-        with path.open("rb") as handle:
-            header_size = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(header_size)) if 0 < header_size < min(size, 100_000_000) else {}
-        ends = [value["data_offsets"][1] for key, value in header.items() if key != "__metadata__"]
-        if not ends or 8 + header_size + max(ends) != size:
+        if expected_size(path) != size:
             raise WeightsError(
                 "WGT-003", f"{path} is cut short or damaged", f"it has {size} bytes", "fetch this file again"
             )
     return [folder / name for name in names]
+
+
+def expected_size(path: Path) -> int:
+    """Bytes that a safetensors file must have by its own header; -1 when the header cannot be read."""
+    with path.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if not 0 < length <= HEADER_LIMIT:
+            return -1
+        try:
+            header = json.loads(handle.read(length))
+            return 8 + length + max(value["data_offsets"][1] for key, value in header.items() if key != "__metadata__")
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            return -1
 
 
 def _auto_class(family: Family) -> Any:

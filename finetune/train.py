@@ -64,7 +64,10 @@ def train(run_dir: RunDir) -> None:
     answers = [sum(label != -100 for label in labels) for labels in rows["labels"]]
     passes = steps * recipe.train.batch_size * recipe.train.accumulation / len(rows)
     with atomic_folder(run_dir.adapter) as folder:
-        trainer.model.peft_config["default"].base_model_name_or_path = recipe.model.source
+        settings = trainer.model.peft_config["default"]
+        settings.base_model_name_or_path = recipe.model.source
+        settings.target_modules = sorted(settings.target_modules)  # PEFT keeps sets: another order in every process
+        settings.target_parameters = sorted(settings.target_parameters) if settings.target_parameters else None
         trainer.model.save_pretrained(folder, save_embedding_layers=False)  # none is trained
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's template card; the export writes a real one
     write_json(

@@ -51,7 +51,8 @@ def test_a_recipe_takes_its_groups_its_own_settings_and_the_words_in_that_order(
     assert recipe.train.lr == 1e-5
     assert recipe.train.accumulation == 1  # train/laptop.yaml, chosen by the recipe over train/default.yaml
     assert recipe.adapter.targets == "attention"
-    assert recipe.evaluate.max_new_tokens == Recipe().evaluate.max_new_tokens
+    assert recipe.evaluate.max_new_tokens == 12  # the recipe itself
+    assert recipe.evaluate.confidence == Recipe().evaluate.confidence  # nobody but recipe.py
 
 
 def test_a_word_wins_over_the_rehearsal_scale_which_wins_over_the_recipe() -> None:

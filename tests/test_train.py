@@ -57,7 +57,7 @@ def test_the_saved_adapter_is_fp32_and_names_its_base(trained):
     done = trained()
     assert {t.dtype for t in load_file(done.adapter / "adapter_model.safetensors").values()} == {torch.float32}
     config = read_json(done.adapter / "adapter_config.json")
-    assert config["target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert config["target_parameters"] == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
     assert "all-linear" not in str(config["target_modules"])
     assert str(done.path.parent) not in str(config)  # no path of this machine
 

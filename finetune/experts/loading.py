@@ -48,11 +48,13 @@ class Nf4Config(BitsAndBytesConfig):
         )
         self.quant_method = METHOD
         self.family = family
+        self.wrong_shapes: list[str] = []  # transformers swallows what a conversion raises; the loader reads it here
 
     def to_dict(self) -> dict[str, Any]:
-        """Without the family: transformers writes this as JSON."""
+        """Without what is ours: transformers writes this as JSON."""
         values: dict[str, Any] = super().to_dict()
-        values.pop("family", None)
+        for ours in ("family", "wrong_shapes"):
+            values.pop(ours, None)
         return values
 
 
@@ -79,6 +81,7 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, device_map: Any, **kwargs: Any) -> None:
         family = self.quantization_config.family
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         keep = [f"{re.escape(name)}$" for name in linears_to_keep(model, family)]
         self.modules_to_not_convert = keep
         replace_with_bnb_linear(model, modules_to_not_convert=keep, quantization_config=self.quantization_config)
@@ -88,6 +91,13 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
                     raise ValueError(f"expert stack {name} {shape} does not split into blocks of {nf4.BLOCK}")
                 placeholder = torch.empty(shape[0], shape[1] * shape[2] // nf4.BLOCK, device="meta")
                 module.register_parameter(name + nf4.ABSMAX, nn.Parameter(placeholder, requires_grad=False))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        """With a quantizer the loader compares no shapes: those of weights that stay as they are, compared here."""
+        for name, parameter in model.named_parameters():
+            if name in self.shapes and not self.param_needs_quantization(model, name):
+                refuse_shape(self.quantization_config, name, tuple(parameter.shape), self.shapes[name])
+        return super()._process_model_after_weight_loading(model, **kwargs)
 
 
 class Pack(Bnb4bitQuantize):
@@ -102,19 +112,26 @@ class Pack(Bnb4bitQuantize):
     ) -> dict[str, torch.Tensor]:
         """Parameter name -> value(s) as read, to parameter name(s) -> value(s) as stored."""
         result: dict[str, torch.Tensor] = {}
+        settings = self.hf_quantizer.quantization_config
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
             module, leaf = get_module_from_name(model, name)
             if not hasattr(module, "finetune_layout"):
+                refuse_shape(settings, name, tuple(tensor.shape), (module.out_features, module.in_features))
                 result |= super().convert({name: tensor}, full_layer_name=full_layer_name, model=model, **kwargs)
                 continue
-            expected = module.finetune_layout.shapes[leaf]
-            if tuple(tensor.shape) != expected:  # the loader checks shapes only without a quantizer
-                raise ValueError(f"{name}: the checkpoint has {tuple(tensor.shape)}, the config says {expected}")
+            refuse_shape(settings, name, tuple(tensor.shape), module.finetune_layout.shapes[leaf])
             packed, absmax = nf4.pack(tensor)
             result[name] = nn.Parameter(packed, requires_grad=False)
             result[name + nf4.ABSMAX] = nn.Parameter(absmax, requires_grad=False)
         return result
+
+
+def refuse_shape(config: Nf4Config, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Nothing, or ValueError, noted in the config too, when a weight has another shape than config.json means."""
+    if found != expected:
+        config.wrong_shapes.append(f"{name} is {found} in the checkpoint and {expected} by its config.json")
+        raise ValueError(config.wrong_shapes[-1])
 
 
 def linears_to_keep(model: nn.Module, family: Family) -> list[str]:
