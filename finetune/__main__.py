@@ -48,8 +48,9 @@ Every setting, with its meaning: finetune/recipe.py. The order of the stages: fi
 
 def main(words: list[str] | None = None) -> int:
     """The exit code of a command line: 0 done, 2 wrong words, 3 machine or files, 4 a gate not met, 130 stopped."""
-    from finetune.failures import explain
+    from finetune.failures import explain, quiet_threads
 
+    quiet_threads()
     request = None
     try:
         given = sys.argv[1:] if words is None else words

@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,16 @@ DISTRIBUTIONS = {"hydra": "hydra-core", "yaml": "PyYAML", "sklearn": "scikit-lea
 """Import name -> name to install, where they differ."""
 LOG = "error.log"
 """File in the run folder that tracebacks are added to."""
+
+
+def quiet_threads() -> None:
+    """From now on a library's thread that fails says so in a line, without a traceback (a logger on a full disk)."""
+
+    def say(args: threading.ExceptHookArgs) -> None:
+        what = "" if args.exc_value is None else f": {args.exc_value}"
+        print(f"a background thread ended early, {args.exc_type.__name__}{what}", file=sys.stderr, flush=True)
+
+    threading.excepthook = say
 
 
 def explain(error: BaseException, run_dir: RunDir | None) -> int:

@@ -73,6 +73,11 @@ def missing_weights(recipe: Recipe) -> WeightsError | None:
     return WeightsError(code, what, needed, "; or ".join(ways))
 
 
+def room(gib: float) -> str:
+    """A size as text, in GiB, or below one in MiB."""
+    return f"{gib:,.1f} GiB" if gib >= 1 else f"{gib * 1024:,.1f} MiB"
+
+
 def place_problems(recipe: Recipe, *, run_gib: float, cache_gib: float) -> list[str]:
     """What stops the job from writing: RUN-001 where it may not, DSK-001 where there is too little room."""
     runs, cache = Path(recipe.runs_dir).expanduser(), fetch.cache_folder(recipe)
@@ -94,7 +99,7 @@ def place_problems(recipe: Recipe, *, run_gib: float, cache_gib: float) -> list[
         if gib > free:
             where = " and ".join(dict.fromkeys(places[device]))
             found.append(
-                f"DSK-001 {where}: this job writes about {gib:,.1f} GiB, free are {free:,.1f} GiB. "
+                f"DSK-001 {where}: this job writes about {room(gib)}, free are {room(free)}. "
                 "Free some room, or give another disk with runs_dir=/folder or cache_dir=/folder"
             )
     return found

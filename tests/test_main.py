@@ -314,3 +314,20 @@ def test_plan_of_a_run_uses_its_prepared_data(tmp_path: Path, capsys: pytest.Cap
     capsys.readouterr()
     assert main(["plan", f"run={run_dir.path}", "--json"]) == 0
     assert '"the prepared data of this run"' in capsys.readouterr().out
+
+
+def test_a_thread_that_fails_says_so_in_a_line(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    import threading
+
+    from finetune.failures import quiet_threads
+
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # put back afterwards
+    quiet_threads()
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    assert capsys.readouterr().err == "a background thread ended early, OSError: [Errno 28] No space left on device\n"

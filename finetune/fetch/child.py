@@ -126,4 +126,5 @@ def last_line(text: str, pattern: re.Pattern[str] | None = None) -> str:
     """The last line that says something (and matches `pattern`), shortened: pip and tracebacks end with the reason."""
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip() and not line.startswith("[notice]")]
     fitting = [line for line in lines if pattern is None or pattern.search(line)] or lines or ["it said nothing"]
-    return fitting[-1].removeprefix("ERROR: ")[:300]
+    reason = re.search(r"\[Errno -?\d+\] ([^')]+)", fitting[-1])  # urllib3 wraps it in names of its classes
+    return reason[1] if reason else fitting[-1].removeprefix("ERROR: ")[:300]
