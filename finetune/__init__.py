@@ -20,17 +20,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional kernel of a hub is absent
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_recipe", "run"]
+__all__ = ["__version__", "load_recipe"]
 
 
 def __getattr__(name: str) -> Any:
-    """`load_recipe` and `run`, imported when first asked for, so that `import finetune` stays instant."""
+    """`load_recipe`, imported when first asked for, so that `import finetune` stays instant."""
     if name == "load_recipe":
         from finetune.compose import load_recipe
 
         return load_recipe
-    if name == "run":
-        import importlib
-
-        return importlib.import_module("finetune.run")
     raise AttributeError(f"module 'finetune' has no attribute {name!r}")
