@@ -50,8 +50,7 @@ def test_a_good_recipe_has_no_problems() -> None:
         ("model__family", "", "MOD-001 there is no base model"),
         ("model__config", {}, "MOD-003 model.config is empty"),
         ("model__config", {"vocab_size": 8}, "MOD-003 model.config lacks "),
-        ("model__source", "package:a==1/f.gguf", "MOD-006 model.sha256=(empty)"),
-        ("model__source", "package:x==1/y.gguf", "MOD-008 model.upcycle_experts=0 with package:x==1/y.gguf"),
+        ("model__source", "package:a==1/f", "MOD-006 model.sha256=(empty)"),
         ("model__upcycle_experts", 1, "MOD-007 model.upcycle_top_k=2 is larger than model.upcycle_experts=1"),
         ("adapter__dropout", 0.1, "ADP-002 adapter.dropout=0.1 must be 0 when adapter.targets=experts"),
         ("data__card", "", "DAT-001 there are no training rows"),
@@ -71,6 +70,13 @@ def test_each_wrong_setting_is_named_with_what_to_do(key: str, value: Any, code:
 def test_a_package_source_has_a_version_and_a_file() -> None:
     sentence = only(good(model__source="package:thing", model__sha256="0" * 64))
     assert sentence.startswith("MOD-005 model.source=package:thing is not of the form package:NAME==VERSION/FILE")
+
+
+def test_a_dense_gguf_file_is_only_made_into_experts() -> None:
+    source = "package:thing==1/model.gguf"
+    sentence = only(good(model__source=source, model__sha256="0" * 64))
+    assert sentence.startswith(f"MOD-008 model.upcycle_experts=0 with {source}")
+    assert check.problems(good(model__source=source, model__sha256="0" * 64, model__upcycle_experts=4)) == []
 
 
 def test_dropout_is_allowed_where_no_expert_is_adapted() -> None:
