@@ -17,7 +17,7 @@ from torch import nn
 
 from finetune.base import Base
 from finetune.errors import NumbersError
-from finetune.experts import ExpertsLora
+from finetune.experts import ExpertsLora, nf4
 from finetune.experts.stack import is_packed
 from finetune.families import GROUPS, Family, Group
 from finetune.recipe import Adapter
@@ -193,7 +193,7 @@ def measure(module: Any, name: str, parameter: torch.Tensor) -> tuple[int, bool,
     if hasattr(module, "finetune_layout") and name in module.finetune_layout.shapes and is_packed(module, name):
         experts, rows, columns = module.finetune_layout.shapes[name]
         return experts * rows * columns, True, size
-    if hasattr(module, "finetune_layout") and name.endswith("_absmax"):
+    if hasattr(module, "finetune_layout") and name.endswith(nf4.SUFFIXES):
         return 0, True, size
     state = getattr(parameter, "quant_state", None)
     if state is not None:

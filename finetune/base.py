@@ -13,9 +13,8 @@ from typing import Any
 
 from finetune.errors import WeightsError
 from finetune.families import Family, family_of
-
-HEADER_LIMIT = 100_000_000
-"""Bytes of a safetensors header, at most; the format's own limit."""
+from finetune.shards import check_shards as check_shards  # for merge
+from finetune.shards import quantisation_of, weights_of
 
 STRAY = re.compile(r"(language_model\.)?(model\.)?(language_model\.)?layers\.\d+\.")
 
@@ -35,9 +34,11 @@ class Base:
     load_seconds: float
     """How long loading took."""
     load_peak_gib: float
-    """Highest resident memory of the process while loading, in GiB."""
+    """How much the process grew while loading, at most, in GiB: memory it allocated, without mapped files."""
+    largest_group_gib: float
+    """The largest group of checkpoint tensors that make one weight in 4 bits, in GiB on disk; 0 without 4 bits."""
     resident_gib: float
-    """Bytes of parameters and buffers, in GiB."""
+    """Bytes of parameters and buffers, 4-bit maxima included, in GiB."""
 
     def arithmetic(self) -> AbstractContextManager[Any]:
         """The context for a forward pass outside training.
@@ -51,10 +52,11 @@ class Base:
         return nullcontext()
 
 
-def load_base(folder: Path, *, load_in_4bit: bool, precision: str) -> Base:
+def load_base(folder: Path, *, load_in_4bit: bool, precision: str, double_quantisation: bool = False) -> Base:
     """The model in `folder`, frozen: linear maps and expert stacks in NF4, or everything in `precision`.
 
-    `precision` is `bf16` or `fp32`, the type of the arithmetic. Raises WeightsError when files are missing, damaged,
+    `precision` is `bf16` or `fp32`, the type of the arithmetic. `double_quantisation` stores the maxima of NF4 in 8
+    bits. Checkpoints in bf16, fp16, fp32, fp8 and mxfp4 are read. Raises WeightsError when files are missing, damaged,
     or do not fit the config.
     """
     import torch
@@ -68,19 +70,21 @@ def load_base(folder: Path, *, load_in_4bit: bool, precision: str) -> Base:
 
     started = time.monotonic()
     family, config = read_config(folder)
-    check_shards(folder)
+    weights = weights_of(folder, quantisation_of(config.to_dict()))
+    forget_quantisation(config)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    nf4 = Nf4Config(family, compute_dtype=dtype)
+    nf4 = Nf4Config(family, weights, compute_dtype=dtype, double_quantisation=double_quantisation)
     quantisation = {"quantization_config": nf4} if load_in_4bit else {}
     place = {"device_map": {"": "cuda"}} if torch.cuda.is_available() else {}
+    kind, config = model_class(family, config)
+    before = resident_gib()
     try:
         with _Peak() as peak:
-            model, info = _auto_class(family).from_pretrained(
-                folder,
+            model, info = kind.from_pretrained(
+                None,
                 config=config,
+                state_dict=weights,
                 dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
                 experts_implementation=EXPERTS if family.experts else None,
                 output_loading_info=True,
                 **quantisation,
@@ -109,10 +113,41 @@ def load_base(folder: Path, *, load_in_4bit: bool, precision: str) -> Base:
         prepare_experts(model, family)
     _keep_cpu_layout(model)
     model.requires_grad_(False).eval()
+    name_after(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    resident = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    seconds = time.monotonic() - started
-    return Base(model, tokenizer, family, folder, seconds, peak.gib, resident / 2**30)
+    return Base(
+        model=model,
+        tokenizer=tokenizer,
+        family=family,
+        folder=folder,
+        load_seconds=time.monotonic() - started,
+        load_peak_gib=peak.gib - before,
+        largest_group_gib=nf4.largest_group / 2**30,
+        resident_gib=sum(map(stored_bytes, [*model.parameters(), *model.buffers()])) / 2**30,
+    )
+
+
+def stored_bytes(tensor: Any) -> int:
+    """Bytes of a parameter or buffer in memory, with the maxima that bitsandbytes keeps beside a packed one."""
+    state = getattr(tensor, "quant_state", None)
+    beside = [] if state is None else [state.absmax, *([state.state2.absmax] if state.nested else [])]
+    return sum(t.numel() * t.element_size() for t in (tensor, *beside))
+
+
+def forget_quantisation(config: Any) -> None:
+    """Takes the checkpoint's quantisation out of a config: its weights come as plain numbers (`weights_of`)."""
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+
+
+def name_after(model: Any, folder: Path) -> None:
+    """Tells the model which folder it is from, and gives it that folder's settings for generation."""
+    from transformers import GenerationConfig
+
+    model.name_or_path = model.config.name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def read_config(folder: Path) -> tuple[Family, Any]:
@@ -133,44 +168,20 @@ def read_config(folder: Path) -> tuple[Family, Any]:
     return family, config
 
 
-def check_shards(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint, each present and of the length its header says. Raises WeightsError WGT-003."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise WeightsError(
-                "WGT-003", f"{folder}: {name} is missing", f"{index.name} names it", "fetch the folder again"
-            )
-        size = path.stat().st_size
-        if expected_size(path) != size:
-            raise WeightsError(
-                "WGT-003", f"{path} is cut short or damaged", f"it has {size} bytes", "fetch this file again"
-            )
-    return [folder / name for name in names]
+def model_class(family: Family, config: Any) -> tuple[Any, Any]:
+    """(model class, its config) as the family's auto class would choose them; auto classes cannot load without a path.
 
-
-def expected_size(path: Path) -> int:
-    """Bytes that a safetensors file must have by its own header; -1 when the header cannot be read."""
-    with path.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if not 0 < length <= HEADER_LIMIT:
-            return -1
-        try:
-            header = json.loads(handle.read(length))
-            return 8 + length + max(value["data_offsets"][1] for key, value in header.items() if key != "__metadata__")
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            return -1
-
-
-def _auto_class(family: Family) -> Any:
+    A multimodal config leads to its text part where the class is one for text.
+    """
     import transformers
 
-    return getattr(transformers, family.auto_class)
+    tables = {
+        "AutoModelForCausalLM": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+        "AutoModelForImageTextToText": transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    }
+    kind = tables[family.auto_class][type(config)]
+    text = config.get_text_config()
+    return kind, text if text is not config and kind.config_class is type(text) else config
 
 
 def _keep_cpu_layout(model: Any) -> None:

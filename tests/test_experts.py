@@ -13,7 +13,7 @@ from finetune.experts.stack import set_layout
 E_, H, INTER, R = 4, 64, 128, 3
 
 
-def experts_module(dtype: torch.dtype = torch.float64, packed: bool = False, num_experts: int = E_) -> nn.Module:
+def experts_module(dtype: torch.dtype = torch.float64, packed: bool = False, num_experts: int = E_, double: bool = False) -> nn.Module:
     """A Mixtral experts module with random weights, frozen."""
     torch.manual_seed(0)
     config = MixtralConfig(hidden_size=H, intermediate_size=INTER, num_local_experts=num_experts, num_experts_per_tok=2)
@@ -24,9 +24,8 @@ def experts_module(dtype: torch.dtype = torch.float64, packed: bool = False, num
     set_layout(module, ("gate_up_proj", "down_proj"), transposed=False)
     if packed:
         for name in ("gate_up_proj", "down_proj"):
-            values, absmax = nf4.pack(getattr(module, name).float())
-            setattr(module, name, nn.Parameter(values, requires_grad=False))
-            module.register_parameter(name + nf4.ABSMAX, nn.Parameter(absmax, requires_grad=False))
+            for suffix, part in nf4.pack(getattr(module, name).float(), double=double).items():
+                setattr(module, name + suffix, nn.Parameter(part, requires_grad=False))
     return module
 
 
@@ -128,8 +127,8 @@ def test_packed_experts_equal_their_dequantised_twin():
     twin = experts_module(torch.float32)
     for name, shape in packed.finetune_layout.shapes.items():
         for e in range(E_):
-            absmax = getattr(packed, name + nf4.ABSMAX)[e]
-            getattr(twin, name).data[e] = nf4.unpack_expert(getattr(packed, name)[e], absmax, shape[1:], torch.float32)
+            absmax = nf4.maxima(packed, name, e)
+            getattr(twin, name).data[e] = nf4.unpack(getattr(packed, name)[e], absmax, shape[1:], torch.float32)
     index, weights = routing(11, "random")
     x = torch.randn(11, H)
     lora = factors(torch.float32)
@@ -150,11 +149,12 @@ def test_packing_per_expert_gives_the_bits_of_packing_that_matrix_alone(shape):
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     stack = torch.randn(shape)
-    packed, absmax = nf4.pack(stack)
+    made = nf4.pack(stack)
+    packed, absmax = made[""], made[nf4.ABSMAX]
     for e in range(shape[0]):
         values, state = quantize_4bit(stack[e], blocksize=64, quant_type="nf4")
         assert torch.equal(packed[e], values.view(-1))
-        mine = nf4.unpack_expert(packed[e], absmax[e], shape[1:], torch.float32)
+        mine = nf4.unpack(packed[e], absmax[e], shape[1:], torch.float32)
         if shape[2] % 64 == 0:
             assert torch.equal(mine, dequantize_4bit(values, state))
         assert (mine - stack[e]).norm() / stack[e].norm() < 0.11  # 9.1 % is NF4's error on a normal distribution

@@ -7,11 +7,22 @@ stacks become two parameters each (packed values, maxima), and everything else s
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 from transformers.integrations import replace_with_bnb_linear
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -24,6 +35,7 @@ from finetune.experts.grouped import experts_forward
 from finetune.experts.repeated import take_over
 from finetune.experts.stack import set_layout
 from finetune.families.family import Family
+from finetune.shards import Weight
 
 METHOD = "finetune_nf4"
 """Name of our quantisation method in transformers' registry."""
@@ -31,66 +43,98 @@ METHOD = "finetune_nf4"
 EXPERTS = "finetune_split"
 """Name of our experts implementation in transformers' registry."""
 
+KNOWN_CHAINS: tuple[list[type], ...] = ([MergeModulelist], [MergeModulelist, Concatenate])
+"""What transformers does to make a stack of one tensor per expert; `Gather` does the same, expert by expert."""
+
 
 @register_quantization_config(METHOD)
 class Nf4Config(BitsAndBytesConfig):
-    """NF4, block 64, no double quantisation, for linear maps and for expert stacks."""
+    """NF4, block 64, for linear maps and for expert stacks; `double_quantisation` stores its maxima in 8 bits."""
 
     def __init__(
-        self, family: Family | None = None, compute_dtype: torch.dtype = torch.bfloat16, **kwargs: Any
+        self,
+        family: Family | None = None,
+        weights: Mapping[str, Weight] | None = None,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        double_quantisation: bool = False,
+        **kwargs: Any,
     ) -> None:
         kwargs.pop("quant_method", None)
         super().__init__(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=False,
+            bnb_4bit_use_double_quant=double_quantisation,
             bnb_4bit_compute_dtype=compute_dtype,
         )
         self.quant_method = METHOD
-        self.family = family
+        self.family, self.weights = family, weights
+        self.largest_group = 0  # bytes on disk of the largest group of tensors that make one packed weight
         self.wrong_shapes: list[str] = []  # transformers swallows what a conversion raises; the loader reads it here
 
     def to_dict(self) -> dict[str, Any]:
         """Without what is ours: transformers writes this as JSON."""
         values: dict[str, Any] = super().to_dict()
-        for ours in ("family", "wrong_shapes"):
+        for ours in ("family", "weights", "largest_group", "wrong_shapes"):
             values.pop(ours, None)
         return values
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Nf4Config:
+        """Itself: transformers copies a config several times, and the weights it names are open files."""
+        return self
 
 
 @register_quantizer(METHOD)
 class Nf4Quantizer(Bnb4BitHfQuantizer):
-    """bitsandbytes' 4-bit quantizer that packs expert stacks too."""
+    """bitsandbytes' 4-bit quantizer that packs expert stacks too, expert by expert as they are read."""
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter of the model is stored in 4 bits: Linear4bit weights and expert stacks."""
-        module, name = get_module_from_name(model, param_name)
-        if hasattr(module, "finetune_layout") and name in module.finetune_layout.shapes:
-            return True
-        return bool(super().param_needs_quantization(model, param_name, **kwargs))
+        return is_stack(model, param_name) or bool(super().param_needs_quantization(model, param_name, **kwargs))
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
-        """Bytes per parameter: 4 bits and a share of one fp32 maximum per 64."""
+        """Bytes per parameter: 4 bits and a share of one maximum per 64."""
         if self.param_needs_quantization(model, param_name):
-            return 0.5 + 4 / nf4.BLOCK
+            return nf4.bytes_per_parameter(self.quantization_config.bnb_4bit_use_double_quant)
         return float(super().param_element_size(model, param_name, param))
 
     def get_quantize_ops(self) -> Any:
         """The conversion step that packs what has just been read."""
         return Pack(self)
 
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """transformers' table, in which the experts of a stack are gathered unread instead of stacked."""
+        conversions = super().update_weight_conversions(weight_conversions)
+        return [gathering(entry, self.quantization_config.family) for entry in conversions]
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, device_map: Any, **kwargs: Any) -> None:
-        family = self.quantization_config.family
+        settings = self.quantization_config
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        keep = [f"{re.escape(name)}$" for name in linears_to_keep(model, family)]
+        keep = [f"{re.escape(name)}$" for name in linears_to_keep(model, settings.family)]
         self.modules_to_not_convert = keep
-        replace_with_bnb_linear(model, modules_to_not_convert=keep, quantization_config=self.quantization_config)
-        for module in prepare_experts(model, family):
+        replace_with_bnb_linear(model, modules_to_not_convert=keep, quantization_config=settings)
+        for module in prepare_experts(model, settings.family):
             for name, shape in module.finetune_layout.shapes.items():
                 if not nf4.can_pack(shape):
                     raise ValueError(f"expert stack {name} {shape} does not split into blocks of {nf4.BLOCK}")
-                placeholder = torch.empty(shape[0], shape[1] * shape[2] // nf4.BLOCK, device="meta")
-                module.register_parameter(name + nf4.ABSMAX, nn.Parameter(placeholder, requires_grad=False))
+                for suffix, part in nf4.placeholders(shape, settings.bnb_4bit_use_double_quant).items():
+                    module.register_parameter(name + suffix, nn.Parameter(part, requires_grad=False))
+        self._defer(model)
+
+    def _defer(self, model: PreTrainedModel) -> None:
+        """Marks the weights of expert stacks, so that they are read when they are packed, one expert at a time."""
+        settings = self.quantization_config
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        state = model.state_dict()
+        groups: dict[str, int] = {}
+        for key, weight in (settings.weights or {}).items():
+            name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+            name = name if name in state else key
+            if name in state and self.param_needs_quantization(model, name):
+                weight.deferred = is_stack(model, name)
+                groups[name] = weight.bytes + (groups[name] if name in groups else 0)
+        settings.largest_group = max(groups.values(), default=0)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         """With a quantizer the loader compares no shapes: those of weights that stay as they are, compared here."""
@@ -100,8 +144,57 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
         return super()._process_model_after_weight_loading(model, **kwargs)
 
 
+def is_stack(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is an expert stack."""
+    module, leaf = get_module_from_name(model, name)
+    return hasattr(module, "finetune_layout") and leaf in module.finetune_layout.shapes
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A stack whose experts lie one by one in the checkpoint: for each part of it, the weights of all experts."""
+
+    parts: tuple[list[Weight], ...]
+    """In the order in which they are joined along the output, e.g. gate and up."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(E, O, I) if every expert is there and has the shape of the first one."""
+        rows = sum(part[0].shape[0] for part in self.parts)
+        even = all(weight.shape == part[0].shape for part in self.parts for weight in part)
+        full = {len(part) for part in self.parts}
+        return (full.pop(), rows, self.parts[0][0].shape[1]) if even and len(full) == 1 else ()
+
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        return torch.cat([part[expert].read() for part in self.parts])
+
+
+class Gather(ConversionOps):
+    """In the place of stacking and joining: notes which weights make a stack. `Pack` reads them one at a time."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        """Source pattern -> its weights by expert, to target pattern -> `Experts`."""
+        return {target_patterns[0]: [Experts(tuple(input_dict[pattern] for pattern in source_patterns))]}
+
+
+def gathering(entry: Any, family: Family) -> Any:
+    """A conversion of transformers' table, with `Gather` as its operation where it makes an expert stack."""
+    if not isinstance(entry, WeightConverter) or not family.experts:
+        return entry
+    leaves = tuple(f".experts.{name}" for name in family.expert_parameters)
+    if not entry.target_patterns[0].endswith(leaves):
+        return entry
+    if [type(operation) for operation in entry.operations] not in KNOWN_CHAINS:
+        raise ValueError(f"transformers stacks experts in a way that is new to us: {entry.operations}")
+    twin = WeightConverter(list(entry.source_patterns), list(entry.target_patterns), [Gather()])
+    twin.scope_prefix, twin.base_model_prefix = entry.scope_prefix, entry.base_model_prefix
+    return twin
+
+
 class Pack(Bnb4bitQuantize):
-    """Packs one tensor while loading: an expert stack into two parameters, a linear map as bitsandbytes does."""
+    """Packs one weight while loading: an expert stack into several parameters, a linear map as bitsandbytes does."""
 
     def convert(
         self,
@@ -114,16 +207,16 @@ class Pack(Bnb4bitQuantize):
         result: dict[str, torch.Tensor] = {}
         settings = self.hf_quantizer.quantization_config
         for name, value in input_dict.items():
-            tensor = value[0] if isinstance(value, list) else value
+            source = value[0] if isinstance(value, list) else value
             module, leaf = get_module_from_name(model, name)
             if not hasattr(module, "finetune_layout"):
-                refuse_shape(settings, name, tuple(tensor.shape), (module.out_features, module.in_features))
-                result |= super().convert({name: tensor}, full_layer_name=full_layer_name, model=model, **kwargs)
+                refuse_shape(settings, name, tuple(source.shape), (module.out_features, module.in_features))
+                result |= super().convert({name: source}, full_layer_name=full_layer_name, model=model, **kwargs)
                 continue
-            refuse_shape(settings, name, tuple(tensor.shape), module.finetune_layout.shapes[leaf])
-            packed, absmax = nf4.pack(tensor)
-            result[name] = nn.Parameter(packed, requires_grad=False)
-            result[name + nf4.ABSMAX] = nn.Parameter(absmax, requires_grad=False)
+            shape = module.finetune_layout.shapes[leaf]
+            refuse_shape(settings, name, tuple(source.shape), shape)
+            for suffix, part in nf4.pack(source, shape, settings.bnb_4bit_use_double_quant).items():
+                result[name + suffix] = nn.Parameter(part, requires_grad=False)
         return result
 
 

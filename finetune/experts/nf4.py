@@ -1,22 +1,42 @@
-"""A stack of expert matrices in 4 bits: one row of packed NF4 values per expert, and one fp32 maximum per 64 values.
+"""A stack of expert matrices in 4 bits: one row of packed NF4 values per expert, and one maximum per 64 values.
 
-0.5625 bytes per parameter (4 bits + 32/64 bits). bitsandbytes does the arithmetic; it packs matrices of `nn.Linear`
-only, and transformers 5 keeps experts as 3-D parameters, so the stack is ours. (NF4: Dettmers et al. 2023,
-arXiv:2305.14314.)
+0.5625 bytes per parameter with fp32 maxima (4 bits + 32/64 bits); 0.516 with double quantisation, which stores the
+maxima in 8 bits around their mean, in blocks of 256. bitsandbytes does the arithmetic; it packs matrices of `nn.Linear`
+only, and transformers 5 keeps experts as 3-D parameters, so the stack is ours. (NF4 and double quantisation: Dettmers
+et al. 2023, arXiv:2305.14314.)
 
-Shapes: E experts, O x I one expert's matrix as it is stored; packed (E, O*I/2) uint8; absmax (E, O*I/64) fp32.
+Shapes: E experts, O x I one expert's matrix as it is stored; packed (E, O*I/2) uint8; maxima (E, O*I/64) fp32, or
+uint8 with scales (E, ceil(O*I/64/256)) and offsets (E,), both fp32. Everything is a parameter of its own, so that it
+is saved, moved and sharded like any other.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import (
+    QuantState,
+    dequantize_4bit,
+    dequantize_blockwise,
+    quantize_4bit,
+    quantize_blockwise,
+)
 
 BLOCK = 64
 """Values that share one maximum."""
 
+MAXIMA_BLOCK = 256
+"""Maxima that share one scale under double quantisation."""
+
 ABSMAX = "_absmax"
 """Suffix of the parameter that holds the maxima of a packed stack."""
+
+SCALE, OFFSET = "_absmax_scale", "_absmax_offset"
+"""Suffixes of what double quantisation adds: a scale per 256 maxima, and the mean of an expert's maxima."""
+
+SUFFIXES = (ABSMAX, SCALE, OFFSET)
 
 
 def can_pack(shape: torch.Size | tuple[int, ...]) -> bool:
@@ -24,28 +44,78 @@ def can_pack(shape: torch.Size | tuple[int, ...]) -> bool:
     return len(shape) == 3 and (shape[1] * shape[2]) % BLOCK == 0
 
 
-def pack(stack_EOI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(packed (E, O*I/2) uint8, absmax (E, O*I/64) fp32) of a floating-point stack, quantised expert by expert.
+def bytes_per_parameter(double: bool = False) -> float:
+    """Bytes in memory per parameter of a packed stack."""
+    return 0.5 + (1 + 4 / MAXIMA_BLOCK if double else 4) / BLOCK
 
-    Raises ValueError when O*I is not a multiple of 64.
+
+def placeholders(shape: tuple[int, int, int], double: bool = False) -> dict[str, torch.Tensor]:
+    """Suffix -> tensor on the meta device, for every parameter that packing a stack adds beside it."""
+    experts, blocks = shape[0], shape[1] * shape[2] // BLOCK
+    found = {ABSMAX: torch.empty(experts, blocks, device="meta", dtype=torch.uint8 if double else torch.float32)}
+    if double:
+        found[SCALE] = torch.empty(experts, math.ceil(blocks / MAXIMA_BLOCK), device="meta")
+        found[OFFSET] = torch.empty(experts, device="meta")
+    return found
+
+
+def pack(stack_EOI: Any, shape: tuple[int, int, int] | None = None, double: bool = False) -> dict[str, torch.Tensor]:
+    """Suffix -> tensor of a packed stack: "" for the values, and one per entry of `placeholders`.
+
+    `stack_EOI[e]` gives the (O, I) matrix of expert e in floating point; it is asked for one at a time, so that a stack
+    on disk is never in memory as a whole. Raises ValueError when O*I is not a multiple of 64.
     """
-    if not can_pack(stack_EOI.shape):
-        raise ValueError(f"a stack of shape {tuple(stack_EOI.shape)} does not split into blocks of {BLOCK} per expert")
-    num_experts, per_expert = stack_EOI.shape[0], stack_EOI.shape[1] * stack_EOI.shape[2]
-    packed = torch.empty(num_experts, per_expert // 2, dtype=torch.uint8, device=stack_EOI.device)
-    absmax = torch.empty(num_experts, per_expert // BLOCK, dtype=torch.float32, device=stack_EOI.device)
-    for e in range(num_experts):
-        values, state = quantize_4bit(stack_EOI[e].contiguous(), blocksize=BLOCK, quant_type="nf4")
-        packed[e], absmax[e] = values.view(-1), state.absmax
-    return packed, absmax
+    experts, rows, columns = shape or tuple(stack_EOI.shape)
+    if not can_pack((experts, rows, columns)):
+        raise ValueError(f"a stack of shape {(experts, rows, columns)} does not split into blocks of {BLOCK} per expert")
+    made: dict[str, torch.Tensor] = {}
+    for e in range(experts):
+        matrix = stack_EOI[e].contiguous()
+        if not made:
+            made = {"": torch.empty(experts, rows * columns // 2, dtype=torch.uint8, device=matrix.device)}
+            for suffix, like in placeholders((experts, rows, columns), double).items():
+                made[suffix] = torch.empty_like(like, device=matrix.device)
+        values, state = quantize_4bit(matrix, blocksize=BLOCK, quant_type="nf4")
+        made[""][e] = values.view(-1)
+        if double:
+            offset = state.absmax.mean()
+            made[ABSMAX][e], nested = quantize_blockwise(state.absmax - offset, blocksize=MAXIMA_BLOCK)
+            made[SCALE][e], made[OFFSET][e] = nested.absmax, offset
+        else:
+            made[ABSMAX][e] = state.absmax
+    return made
 
 
-def unpack_expert(
-    packed_n: torch.Tensor, absmax_n: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+def maxima(module: Any, name: str, expert: int | None = None) -> torch.Tensor:
+    """The fp32 maxima of one expert (O*I/64), or of all (E, O*I/64), of the packed stack `name` of a module."""
+    stored = getattr(module, name + ABSMAX)
+    if stored.dtype == torch.float32:
+        return stored if expert is None else stored[expert]
+    if expert is None and stored.shape[1] % MAXIMA_BLOCK:
+        return torch.stack([maxima(module, name, e) for e in range(stored.shape[0])])  # blocks would straddle experts
+    part = slice(None) if expert is None else slice(expert, expert + 1)
+    scale, offset = getattr(module, name + SCALE)[part], getattr(module, name + OFFSET)[part]
+    stored = stored[part]
+    found = dequantize_blockwise(stored.reshape(-1), absmax=scale.reshape(-1), blocksize=MAXIMA_BLOCK)
+    found = found.view_as(stored) + offset.unsqueeze(1)
+    return found if expert is None else found[0]
+
+
+def unpack(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The (O, I) matrix of one expert in `dtype`, from its row of packed values and its row of maxima."""
-    rows, columns = shape
+    """One expert's (O, I) matrix, or a whole (E, O, I) stack, in `dtype`, from its packed values and fp32 maxima.
+
+    Written into `out` where it is given: contiguous, of that shape and type.
+    """
+    size = math.prod(shape)
     # bitsandbytes' CPU kernel takes maxima row by row, so a row must be whole blocks.
-    blocks = shape if columns % BLOCK == 0 else (rows * columns // BLOCK, BLOCK)
-    state = QuantState(absmax=absmax_n, shape=torch.Size(blocks), dtype=dtype, blocksize=BLOCK, quant_type="nf4")
-    return dequantize_4bit(packed_n.view(-1, 1), state).view(rows, columns)
+    columns = shape[-1] if shape[-1] % BLOCK == 0 else BLOCK
+    blocks = torch.Size((size // columns, columns))
+    state = QuantState(absmax=absmax.reshape(-1), shape=blocks, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
+    flat = None if out is None else out.view(blocks)
+    return dequantize_4bit(packed.reshape(-1, 1), state, out=flat).view(shape)

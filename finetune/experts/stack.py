@@ -49,9 +49,7 @@ def expert_weight(module: Any, name: str, expert: int, dtype: torch.dtype) -> to
     layout = layout_of(module)
     stack = getattr(module, name)
     if is_packed(module, name):
-        absmax = getattr(module, name + nf4.ABSMAX)
-        _, rows, columns = layout.shapes[name]
-        weight = nf4.unpack_expert(stack[expert], absmax[expert], (rows, columns), dtype)
+        weight = nf4.unpack(stack[expert], nf4.maxima(module, name, expert), layout.shapes[name][1:], dtype)
     else:
         weight = stack[expert].detach().to(dtype)
     return weight if layout.transposed else weight.T
