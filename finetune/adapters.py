@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
@@ -20,6 +27,7 @@ from finetune.errors import NumbersError
 from finetune.experts import ExpertsLora, nf4
 from finetune.experts.stack import is_packed
 from finetune.families import GROUPS, Family, Group
+from finetune.layouts import adaptable, foreign, read_adapter
 from finetune.recipe import Adapter
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
@@ -58,31 +66,28 @@ def attach(base: Base, adapter: Adapter) -> PeftModel:
 
 
 def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> PeftModel:
-    """The base with the adapter in `folder`, a stock PEFT folder.
+    """The base with the adapter in `folder`, a PEFT folder in any layout that `layouts` can read.
 
-    Raises NumbersError (ADP-011) unless the file holds exactly the weights that its settings mean for this base.
+    Raises AdapterError: ADP-011 unless the file holds exactly the weights that its settings mean for this base, ADP-012
+    to ADP-016 when it cannot be read without guessing.
     """
-    from safetensors import safe_open
-
-    config = LoraConfig.from_pretrained(folder)
+    adapter = read_adapter(folder, adaptable(base.model, base.family))
+    config = adapter.config
+    config.inference_mode = not trainable
     register_layers(config, base)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning)
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error of ours, below
-        model = PeftModel.from_pretrained(base.model, folder, config=config, is_trainable=trainable)
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        given = set(file.keys())
-    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if given != wanted:
-        some = sorted(given ^ wanted)[0]
-        raise NumbersError(
-            "ADP-011",
-            f"{folder} does not fit {base.folder}: {len(given ^ wanted)} weights are on one side only, e.g. {some}",
-            "the adapter was trained on another base",
-            "the base that adapter_config.json names",
-        )
+        try:
+            model = PeftModelForCausalLM(base.model, config)
+        except ValueError as error:  # PEFT finds no layer for the settings
+            raise foreign(folder, str(error).splitlines()[0]) from error
+        wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+        if adapter.tensors.keys() != wanted:
+            different = sorted(adapter.tensors.keys() ^ wanted)
+            raise foreign(folder, f"{len(different)} weights are on one side only, e.g. {different[0]}")
+        set_peft_model_state_dict(model, adapter.tensors)
     to_fp32(model)
-    return model
+    return model if trainable else model.eval()
 
 
 def lora_config(base: Base, adapter: Adapter) -> LoraConfig:

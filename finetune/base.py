@@ -40,6 +40,14 @@ class Base:
     resident_gib: float
     """Bytes of parameters and buffers, 4-bit maxima included, in GiB."""
 
+    def loading(self) -> str:
+        """What loading took, as a line a person can check."""
+        limit = self.resident_gib + 2 * self.largest_group_gib
+        return (
+            f"base: {self.resident_gib:.3f} GiB in memory after {self.load_seconds:.1f} s; at most "
+            f"{self.load_peak_gib:.3f} GiB while loading (weights + 2 x the largest group of tensors = {limit:.3f} GiB)"
+        )
+
     def arithmetic(self) -> AbstractContextManager[Any]:
         """The context for a forward pass outside training.
 

@@ -42,7 +42,12 @@ def chat(run_dir: RunDir) -> None:
     recipe = read_recipe(run_dir.recipe)
     run_dir.require(run_dir.adapter, "train")
     opening = opening_of(load_splits(run_dir).heldout[0]["messages"])
-    base = load_base(base_folder(recipe), load_in_4bit=recipe.adapter.load_in_4bit, precision=recipe.train.precision)
+    base = load_base(
+        base_folder(recipe),
+        load_in_4bit=recipe.adapter.load_in_4bit,
+        precision=recipe.train.precision,
+        double_quantisation=recipe.adapter.double_quantisation,
+    )
     model = load_adapter(base, run_dir.adapter)
     model.eval()
     # A router that looks tokens up needs all of them in every step.

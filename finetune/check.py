@@ -34,6 +34,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.max_steps": (0, math.inf),
     "train.batch_size": (1, math.inf),
     "train.accumulation": (1, math.inf),
+    "train.checkpointed_layers": (0, math.inf),
     "train.warmup_fraction": (0, 1),
     "train.weight_decay": (0, math.inf),
     "train.router_aux_loss_coef": (0, math.inf),

@@ -62,10 +62,10 @@ def job(request: Request) -> int:
 def plan(request: Request) -> int:
     """Prints what a recipe or a run needs, takes and costs."""
     from finetune.check import problems
-    from finetune.machine import missing_weights
+    from finetune.machine import missing_weights, settled
     from finetune.plan import plan as make_plan
 
-    recipe = _recipe(request)
+    recipe = settled(_recipe(request))
     if found := problems(recipe):
         raise RecipeError(found)
     figures = make_plan(recipe, prepared=request.run_dir.data if request.run_dir else None)

@@ -12,7 +12,7 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 """Eight-bit floating-point types of weights."""
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""Value of each four-bit code (OCP Microscaling Formats v1.0, 5.3.3): one sign bit, two of exponent, one of mantissa."""
+"""Value of each four-bit code (OCP Microscaling Formats v1.0, 5.3.3): a sign bit, two of exponent, one of mantissa."""
 
 
 def plain_scale(scale: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -40,6 +41,28 @@ def environment_problems() -> list[str]:
     if any(metadata.distributions(name="kernels")):
         found.append("SEC-002 the package kernels runs code from a hub. Type: pip uninstall kernels")
     return found
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with what depends on this machine decided: `train.precision=auto`."""
+    if recipe.train.precision != "auto":
+        return recipe
+    return replace(recipe, train=replace(recipe.train, precision="bf16" if multiplies_bf16() else "fp32"))
+
+
+def multiplies_bf16() -> bool:
+    """Whether there is an NVIDIA GPU or a CPU with instructions for products in bf16."""
+    cpu = Path("/proc/cpuinfo")
+    flags = set(cpu.read_text(encoding="utf-8").split()) if cpu.is_file() else set()
+    return Path("/proc/driver/nvidia/gpus").is_dir() or bool(flags & {"avx512_bf16", "amx_bf16"})
+
+
+def available_gib() -> float:
+    """Host memory that can be taken without swapping, in GiB; infinite where the system does not say."""
+    file = Path("/proc/meminfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return found[0] / 2**20 if found else float("inf")
 
 
 def missing_weights(recipe: Recipe) -> WeightsError | None:

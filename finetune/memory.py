@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 
 from finetune import sizes
 from finetune.figure import Figure, assumed, computed
@@ -25,8 +26,9 @@ def memory(recipe: Recipe) -> list[Figure]:
     """
     model, adapter, train = recipe.model, recipe.adapter, recipe.train
     weights, family = sizes.matrices(model), sizes.family_of_card(model)
+    packed_bytes = sizes.nf4_bytes(adapter)
     plain = sizes.BF16_BYTES if train.precision == "bf16" else sizes.FP32_BYTES
-    packed = [m for m in weights if sizes.is_4bit(m, adapter)]
+    packed = [m for m in weights if sizes.is_4bit(m, family, adapter)]
     stacks = sizes.total_parameters([m for m in packed if m.experts])
     linear = sizes.total_parameters(packed) - stacks
     rest = sizes.total_parameters(weights) - stacks - linear
@@ -51,8 +53,8 @@ def memory(recipe: Recipe) -> list[Figure]:
 
     shape = f"{train.batch_size} rows x {recipe.data.max_length:,} tokens"
     return [
-        part("expert stacks, 4-bit", stacks * sizes.NF4_BYTES, f"{stacks:,} x {sizes.NF4_BYTES} B"),
-        part("other linear maps, 4-bit", linear * sizes.NF4_BYTES, f"{linear:,} x {sizes.NF4_BYTES} B"),
+        part("expert stacks, 4-bit", stacks * packed_bytes, f"{stacks:,} x {packed_bytes} B"),
+        part("other linear maps, 4-bit", linear * packed_bytes, f"{linear:,} x {packed_bytes} B"),
         part(f"weights kept in {train.precision}", rest * plain, f"{rest:,} x {plain} B"),
         part("adapter, gradients, AdamW", trainable * LORA_BYTES, f"{trainable:,} x (4 + 4 + 8) B"),
         guess("activations", stored, f"{shape}, inputs and outputs of the linear maps of {kept}, {plain} B each"),
@@ -60,6 +62,34 @@ def memory(recipe: Recipe) -> list[Figure]:
         guess("one unpacked weight", scratch, f"the largest map, or one expert of a stack, {plain} B per parameter"),
         guess("reserve", RESERVE_GIB * sizes.GIB, "libraries and fragmentation"),
     ]
+
+
+def layers_to_recompute(recipe: Recipe, layers: int, free_gib: float) -> int:
+    """How many of `layers` must recompute their activations so that training fits into `free_gib`.
+
+    The weights and the adapter are loaded already. All of them, when even that does not fit.
+    """
+    counted = {part.name: part.value for part in memory(_with_recomputing(recipe, False))}
+    all_kept = counted["activations"]
+    one_layer, one_input = all_kept / layers, _with_inputs(recipe) / layers
+    later = counted["logits"] + counted["one unpacked weight"] + counted["reserve"]
+    later += counted["adapter, gradients, AdamW"] * (LORA_BYTES - 4) / LORA_BYTES  # the values are there already
+    for count in range(layers):
+        if later + (layers - count) * one_layer + count * one_input + (one_layer if count else 0) <= free_gib:
+            return count
+    return layers
+
+
+def _with_inputs(recipe: Recipe) -> float:
+    """The inputs of all layers in GiB."""
+    weights = sizes.matrices(recipe.model)
+    layers, hidden = max(m.count for m in weights if m.group == "attention"), weights[0].columns
+    plain = sizes.BF16_BYTES if recipe.train.precision == "bf16" else sizes.FP32_BYTES
+    return recipe.train.batch_size * recipe.data.max_length * layers * hidden * plain / sizes.GIB
+
+
+def _with_recomputing(recipe: Recipe, on: bool) -> Recipe:
+    return replace(recipe, train=replace(recipe.train, gradient_checkpointing=on))
 
 
 def needed_gib(recipe: Recipe) -> float:

@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 
 import torch
 
-from finetune.adapters import LAYER
 from finetune.base import check_shards, read_config
 from finetune.compose import read_recipe
 from finetune.errors import WeightsError
+from finetune.layouts import PREFIX, A, B, adaptable, read_adapter
 from finetune.rundir import RunDir, atomic_folder, write_json
 
 CHUNK = 16 * 2**20
@@ -159,11 +159,11 @@ class Renamer:
         self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self.prefix = model.base_model_prefix
         self.state = model.state_dict()
-        self._model = model
+        self.skeleton = model
 
     def is_transposed(self, name: str) -> bool:
         """Whether the module of a stack says that its stacks are (E, in, out); PEFT goes by this mark alone."""
-        return bool(getattr(self._model.get_submodule(name.rpartition(".")[0]), "is_transposed", False))
+        return bool(getattr(self.skeleton.get_submodule(name.rpartition(".")[0]), "is_transposed", False))
 
     def runtime(self, key: str) -> tuple[str, str | None]:
         """(parameter name, source pattern of the converter or None) of a checkpoint key."""
@@ -183,40 +183,16 @@ class Renamer:
 
 
 def read_updates(adapter: Path, names: Renamer) -> dict[str, Update]:
-    """Parameter name -> its update, of a stock PEFT adapter folder. Raises WeightsError (MRG-003)."""
-    from peft import LoraConfig
-    from peft.utils.other import get_pattern_key
-    from safetensors.torch import load_file
+    """Parameter name -> its update, of a PEFT folder in any layout that `layouts` can read.
 
-    config = LoraConfig.from_pretrained(adapter)
-    if config.use_dora or config.bias != "none" or config.modules_to_save:
-        raise WeightsError(
-            "MRG-003", f"{adapter} is not a plain LoRA adapter", "", "an adapter without DoRA, bias and modules_to_save"
-        )
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    updates: dict[str, Update] = {}
-    for a_key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
-        path = a_key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        a, b = tensors.pop(a_key).float(), tensors.pop(a_key.replace(".lora_A.", ".lora_B.")).float()
-        runtime = runtime_name(path, names)
-        r_key = get_pattern_key(config.rank_pattern.keys(), runtime.removesuffix(".weight"))
-        rank = config.rank_pattern.get(r_key, config.r)
-        alpha = config.alpha_pattern.get(r_key, config.lora_alpha)
-        scale = alpha / (rank**0.5 if config.use_rslora else rank)
-        updates[runtime] = update_of(runtime, a, b, rank, scale, names)
-    if tensors:
-        raise WeightsError("MRG-003", f"{adapter}: {sorted(tensors)[0]} is not understood", "", "a plain LoRA adapter")
+    Raises AdapterError (ADP-011 to ADP-016) or, when the base lacks a weight, WeightsError MRG-001.
+    """
+    file = read_adapter(adapter, adaptable(names.skeleton, names.family))
+    updates = {}
+    for update in file.updates:
+        a, b = (file.tensors.pop(PREFIX + update.key + end).float() for end in (A, B))
+        updates[update.parameter] = update_of(update.parameter, a, b, update.rank, update.scale, names)
     return updates
-
-
-def runtime_name(path: str, names: Renamer) -> str:
-    """The parameter of an adapter entry at `path`. PEFT nests one wrapper per stack: the innermost is the first."""
-    match = LAYER.search(path.replace(".base_layer", ""))
-    if match and names.family.experts and match[2] == names.family.experts:
-        stacks = names.family.expert_parameters
-        depth = path.count(".base_layer")
-        return f"{path.replace('.base_layer', '')}.{stacks[len(stacks) - 1 - depth]}"
-    return path.replace(".base_layer", "") + ".weight"
 
 
 def update_of(name: str, a: torch.Tensor, b: torch.Tensor, rank: int, scale: float, names: Renamer) -> Update:

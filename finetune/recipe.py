@@ -59,6 +59,8 @@ class Adapter:
 
     load_in_4bit: bool = True
     """Store the frozen weights in 4 bits (NF4, block 64). False keeps them in bf16."""
+    double_quantisation: bool = False
+    """Store the maxima of NF4 in 8 bits too: 0.516 instead of 0.5625 bytes per weight, and a little more error."""
     targets: str = one_of("experts", "attention", "all")
     """`attention`; `experts` = attention and routed experts; `all` = these and shared experts and dense MLPs."""
     rank: int = 16
@@ -123,10 +125,13 @@ class Train:
     """AdamW weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    precision: str = one_of("bf16", "fp32")
-    """Arithmetic of the forward and backward pass. LoRA weights are kept in fp32 either way."""
+    precision: str = one_of("bf16", "fp32", "auto")
+    """Arithmetic of the forward and backward pass. LoRA weights are kept in fp32 either way. `auto` becomes `bf16` on a
+    machine with a GPU or with CPU instructions for bf16, else `fp32`, which is several times faster there."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time if all layers do it."""
+    checkpointed_layers: int = 0
+    """How many layers recompute theirs; 0 means as many as memory demands, seen when training begins."""
     router_aux_loss_coef: float = 0.0
     """Weight of the load-balancing loss. 0 because the router is frozen; TRL's own default would add it."""
     tensorboard: bool = True

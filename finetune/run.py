@@ -41,7 +41,7 @@ def run(
     """
     if run_dir is None:
         return carry_on(start(recipe), until=until, launch=launch)
-    if read_recipe(run_dir.recipe) != recipe:
+    if read_recipe(run_dir.recipe) != machine.settled(recipe):
         raise RunError(
             "RUN-006",
             f"{run_dir.path} was started with other settings",
@@ -53,6 +53,7 @@ def run(
 
 def start(recipe: Recipe) -> RunDir:
     """A new run folder with the frozen recipe and its plan. Raises what `refuse` raises, and RunError."""
+    recipe = machine.settled(recipe)
     refuse(recipe)
     figures = plan(recipe)
     need = {"run_gib": run_folder_gib(figures), "cache_gib": cache_gib(figures)}

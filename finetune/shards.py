@@ -100,7 +100,7 @@ def read_headers(folder: Path) -> dict[str, Entry]:
 
 
 def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The `quantization_config` of a config.json, or an empty dict. Raises WeightsError (WGT-007) for unread methods."""
+    """The `quantization_config` of a config.json, or {}. Raises WeightsError (WGT-007) for other methods."""
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else {}
     for part in (config, text):
         settings = part.get("quantization_config")
@@ -157,8 +157,8 @@ class Weight:
 def weights_of(folder: Path, quantisation: Mapping[str, Any]) -> dict[str, Weight]:
     """Key -> weight of a checkpoint folder, as in its unquantised twin.
 
-    `quantisation` is what `quantisation_of` found in its config. Raises WeightsError: WGT-003 for damaged files, WGT-006
-    for weights without a scale and scales without a weight.
+    `quantisation` is what `quantisation_of` found in its config. Raises WeightsError: WGT-003 for damaged files,
+    WGT-006 for weights without a scale and scales without a weight.
     """
     return _Pairing(folder, read_headers(folder), _block(quantisation)).weights()
 

@@ -14,6 +14,8 @@ from finetune.recipe import Adapter, Model
 GIB = 2**30
 NF4_BYTES = 0.5 + 4 / 64
 """Bytes per parameter in NF4: half a byte, and an fp32 absmax per block of 64."""
+NF4_DOUBLE_BYTES = 0.5 + (1 + 4 / 256) / 64
+"""The same with double quantisation: an 8-bit absmax per block, and an fp32 scale per 256 of them."""
 BF16_BYTES = 2
 FP32_BYTES = 4
 
@@ -94,9 +96,15 @@ def active_lora_parameters(weights: list[Matrix], family: Family, adapter: Adapt
     )
 
 
-def is_4bit(matrix: Matrix, adapter: Adapter) -> bool:
-    """Whether a frozen weight is stored in 4 bits: linear maps and expert stacks, but no embedding, router or norm."""
-    return adapter.load_in_4bit and matrix.group in ("attention", "dense", "shared", "routed") and matrix.columns > 1
+def is_4bit(matrix: Matrix, family: Family, adapter: Adapter) -> bool:
+    """Whether a frozen weight is stored in 4 bits: expert stacks, and the linear maps that the family names."""
+    named = matrix.name in {*family.attention, *family.shared, *family.dense}
+    return adapter.load_in_4bit and matrix.columns > 1 and (matrix.experts > 0 or named)
+
+
+def nf4_bytes(adapter: Adapter) -> float:
+    """Bytes per parameter of what is stored in 4 bits."""
+    return NF4_DOUBLE_BYTES if adapter.double_quantisation else NF4_BYTES
 
 
 def weights_gib(model: Model) -> float:

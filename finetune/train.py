@@ -29,12 +29,19 @@ def train(run_dir: RunDir) -> None:
     from finetune.base import load_base
     from finetune.data import load_splits
     from finetune.progress import Guard, TrainingProgress
+    from finetune.recompute import Recompute
     from finetune.source import base_folder
 
     recipe = read_recipe(run_dir.recipe)
     console = Console()
     rows = load_splits(run_dir).train
-    base = load_base(base_folder(recipe), load_in_4bit=recipe.adapter.load_in_4bit, precision=recipe.train.precision)
+    base = load_base(
+        base_folder(recipe),
+        load_in_4bit=recipe.adapter.load_in_4bit,
+        precision=recipe.train.precision,
+        double_quantisation=recipe.adapter.double_quantisation,
+    )
+    console.print(base.loading())
     set_seed(recipe.seed)  # TRL 1.14.2 seeds after the adapter is made; the same seed would give another LoRA
     model = attach(base, recipe.adapter)
     table = coverage_table(model, base.family)
@@ -49,7 +56,7 @@ def train(run_dir: RunDir) -> None:
             args=trainer_settings(recipe, scratch, str(run_dir.logs), steps, loss_type(base.model)),
             train_dataset=rows.select_columns(["input_ids", "labels"]),
             processing_class=base.tokenizer,
-            callbacks=[progress, Guard()],
+            callbacks=[progress, Guard(), Recompute(recipe, base.family.block_class, console)],
         )
         trainer.remove_callback(PrinterCallback)  # prints each log as a dict; ours says the same in words
         to_fp32(trainer.model)  # TRL casts the adapter of a 4-bit model to bf16
@@ -59,7 +66,7 @@ def train(run_dir: RunDir) -> None:
     done = trainer.state.global_step
     if done != steps:
         raise NumbersError("TRN-003", f"training stopped at step {done} of {steps}", "", "the same command again")
-    idle = unchanged_factors(trainer.model)
+    idle, heard = unlearnt(trainer.model)
     lengths = [len(ids) for ids in rows["input_ids"]]
     answers = [sum(label != -100 for label in labels) for labels in rows["labels"]]
     passes = steps * recipe.train.batch_size * recipe.train.accumulation / len(rows)
@@ -80,11 +87,13 @@ def train(run_dir: RunDir) -> None:
             "trainable_tokens": round(sum(answers) * passes),
             "seconds": round(seconds, 2),
             "peak_memory_gib": round(peak_memory_gib(), 3),
-            "load_peak_gib": round(base.load_peak_gib, 3),
+            "load_peak_gib": round(base.load_peak_gib, 4),
+            "load_limit_gib": round(base.resident_gib + 2 * base.largest_group_gib, 4),
             "load_seconds": round(base.load_seconds, 2),
             "resident_gib": round(base.resident_gib, 4),
             "coverage": table,
-            "unchanged_factors": idle,
+            "experts_without_update": idle,
+            "expert_rows_with_a_gradient": heard,
             "versions": versions(),
             "seed": recipe.seed,
             "device": str(torch.get_default_device())
@@ -161,25 +170,44 @@ def trainer_settings(recipe: Recipe, output_dir: str, logging_dir: str, steps: i
     )
 
 
-def unchanged_factors(model: Any) -> list[str]:
-    """Adapted weights whose update is still zero. Experts that no token reached are the honest reason.
+def unlearnt(model: Any) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """(stack -> experts whose update is still zero, experts module -> rows with a gradient that each expert got).
 
-    Raises NumbersError (TRN-002) when a weight that every token uses did not change.
+    An expert that no such row reached is the one honest reason for an update of zero. Raises NumbersError: TRN-002 when
+    a weight that every token uses did not change, TRN-004 when an expert that was reached did not.
     """
     from finetune.experts import ExpertsLora
 
-    wrappers = {name for name, module in model.named_modules() if isinstance(module, ExpertsLora)}
-    unchanged = [
+    idle: dict[str, list[int]] = {}
+    heard: dict[str, list[int]] = {}
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, ExpertsLora)}
+    dead = [
         name.removesuffix(".lora_B.default.weight")
         for name, parameter in model.named_parameters()
-        if name.endswith(".lora_B.default.weight") and not bool(parameter.detach().any())
+        if name.endswith(".lora_B.default.weight")
+        and name.removesuffix(".lora_B.default.weight") not in stacks
+        and not bool(parameter.detach().any())
     ]
-    dead = [name for name in unchanged if name not in wrappers]
     if dead:
         raise NumbersError(
             "TRN-002", f"{len(dead)} adapted weights did not change, e.g. {dead[0]}", "", "a larger train.lr"
         )
-    return unchanged
+    for name, module in stacks.items():
+        rows = module.rows_with_a_gradient()
+        silent = module.experts_without_update("default")
+        wrong = [expert for expert in silent if rows[expert]]
+        if wrong:
+            raise NumbersError(
+                "TRN-004",
+                f"{module.parameter_name} of {name}: experts {wrong[:5]} got gradients and did not change",
+                f"expert {wrong[0]} got {rows[wrong[0]]} rows",
+                "a larger train.lr",
+            )
+        path = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        heard[path] = rows
+        if silent:
+            idle[f"{path}.{module.parameter_name}"] = silent
+    return idle, heard
 
 
 def peak_memory_gib() -> float:

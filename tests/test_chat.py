@@ -132,7 +132,7 @@ def run_chat(
     for name, what in {
         "adapters": {"load_adapter": lambda _base, _folder: model},
         "base": {
-            "load_base": lambda _folder, *, load_in_4bit, precision: SimpleNamespace(
+            "load_base": lambda _folder, *, load_in_4bit, precision, double_quantisation: SimpleNamespace(
                 tokenizer=tok, family=SimpleNamespace(routing_table=""), arithmetic=contextlib.nullcontext
             )
         },

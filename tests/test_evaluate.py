@@ -373,7 +373,7 @@ def stage(monkeypatch: pytest.MonkeyPatch, tok: Any, rows: list[dict[str, Any]],
     )
     for name, what in {
         "adapters": {"load_adapter": lambda _base, _folder: toy.adapted()},
-        "base": {"load_base": lambda _folder, *, load_in_4bit, precision: base},
+        "base": {"load_base": lambda _folder, *, load_in_4bit, precision, double_quantisation: base},
         "compose": {"read_recipe": lambda _path: recipe},
         "data": {"load_splits": lambda _run: SimpleNamespace(train=data, heldout=data)},
         "source": {"base_folder": lambda _recipe: None},

@@ -7,13 +7,16 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from finetune.experts import EXPERTS, nf4
-from finetune.experts.grouped import ROWS, Factors, experts_forward, route
+from finetune.experts.grouped import Factors, experts_forward
+from finetune.experts.routing import ROWS, padded, route
 from finetune.experts.stack import set_layout
 
 E_, H, INTER, R = 4, 64, 128, 3
 
 
-def experts_module(dtype: torch.dtype = torch.float64, packed: bool = False, num_experts: int = E_, double: bool = False) -> nn.Module:
+def experts_module(
+    dtype: torch.dtype = torch.float64, packed: bool = False, num_experts: int = E_, double: bool = False
+) -> nn.Module:
     """A Mixtral experts module with random weights, frozen."""
     torch.manual_seed(0)
     config = MixtralConfig(hidden_size=H, intermediate_size=INTER, num_local_experts=num_experts, num_experts_per_tok=2)
@@ -173,7 +176,7 @@ def test_an_expert_id_out_of_range_is_refused():
 def test_rows_of_an_expert_are_padded_and_every_pair_has_its_own_row():
     index, _ = routing(100, "random")
     plan = route(index, E_)
-    assert all((end - start) % ROWS == 0 for _, start, end in plan.groups)
+    assert all(end - start == padded(end - start, True) for _, start, end in plan.groups)
     rows = plan.position_TK.reshape(-1)
     assert rows.unique().numel() == rows.numel() == 200
     owner = torch.empty(plan.token_P.numel(), dtype=torch.long)

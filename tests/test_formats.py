@@ -8,7 +8,9 @@ from finetune.formats import block_length, mxfp4, plain_scale, scaled, unpack_e2
 from tests.quantised import fp4, fp8
 
 
-@pytest.mark.parametrize(("rows", "columns", "height", "width"), [(64, 96, 32, 32), (100, 70, 48, 32), (5, 7, 128, 128)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "height", "width"), [(64, 96, 32, 32), (100, 70, 48, 32), (5, 7, 128, 128)]
+)
 def test_fp8_blocks_with_a_shorter_last_one_mean_value_times_scale(rows, columns, height, width):
     values, scales, meaning = fp8(torch.randn(rows, columns), height, width)
     assert torch.equal(scaled(values, scales, (height, width)), meaning)

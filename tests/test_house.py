@@ -163,6 +163,7 @@ BRANDS |= {
     "qwen",
     "gpt.?oss",
     "chatglm",
+    "internlm",
     r"glm[\W_]?\d",
     "kimi",
     "granite",

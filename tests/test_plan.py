@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from finetune import memory, sizes
+from finetune import machine, memory, sizes
 from finetune.compose import load_recipe, recipe_names
 from finetune.families import FAMILIES
 from finetune.plan import Plan, cache_gib, plan, run_folder_gib
@@ -257,3 +257,30 @@ def test_plan_prints_a_page_with_note_duties_verdict_and_what_is_missing() -> No
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
     for part in ("No 70B Llama 4", "Built with", "Fits: ", "active per token", "assumed", "WGT-003", "scale=rehearsal"):
         assert part in done.stdout
+
+
+def test_only_as_many_layers_recompute_as_memory_demands() -> None:
+    recipe = load_recipe("qwen3_30b_legal")
+    layers = 48
+    counts = [memory.layers_to_recompute(recipe, layers, gib) for gib in (0.0, 8.0, 16.0, 24.0, 32.0, 1000.0)]
+    assert counts[0] == layers
+    assert counts[-1] == 0
+    assert counts == sorted(counts, reverse=True)
+    assert len(set(counts)) > 2
+    kept = {
+        part.name: part.value
+        for part in memory.memory(load_recipe("qwen3_30b_legal", "train.gradient_checkpointing=false"))
+    }
+    fixed = kept["logits"] + kept["one unpacked weight"] + kept["reserve"] + kept["adapter, gradients, AdamW"] * 12 / 16
+    assert memory.layers_to_recompute(recipe, layers, fixed + kept["activations"] + 0.01) == 0
+    assert memory.layers_to_recompute(recipe, layers, fixed + kept["activations"] - 0.01) > 0
+
+
+def test_auto_precision_is_settled_by_what_the_machine_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("legal_quickstart")
+    assert recipe.train.precision == "auto"
+    for able, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(machine, "multiplies_bf16", lambda able=able: able)
+        assert machine.settled(recipe).train.precision == precision
+    stated = load_recipe("legal_quickstart", "train.precision=bf16")
+    assert machine.settled(stated) is stated

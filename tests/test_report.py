@@ -73,7 +73,8 @@ def run_dir(tmp_path: Path) -> RunDir:
         {
             "steps": steps, "rows": 3, "passes": 1.5, "tokens": 12345, "trainable_tokens": 678, "seconds": 91.5,
             "peak_memory_gib": 2.345, "load_peak_gib": 1.234, "load_seconds": 3.5, "resident_gib": 0.567,
-            "coverage": coverage(), "unchanged_factors": [], "versions": {"torch": "2.13.0", "peft": "0.21.2"},
+            "coverage": coverage(), "experts_without_update": {}, "expert_rows_with_a_gradient": {},
+            "versions": {"torch": "2.13.0", "peft": "0.21.2"},
             "seed": 17, "device": "cpu",
         },
     )  # fmt: skip

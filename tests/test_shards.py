@@ -88,7 +88,9 @@ def test_every_scale_is_used_and_dropping_it_changes_the_numbers(tmp_path):
 @pytest.mark.parametrize("family", QUANTISED)
 def test_a_missing_scale_is_told(family, tmp_path):
     folder, _ = quantised(family, tmp_path)
-    lost = next(k for k in sorted(read_headers(folder)) if ".experts." in k and k.endswith(("_inv", "_scales", ".scale")))
+    lost = next(
+        k for k in sorted(read_headers(folder)) if ".experts." in k and k.endswith(("_inv", "_scales", ".scale"))
+    )
     edit(folder, lambda content: content.pop(lost))
     with pytest.raises(WeightsError, match=r"WGT-006 .*(has no scale|without a scale)"):
         load_base(folder, load_in_4bit=True, precision="bf16")
@@ -121,7 +123,9 @@ def test_an_index_that_is_no_index_is_told(tmp_path, content):
         weights_of(tmp_path, {})
 
 
-@pytest.mark.parametrize("family", ["mixtral", "llama4", "gpt_oss", "granitemoe", "gpt_oss in mxfp4", "mistral4 in fp8"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "llama4", "gpt_oss", "granitemoe", "gpt_oss in mxfp4", "mistral4 in fp8"]
+)
 def test_a_stack_is_never_in_memory_as_a_whole(family, monkeypatch, tmp_path):
     """Counted, not timed: how many numbers of unpacked expert matrices are alive at once while loading."""
     name, _, kind = family.partition(" in ")

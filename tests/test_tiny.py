@@ -20,6 +20,7 @@ from finetune.tiny import published_name, write_tiny
 PUBLISHED_EXPERTS = {
     "llama4": r"language_model\.model\.layers\.1\.feed_forward\.experts\.gate_up_proj",
     "deepseek_v3": r"model\.layers\.1\.mlp\.experts\.3\.gate_proj\.weight",
+    "deepseek_v32": r"model\.layers\.1\.mlp\.experts\.3\.gate_proj\.weight",
     "deepseek_v4": r"layers\.0\.ffn\.experts\.3\.w1\.weight",
     "mistral4": r"model\.layers\.1\.mlp\.experts\.gate_up_proj",
     "qwen3_moe": r"model\.layers\.1\.mlp\.experts\.3\.gate_proj\.weight",
@@ -69,7 +70,7 @@ def batch(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_every_family_with_experts_has_a_published_name_here() -> None:
     assert [key for key in sorted(FAMILIES) if FAMILIES[key].experts] == MOE
-    assert len(MOE) == 11
+    assert len(MOE) == 12
 
 
 @pytest.mark.parametrize("key", FAMILIES)
@@ -126,7 +127,7 @@ def test_a_model_trains_and_generates(key: str, dtype: torch.dtype, folders: dic
         tokens = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert 6 < loss.item() < 8, "the loss of noise over 1024 tokens is about ln 1024 = 6.9"
     assert tokens.shape[1] == inputs["input_ids"].shape[1] + 4
-    # The indexer of compressed sparse attention only selects: no gradient passes a top-k.
+    # The indexers of sparse attention only select: no gradient passes a top-k.
     without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     assert not {name for name in without if ".indexer." not in name}
 

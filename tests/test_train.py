@@ -12,8 +12,8 @@ from finetune.progress import Guard, TrainingProgress
 from finetune.recipe import Adapter, Train
 from finetune.run import run
 from finetune.rundir import read_json
-from finetune.train import arithmetic, loss_type, planned_steps, unchanged_factors
-from tests.tiny_models import adapted
+from finetune.train import arithmetic, loss_type, planned_steps, unlearnt
+from tests.tiny_models import adapted, some_ids
 
 
 @pytest.fixture(scope="module")
@@ -82,17 +82,53 @@ def test_the_arithmetic_is_shown():
 
 
 def test_an_adapter_that_did_not_move_is_refused_unless_its_expert_met_no_token():
-    _, model = adapted("mixtral", Adapter(rank=2, expert_rank=2))
-    assert unchanged_factors(model) == []
-    stacks = [n for n, _ in model.named_parameters() if ".experts." in n and "lora_B" in n]
+    base, model = adapted("mixtral", Adapter(rank=2, expert_rank=2))
+    idle, heard = unlearnt(model)
+    assert idle == {}
+    assert set(heard) == {"model.layers.0.mlp.experts", "model.layers.1.mlp.experts"}
+    assert all(rows == [0, 0, 0, 0] for rows in heard.values())
+    parameters = dict(model.named_parameters())
+    stack = next(n for n in parameters if ".experts.base_layer.lora_B" in n)
     with torch.no_grad():
-        dict(model.named_parameters())[stacks[0]].zero_()
-    assert len(unchanged_factors(model)) == 1
-    attention = next(n for n, _ in model.named_parameters() if "q_proj" in n and "lora_B" in n)
+        b = parameters[stack]
+        b.view(b.shape[0], -1, 4)[:, :, 2] = 0  # expert-minor: expert 2 of the first stack
+    assert unlearnt(model)[0] == {"model.layers.0.mlp.experts.gate_up_proj": [2]}
+    ids = some_ids(base)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    with pytest.raises(NumbersError, match=r"TRN-004 gate_up_proj of .*layers\.0.* experts \[2\] got gradients"):
+        unlearnt(model)
+    attention = next(n for n in parameters if "q_proj" in n and "lora_B" in n)
     with torch.no_grad():
-        dict(model.named_parameters())[attention].zero_()
+        parameters[attention].zero_()
     with pytest.raises(NumbersError, match="TRN-002"):
-        unchanged_factors(model)
+        unlearnt(model)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rows_with_a_gradient_are_counted_once_per_expert(checkpointing):
+    base, model = adapted("qwen3_moe", Adapter(rank=2, expert_rank=2))
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    ids = some_ids(base)
+    labels = ids.clone()
+    labels[:, :-4] = -100
+    model.train()(input_ids=ids, labels=labels).loss.backward()
+    heard = unlearnt(model)[1]
+    layers = [heard[name] for name in sorted(heard)]
+    assert sum(layers[0]) == ids.numel() * 2 - 4  # nobody reads the last token, whose two experts get no gradient
+    assert sum(layers[-1]) == 2 * 4 * 2  # below the head only the positions whose answer is trained
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert unlearnt(model)[1] == heard
+
+
+def test_recomputing_fewer_layers_changes_no_loss_and_says_how_many(trained, capsys):
+    all_kept, some = trained(), trained("train.gradient_checkpointing=true", "train.checkpointed_layers=1")
+    assert "recomputing activations in 1 of 2 layers: train.checkpointed_layers" in capsys.readouterr().out
+    a, b = (read_json(r.train)["steps"] for r in (all_kept, some))
+    assert [s["loss"] for s in a] == pytest.approx([s["loss"] for s in b], abs=1e-6)
 
 
 def test_a_kind_of_weight_without_a_gradient_is_named_at_step_one():

@@ -31,7 +31,12 @@ def evaluate(run_dir: RunDir) -> None:
     run_dir.require(run_dir.data / "report.json", "data")
     run_dir.require(run_dir.adapter, "train")
     splits = load_splits(run_dir)
-    base = load_base(base_folder(recipe), load_in_4bit=recipe.adapter.load_in_4bit, precision=recipe.train.precision)
+    base = load_base(
+        base_folder(recipe),
+        load_in_4bit=recipe.adapter.load_in_4bit,
+        precision=recipe.train.precision,
+        double_quantisation=recipe.adapter.double_quantisation,
+    )
     model = load_adapter(base, run_dir.adapter)
     cache = not base.family.routing_table  # a router that looks tokens up needs all of them in every step
     with base.arithmetic():

@@ -1,10 +1,7 @@
 """Routed experts with LoRA in split form: y = x W + s (x L) R, expert by expert, W frozen and possibly in 4 bits.
 
 The product L R is never formed and nothing of the size of a stack is saved for the backward pass: W is read again
-there (dequantised again when packed). Only experts that received tokens are touched.
-
-Tokens are sorted by expert and every expert's rows are padded to a multiple of 64: matrix shapes then repeat from step
-to step, and oneDNN, which builds a kernel for every new shape on a CPU, finds them in its cache.
+there (dequantised again when packed). `routing` sorts the tokens, `products` multiplies.
 """
 
 from __future__ import annotations
@@ -13,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
-from finetune.experts.stack import expert_weight, width
-
-ROWS = 64
-"""Rows of one expert are padded to a multiple of this."""
+from finetune.experts.products import Grouped, Products, aligned_rank, arithmetic, products
+from finetune.experts.routing import Combine, Dispatch, Routing, route, route_on_device
+from finetune.experts.stack import layout_of, width
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,82 +29,6 @@ class Factors:
     """What their product is multiplied by."""
 
 
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """Where each (token, choice) pair stands among the rows sorted by expert."""
-
-    token_P: torch.Tensor
-    """Token whose values a padded row holds; rows that are only padding hold token 0 and are never read back."""
-    position_TK: torch.Tensor
-    """Padded row of each pair."""
-    groups: list[tuple[int, int, int]]
-    """(expert, first row, end row) of every expert with tokens; rows are padded to a multiple of `ROWS`."""
-
-
-def route(index_TK: torch.Tensor, num_experts: int) -> Routing:
-    """Sorts (token, choice) pairs by expert, stably, and pads each expert's rows.
-
-    Ids outside 0..num_experts-1 (the mark expert parallelism uses for experts of other ranks) raise ValueError.
-    """
-    tokens, choices = index_TK.shape
-    ids = index_TK.reshape(-1)
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= num_experts):
-        raise ValueError(f"routing names expert {int(ids.max())} of {num_experts}: expert parallelism is not supported")
-    order = torch.argsort(ids, stable=True)
-    counts = torch.bincount(ids, minlength=num_experts)
-    padded = (counts + ROWS - 1) // ROWS * ROWS
-    starts = torch.cumsum(padded, 0) - padded
-    first = torch.cumsum(counts, 0) - counts
-    sorted_ids = ids[order]
-    rows = starts[sorted_ids] + torch.arange(ids.numel(), device=ids.device) - first[sorted_ids]
-    position = torch.empty_like(ids)
-    position[order] = rows
-    token_P = torch.zeros(int(padded.sum()), dtype=torch.long, device=ids.device)
-    token_P[rows] = order // max(choices, 1)
-    groups = [
-        (e, start, start + size)
-        for e, (start, size) in enumerate(zip(starts.tolist(), padded.tolist(), strict=True))
-        if size > 0
-    ]
-    return Routing(token_P, position.view(tokens, choices), groups)
-
-
-class Dispatch(torch.autograd.Function):
-    """x_TH -> x_PH, rows sorted by expert. The backward pass adds each token's K rows in a fixed order."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TH: torch.Tensor, routing: Routing) -> torch.Tensor:  # noqa: D102
-        ctx.position_TK = routing.position_TK
-        return x_TH[routing.token_P]
-
-    @staticmethod
-    def backward(ctx: Any, grad_PH: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: D102
-        return grad_PH[ctx.position_TK].sum(1), None
-
-
-class Combine(torch.autograd.Function):
-    """y_PH, weights_TK -> sum over a token's K rows of weight * row, added in a fixed order."""
-
-    @staticmethod
-    def forward(ctx: Any, y_PH: torch.Tensor, weights_TK: torch.Tensor, position_TK: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        ctx.save_for_backward(y_PH, weights_TK)
-        ctx.position_TK = position_TK
-        rows_TKH = y_PH[position_TK]
-        return (rows_TKH * weights_TK.unsqueeze(-1)).sum(1).to(y_PH.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # noqa: D102
-        y_PH, weights_TK = ctx.saved_tensors
-        position_TK = ctx.position_TK
-        grad_y = torch.zeros_like(y_PH)
-        grad_y[position_TK.reshape(-1)] = (
-            (grad_TH.unsqueeze(1) * weights_TK.unsqueeze(-1)).to(y_PH.dtype).reshape(-1, y_PH.shape[1])
-        )
-        wide = torch.promote_types(y_PH.dtype, torch.float32)
-        grad_weights = (y_PH[position_TK].to(wide) * grad_TH.unsqueeze(1).to(wide)).sum(-1).to(weights_TK.dtype)
-        return grad_y, grad_weights, None
-
-
 class GroupedLinear(torch.autograd.Function):
     """y_PM = x_PN W_e + scale (x_PN left_e) right_e, with e the expert of the row. W gets no gradient."""
 
@@ -120,36 +41,80 @@ class GroupedLinear(torch.autograd.Function):
         scale: float,
         module: Any,
         name: str,
-        groups: list[tuple[int, int, int]],
+        routing: Routing,
     ) -> torch.Tensor:
         ctx.save_for_backward(x_PN, left_ENr, right_ErM)
-        ctx.scale, ctx.module, ctx.name, ctx.groups = scale, module, name, groups
-        y_PM = x_PN.new_empty(x_PN.shape[0], width(module, name))
+        ctx.scale, ctx.module, ctx.name, ctx.routing = scale, module, name, routing
+        times = products(module, name, routing)
         with torch.autocast(device_type=x_PN.device.type, enabled=False):
-            for e, start, end in groups:
-                x, y = x_PN[start:end], y_PM[start:end]
-                torch.mm(x, expert_weight(module, name, e, x.dtype), out=y)
-                if left_ENr is not None and right_ErM is not None:
-                    y.addmm_(x @ left_ENr[e].to(x.dtype), right_ErM[e].to(x.dtype), alpha=scale)
-        return y_PM
+            if not x_PN.shape[0]:
+                return x_PN.new_zeros(0, width(module, name))
+            x = x_PN.to(arithmetic(x_PN.dtype, x_PN.device))
+            y_PM = times.frozen(x)
+            if left_ENr is not None and right_ErM is not None:
+                left, right = filled(left_ENr, right_ErM, times, x.dtype)
+                times.add(y_PM, times.times(x, left), right, scale)
+            return y_PM.to(x_PN.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_PM: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
         x_PN, left_ENr, right_ErM = ctx.saved_tensors
-        grad_x = torch.empty_like(x_PN)
         grad_left = None if left_ENr is None else torch.zeros_like(left_ENr)
         grad_right = None if right_ErM is None else torch.zeros_like(right_ErM)
+        if not x_PN.shape[0]:
+            return torch.zeros_like(x_PN), grad_left, grad_right, None, None, None, None
+        times, scale = products(ctx.module, ctx.name, ctx.routing), ctx.scale
+        tally(ctx.module, ctx.name, ctx.routing, grad_PM)
         with torch.autocast(device_type=x_PN.device.type, enabled=False):
-            for e, start, end in ctx.groups:
-                g, x, grad = grad_PM[start:end].to(x_PN.dtype), x_PN[start:end], grad_x[start:end]
-                torch.mm(g, expert_weight(ctx.module, ctx.name, e, x.dtype).T, out=grad)
-                if grad_left is not None and grad_right is not None:
-                    left, right = left_ENr[e].to(x.dtype), right_ErM[e].to(x.dtype)
-                    through = (g @ right.T) * ctx.scale  # (rows, r)
-                    grad.addmm_(through, left.T)
-                    grad_left[e] = x.T @ through
-                    grad_right[e] = (x @ left).T @ g * ctx.scale
+            x = x_PN.to(arithmetic(x_PN.dtype, x_PN.device))
+            grad = grad_PM.to(x.dtype).contiguous()
+            grad_PN = times.frozen_back(grad) if ctx.needs_input_grad[0] else None
+            if left_ENr is not None and right_ErM is not None:
+                left, right = filled(left_ENr, right_ErM, times, x.dtype)
+                rank = left_ENr.shape[2]
+                through_Pr = times.times(grad, right.mT.contiguous()).mul_(scale)
+                if grad_PN is not None:
+                    times.add(grad_PN, through_Pr, left.mT.contiguous(), 1.0)
+                grad_left = times.outer(x, through_Pr)[:, :, :rank].to(left_ENr.dtype)
+                grad_right = times.outer(times.times(x, left), grad)[:, :rank].to(right_ErM.dtype) * scale
+        grad_x = None if grad_PN is None else grad_PN.to(x_PN.dtype)
         return grad_x, grad_left, grad_right, None, None, None, None
+
+
+def filled(
+    left_ENr: torch.Tensor, right_ErM: torch.Tensor, times: Products, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors in the type of the arithmetic, their rank filled up with zeros where `grouped_mm` wants it."""
+    left_ENr, right_ErM = left_ENr.to(dtype), right_ErM.to(dtype)
+    more = aligned_rank(left_ENr.shape[2], dtype) - left_ENr.shape[2]
+    if not isinstance(times, Grouped) or not more:
+        return left_ENr.contiguous(), right_ErM.contiguous()
+    return F.pad(left_ENr, (0, more)), F.pad(right_ErM, (0, 0, 0, more))
+
+
+def tally(module: Any, name: str, routing: Routing, grad_PM: torch.Tensor) -> None:
+    """Counts, on the module, rows with a gradient per expert: `finetune_heard` (E,), once per backward pass.
+
+    An expert whose count is zero has learnt nothing and may keep an update of zero; any other may not.
+    """
+    layout = layout_of(module)
+    if name != next(reversed(layout.shapes)):
+        return
+    heard_P = (grad_PM != 0).any(1)
+    heard_E = torch.zeros(layout.shapes[name][0] + 1, dtype=torch.long, device=grad_PM.device)
+    heard_E.index_add_(0, routing.expert_P, heard_P.long())
+    before = getattr(module, "finetune_heard", None)
+    module.finetune_heard = heard_E[:-1] if before is None else before + heard_E[:-1]
+
+
+def plan(index_TK: torch.Tensor, module: Any, dtype: torch.dtype) -> Routing:
+    """The plan for an experts module, of the kind its device wants."""
+    layout = layout_of(module)
+    experts = next(iter(layout.shapes.values()))[0]
+    if index_TK.is_cuda and index_TK.numel():
+        return route_on_device(index_TK, experts, absent=layout.absent)
+    fill = arithmetic(dtype, index_TK.device) == torch.bfloat16  # oneDNN's; fp32 goes to a library without kernels
+    return route(index_TK, experts, fill=fill, absent=layout.absent)
 
 
 def experts_forward(
@@ -158,6 +123,7 @@ def experts_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     lora: dict[str, Factors] | None = None,
+    routing: Routing | None = None,
 ) -> torch.Tensor:
     """The routed experts' output (T, H): our entry in transformers' table of experts implementations.
 
@@ -165,12 +131,12 @@ def experts_forward(
     and interleaving are the module's own `_apply_gate`; biases `<name>_bias` (E, M) are added where it has them.
     """
     lora = lora or {}
-    first, second = self.finetune_layout.shapes
-    routing = route(top_k_index, self.num_experts)
+    first, second = layout_of(self).shapes
+    routing = routing or plan(top_k_index, self, hidden_states.dtype)
     x_PH = Dispatch.apply(hidden_states, routing)
     gate_up = linear(self, first, x_PH, routing, lora)
     y_PH = linear(self, second, self._apply_gate(gate_up), routing, lora)
-    return Combine.apply(y_PH, top_k_weights, routing.position_TK).to(hidden_states.dtype)
+    return Combine.apply(y_PH, top_k_weights, routing).to(hidden_states.dtype)
 
 
 def linear(module: Any, name: str, x_PN: torch.Tensor, routing: Routing, lora: dict[str, Factors]) -> torch.Tensor:
@@ -183,11 +149,9 @@ def linear(module: Any, name: str, x_PN: torch.Tensor, routing: Routing, lora: d
         factors.scale if factors else 0.0,
         module,
         name,
-        routing.groups,
+        routing,
     )
-    bias_EM = getattr(module, name + "_bias") if getattr(module, "has_bias", False) else None
-    if bias_EM is None:
+    if not getattr(module, "has_bias", False):
         return y_PM
-    sizes = torch.tensor([end - start for _, start, end in routing.groups], device=x_PN.device)
-    experts = torch.tensor([e for e, _, _ in routing.groups], device=x_PN.device)
-    return y_PM + bias_EM[experts.repeat_interleave(sizes)].to(y_PM.dtype)
+    bias_EM = getattr(module, name + "_bias")
+    return y_PM + bias_EM[routing.expert_P.clamp(max=bias_EM.shape[0] - 1)].to(y_PM.dtype)

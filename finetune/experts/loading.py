@@ -245,7 +245,7 @@ def prepare_experts(model: Any, family: Family) -> list[Any]:
     for path, module in list(model.named_modules()):
         if type(module).__name__ == family.experts_class and path.endswith("." + family.experts):
             if family.repeats_tokens:
-                module = take_over(model, path, module)
+                module = take_over(model, path)
             set_layout(module, family.expert_parameters, family.transposed)
             found.append(module)
     if not found:

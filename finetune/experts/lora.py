@@ -46,6 +46,18 @@ class ExpertsLora(PeftParamWrapper):
             first, second = second.mT, first.mT
         return Factors(first.contiguous(), second.contiguous(), self.scaling[adapter_name])
 
+    def experts_without_update(self, adapter_name: str) -> list[int]:
+        """The experts whose B is all zero."""
+        b_OrE = self.lora_B[adapter_name].weight.detach().reshape(self.out_features, -1, self.num_experts)
+        moved: list[bool] = (b_OrE != 0).flatten(0, 1).any(0).tolist()
+        return [expert for expert, changed in enumerate(moved) if not changed]
+
+    def rows_with_a_gradient(self) -> list[int]:
+        """How many rows with a gradient each expert got since the model was loaded."""
+        heard = getattr(self.get_base_layer(), "finetune_heard", None)
+        counts: list[int] = [0] * self.num_experts if heard is None else heard.tolist()
+        return counts
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The experts' output with this stack's update. Raises ValueError with several active adapters."""
         if kwargs.pop("adapter_names", None) is not None:

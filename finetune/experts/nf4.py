@@ -67,7 +67,9 @@ def pack(stack_EOI: Any, shape: tuple[int, int, int] | None = None, double: bool
     """
     experts, rows, columns = shape or tuple(stack_EOI.shape)
     if not can_pack((experts, rows, columns)):
-        raise ValueError(f"a stack of shape {(experts, rows, columns)} does not split into blocks of {BLOCK} per expert")
+        raise ValueError(
+            f"a stack of shape {(experts, rows, columns)} does not split into blocks of {BLOCK} per expert"
+        )
     made: dict[str, torch.Tensor] = {}
     for e in range(experts):
         matrix = stack_EOI[e].contiguous()
@@ -117,5 +119,10 @@ def unpack(
     columns = shape[-1] if shape[-1] % BLOCK == 0 else BLOCK
     blocks = torch.Size((size // columns, columns))
     state = QuantState(absmax=absmax.reshape(-1), shape=blocks, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
-    flat = None if out is None else out.view(blocks)
-    return dequantize_4bit(packed.reshape(-1, 1), state, out=flat).view(shape)
+    if out is None:
+        return dequantize_4bit(packed.reshape(-1, 1), state).view(shape)
+    if out.is_cuda:  # bitsandbytes 0.50.2 writes into a given tensor on a GPU only
+        dequantize_4bit(packed.reshape(-1, 1), state, out=out.view(blocks))
+    else:
+        out.copy_(dequantize_4bit(packed.reshape(-1, 1), state).view(shape))
+    return out

@@ -1,7 +1,8 @@
-"""Experts of families whose block hands every expert every token, scaled by a routing score that is mostly zero.
+"""The routed block of families whose stock block hands every expert every token, scaled by a score mostly zero.
 
-The stock module multiplies E*T rows although all but T*K of them are zero. A zero row gives a zero output and, because
-the block multiplies by the same zero, no gradient: leaving it out changes nothing.
+The stock block makes E copies of all tokens and multiplies E*T rows, although all but T*K of them are zero. A zero row
+gives a zero output and, because it was multiplied by the same zero, no gradient: leaving it out changes nothing. Ours
+multiplies T*K rows.
 """
 
 from __future__ import annotations
@@ -11,39 +12,61 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.experts.grouped import Combine, Dispatch, Factors, linear, route
+from finetune.experts.grouped import Factors, linear, plan
+from finetune.experts.routing import Combine, Dispatch
 from finetune.experts.stack import layout_of
 
 
-class RepeatedExperts(nn.Module):
-    """Takes the place of a stock experts module; same parameters, and only rows that are not zero are computed."""
+class RoutedBlock(nn.Module):
+    """Takes the place of a stock block; same router, experts and shared expert under the same names."""
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__()
+        self.top_k: int = stock.top_k
+        self.hidden_dim: int = stock.hidden_dim
+        self.router = stock.router
+        self.experts = ScaledExperts(stock.experts)
+        self.shared_expert = stock.shared_expert
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(..., H) -> ((T, H), router logits (T, E)), as the stock block does. A score scales an expert's *input*."""
+        hidden_TH = hidden_states.reshape(-1, self.hidden_dim)
+        scores_TE, logits_TE = self.router(hidden_TH)
+        index_TK = torch.topk(logits_TE, self.top_k, dim=1).indices  # what the router itself does, for its scores
+        scaled_TKH = hidden_TH.unsqueeze(1) * scores_TE.gather(1, index_TK).unsqueeze(-1)
+        routed = self.experts(scaled_TKH.reshape(-1, self.hidden_dim), index_TK.reshape(-1, 1))
+        return self.shared_expert(hidden_TH) + routed.view(scaled_TKH.shape).sum(1), logits_TE
+
+
+class ScaledExperts(nn.Module):
+    """The experts of such a block, with the parameters of the stock module."""
 
     def __init__(self, stock: Any) -> None:
         super().__init__()
         self.num_experts: int = stock.num_experts
-        self.hidden_size: int = stock.hidden_size
         self.act_fn: Any = stock.act_fn
         for name, parameter in stock.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
 
-    def forward(self, hidden_states: torch.Tensor, lora: dict[str, Factors] | None = None) -> torch.Tensor:
-        """(E*T, H) -> (E*T, H): block e of T rows holds the tokens scaled by expert e's score."""
+    def forward(
+        self, rows_RH: torch.Tensor, index_R1: torch.Tensor, lora: dict[str, Factors] | None = None
+    ) -> torch.Tensor:
+        """(R, H) -> (R, H): each row through its own expert."""
         lora = lora or {}
         first, second = layout_of(self).shapes
-        hidden_states = hidden_states.reshape(-1, self.hidden_size)
-        rows_R = (hidden_states != 0).any(-1).nonzero().squeeze(1)
-        routing = route((rows_R // (hidden_states.shape[0] // self.num_experts)).unsqueeze(1), self.num_experts)
-        x_PH = Dispatch.apply(hidden_states[rows_R], routing)
+        routing = plan(index_R1, self, rows_RH.dtype)
+        x_PH = Dispatch.apply(rows_RH, routing)
         gate, up = linear(self, first, x_PH, routing, lora).chunk(2, dim=-1)
         y_PH = linear(self, second, up * self.act_fn(gate), routing, lora)
-        ones = torch.ones(rows_R.shape[0], 1, dtype=y_PH.dtype, device=y_PH.device)
-        y_RH = Combine.apply(y_PH, ones, routing.position_TK)
-        return torch.zeros_like(hidden_states).index_copy(0, rows_R, y_RH.to(hidden_states.dtype))
+        ones = torch.ones(rows_RH.shape[0], 1, dtype=y_PH.dtype, device=y_PH.device)
+        routed: torch.Tensor = Combine.apply(y_PH, ones, routing)
+        return routed
 
 
-def take_over(model: nn.Module, path: str, stock: nn.Module) -> RepeatedExperts:
-    """Puts a `RepeatedExperts` with the stock module's parameters at `path` of the model."""
-    parent, _, leaf = path.rpartition(".")
-    module = RepeatedExperts(stock)
-    setattr(model.get_submodule(parent), leaf, module)
-    return module
+def take_over(model: nn.Module, path: str) -> ScaledExperts:
+    """Puts a `RoutedBlock` in the place of the block whose experts are at `path`; returns its experts."""
+    block, _, _ = path.rpartition(".")
+    parent, _, leaf = block.rpartition(".")
+    routed = RoutedBlock(model.get_submodule(block))
+    setattr(model.get_submodule(parent), leaf, routed)
+    return routed.experts

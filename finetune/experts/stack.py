@@ -1,6 +1,6 @@
 """How one module's expert weights are read: packed or plain, whichever way round they are stored.
 
-Legend of shape letters in this package: T tokens, K experts per token, P padded rows (tokens sorted by expert), E
+Legend of shape letters in this package: T tokens, K experts per token, P rows (token-choice pairs sorted by expert), E
 experts, H hidden, I expert intermediate, O output features, r LoRA rank, N input features, M output features.
 """
 
@@ -19,11 +19,13 @@ class Layout:
     """What an experts module cannot say of its own weights once they are packed. Kept on it as `finetune_layout`."""
 
     shapes: dict[str, tuple[int, int, int]]
-    """Parameter name -> logical shape (E, rows, columns) as stored in the unpacked model."""
+    """Parameter name -> logical shape (E, rows, columns) as stored in the unpacked model, in order of use."""
     transposed: bool
     """Stored as (E, in, out): y = x W. Otherwise (E, out, in): y = x W^T."""
     dtype: torch.dtype
     """Floating-point type of the unpacked weights."""
+    absent: bool = False
+    """Routing may name an expert that is not here (expert parallelism), by the id E."""
 
 
 def layout_of(module: Any) -> Layout:
@@ -55,8 +57,8 @@ def expert_weight(module: Any, name: str, expert: int, dtype: torch.dtype) -> to
     return weight if layout.transposed else weight.T
 
 
-def width(module: Any, name: str) -> int:
-    """Output features of one expert's product with the stack `name`."""
+def width(module: Any, name: str, *, back: bool = False) -> int:
+    """Output features of one expert's product with the stack `name`; its input features with `back`."""
     layout = layout_of(module)
     _, rows, columns = layout.shapes[name]
-    return columns if layout.transposed else rows
+    return columns if layout.transposed != back else rows

@@ -1,4 +1,9 @@
-"""DeepSeek V3 and R1: latent attention, first layers dense, all others with a shared and 256 routed experts."""
+"""DeepSeek V3 and R1: latent attention, first layers dense, all others with a shared and 256 routed experts.
+
+The router scores with a sigmoid in fp32, adds a correction bias for the choice only, and chooses within groups. Stacks
+are (E, out, in), gate first. On disk: one gate_proj, up_proj, down_proj per expert, in fp8 with a scale per block, and
+a layer more for multi-token prediction, which transformers leaves out.
+"""
 
 from finetune.families import shapes
 from finetune.families.family import Family, Matrix

@@ -1,7 +1,10 @@
 """DeepSeek V4: compressed attention of three kinds, hyper-connections between layers, a shared and routed experts.
 
-The first layers route by a table from token to experts, so a forward pass needs `input_ids`. `self_attn.o_a_proj` is a
-block-diagonal linear map: a plain LoRA beside it would be wrong, and it is not in `attention`.
+The first layers route by a table from token to experts, so a forward pass needs `input_ids`; the others by a
+square-root softplus score with a correction bias. `self_attn.o_a_proj` is a block-diagonal linear map: a plain LoRA
+beside it would be wrong, and it is not in `attention`. Compressors and indexers stay frozen: of their maps, those that
+only select get no gradient. Stacks are (E, out, in), gate first, and clamped. On disk: names of its own
+(`layers.N.attn`, `ffn`), one w1, w2, w3 per expert in FP4, most of the rest in fp8.
 """
 
 from finetune.families import shapes

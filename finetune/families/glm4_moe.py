@@ -1,4 +1,9 @@
-"""GLM-4.5: the first layers are dense, all others have a shared and routed experts."""
+"""GLM-4.5: the first layers are dense, all others have a shared and routed experts.
+
+Attention has q, k and v maps with biases and an o map without. The router scores with a sigmoid and a correction bias,
+as DeepSeek V3 does. Stacks are (E, out, in), gate first. On disk: one gate_proj, up_proj, down_proj per expert, and a
+layer more for multi-token prediction, which transformers leaves out.
+"""
 
 from finetune.families import shapes
 from finetune.families.family import Family, Matrix

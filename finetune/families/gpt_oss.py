@@ -1,4 +1,8 @@
-"""gpt-oss: attention with biases and sinks; expert stacks (in, out) with biases, gate and up alternating."""
+"""gpt-oss: attention with biases and sinks; expert stacks (in, out) with biases, gate and up alternating.
+
+The router is a linear map with a bias and a softmax over the chosen experts. On disk: fused stacks under the names of
+the model in a bf16 copy; as published each is two tensors in MXFP4, `gate_up_proj_blocks` and `gate_up_proj_scales`.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,8 @@
-"""Granite 3 MoE: every layer has routed experts. On disk: fused stacks named input_linear and output_linear."""
+"""Granite 3 MoE: every layer has routed experts, below `block_sparse_moe`, and nothing else.
+
+Attention has q, k, v and o maps; the router is a linear map in fp32 with a softmax over the chosen experts. Stacks are
+(E, out, in), gate first. On disk: fused stacks named input_linear and output_linear, and `router.layer`.
+"""
 
 from finetune.families import shapes
 from finetune.families.family import Family, Matrix
@@ -9,7 +13,7 @@ def matrices(config: shapes.Config) -> list[Matrix]:
     layers, experts = config["num_hidden_layers"], config["num_local_experts"]
     return [
         *shapes.embeddings(config),
-        *shapes.grouped_attention(config, layers),
+        *shapes.grouped_attention(config, layers, biases=shapes.attention_biases(config)),
         *shapes.routed(config, "block_sparse_moe.experts", experts, config["intermediate_size"], layers),
         shapes.router(config, "block_sparse_moe.router", experts, layers),
         *shapes.layer_norms(config),

@@ -1,4 +1,9 @@
-"""Llama 4 (text part): a shared and one routed expert per token; Maverick has a dense MLP in every second layer."""
+"""Llama 4 (text part): a shared and one routed expert per token; Maverick has a dense MLP in every second layer.
+
+Attention has q, k, v and o maps. The router is a linear map whose sigmoid scales an expert's input, not its output, and
+the block hands every expert every token. Stacks are (E, in, out), gate first. On disk: fused stacks below
+`language_model.`, beside a vision part that is not loaded and comes through a merge unchanged.
+"""
 
 from finetune.families import shapes
 from finetune.families.family import Family, Matrix
@@ -12,7 +17,7 @@ def matrices(config: shapes.Config) -> list[Matrix]:
     intermediate = config["intermediate_size"]
     return [
         *shapes.embeddings(config),
-        *shapes.grouped_attention(config, layers, biases="qkvo" if config["attention_bias"] else ""),
+        *shapes.grouped_attention(config, layers, biases=shapes.attention_biases(config)),
         *shapes.mlp("feed_forward", "dense", hidden, config["intermediate_size_mlp"], layers - sparse),
         *shapes.mlp("feed_forward.shared_expert", "shared", hidden, intermediate, sparse),
         *shapes.routed(config, "feed_forward.experts", experts, intermediate, sparse),

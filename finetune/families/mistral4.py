@@ -1,4 +1,10 @@
-"""Mistral 4: latent attention and a softmax router. On disk: fused expert stacks."""
+"""Mistral Small 4 and Mistral Large 3: latent attention, a softmax router, a shared and routed experts.
+
+Some first layers may be dense; experts may be chosen within groups. Stacks are (E, out, in), gate first. On disk: fused
+stacks, below `language_model.` in a multimodal folder (Mistral3ForConditionalGeneration, loaded with its vision part,
+which stays frozen and in its own precision) and without that prefix in a text-only one (Mistral4ForCausalLM). Published
+files are in fp8.
+"""
 
 from finetune.families import shapes
 from finetune.families.family import Family, Matrix

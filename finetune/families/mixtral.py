@@ -1,4 +1,8 @@
-"""Mixtral: every layer has routed experts and nothing else. On disk: one w1, w2, w3 per expert."""
+"""Mixtral: every layer has routed experts and nothing else.
+
+Attention has q, k, v and o maps; the router is a softmax in fp32, renormalised over the chosen experts. Stacks are (E,
+out, in), gate first. On disk: one w1, w2, w3 per expert below `block_sparse_moe`.
+"""
 
 from finetune.families import shapes
 from finetune.families.family import Family, Matrix

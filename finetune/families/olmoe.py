@@ -1,4 +1,8 @@
-"""OLMoE: every layer has routed experts; queries and keys are normalised over all heads at once."""
+"""OLMoE: every layer has routed experts; queries and keys are normalised over all heads at once.
+
+Attention has q, k, v and o maps; the router is a softmax in fp32. Stacks are (E, out, in), gate first. On disk: one
+gate_proj, up_proj, down_proj per expert.
+"""
 
 from finetune.families import shapes
 from finetune.families.family import Family, Matrix
@@ -12,7 +16,7 @@ def matrices(config: shapes.Config) -> list[Matrix]:
     keys = shapes.stated(config, "num_key_value_heads", absent=heads)
     return [
         *shapes.embeddings(config),
-        *shapes.grouped_attention(config, layers),
+        *shapes.grouped_attention(config, layers, biases=shapes.attention_biases(config)),
         shapes.vector("self_attn.q_norm", heads * width, layers),
         shapes.vector("self_attn.k_norm", keys * width, layers),
         *shapes.routed(config, "mlp.experts", experts, config["intermediate_size"], layers),

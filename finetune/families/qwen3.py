@@ -1,4 +1,4 @@
-"""Qwen3 dense models."""
+"""Qwen3 dense models: q, k, v and o maps with norms per head, and a gated MLP. On disk: the names of the model."""
 
 from finetune.families import shapes
 from finetune.families.family import Family, Matrix
@@ -9,7 +9,7 @@ def matrices(config: shapes.Config) -> list[Matrix]:
     layers = config["num_hidden_layers"]
     return [
         *shapes.embeddings(config),
-        *shapes.grouped_attention(config, layers),
+        *shapes.grouped_attention(config, layers, biases=shapes.attention_biases(config)),
         *shapes.head_norms(config, layers),
         *shapes.mlp("mlp", "dense", config["hidden_size"], config["intermediate_size"], layers),
         *shapes.layer_norms(config),

@@ -1,4 +1,11 @@
-"""Qwen3.5 MoE: three layers of linear attention (gated delta rule) to one of full attention; experts in all of them."""
+"""Qwen3.5 MoE: three layers of linear attention (gated delta rule) to one of full attention; experts in all of them.
+
+Full attention has q (with an output gate), k, v and o maps. Of linear attention the large maps are adapted; the two
+that give one decay and one gate per head are not. The router is a softmax in fp32; a shared expert stands behind a gate
+of its own, which stays frozen. Stacks are (E, out, in), gate first. On disk: fused stacks below
+`model.language_model.`, beside a vision part (`model.visual.`) and `mtp.`, which are not loaded and come through a
+merge unchanged.
+"""
 
 from finetune.families import shapes
 from finetune.families.family import Family, Matrix
@@ -10,7 +17,7 @@ def matrices(config: shapes.Config) -> list[Matrix]:
     full = layer_types(config).count("full_attention")
     return [
         *shapes.embeddings(config),
-        *shapes.grouped_attention(config, full, query_factor=2),
+        *shapes.grouped_attention(config, full, biases=shapes.attention_biases(config), query_factor=2),
         *shapes.head_norms(config, full),
         *linear_attention(config, layers - full),
         *shapes.mlp("mlp.shared_expert", "shared", hidden, config["shared_expert_intermediate_size"], layers),

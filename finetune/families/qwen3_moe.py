@@ -1,4 +1,8 @@
-"""Qwen3 MoE: routed experts in every layer, or in some. On disk: one gate_proj, up_proj, down_proj per expert."""
+"""Qwen3 MoE: routed experts in every layer, or in some, the others dense.
+
+Attention has q, k, v and o maps with norms per head; the router is a softmax in fp32. Stacks are (E, out, in), gate
+first. On disk: one gate_proj, up_proj, down_proj per expert.
+"""
 
 from finetune.families import shapes
 from finetune.families.family import Family, Matrix
@@ -12,7 +16,7 @@ def matrices(config: shapes.Config) -> list[Matrix]:
     sparse = sum(layer not in dense_layers and experts > 0 and (layer + 1) % step == 0 for layer in range(layers))
     return [
         *shapes.embeddings(config),
-        *shapes.grouped_attention(config, layers),
+        *shapes.grouped_attention(config, layers, biases=shapes.attention_biases(config)),
         *shapes.head_norms(config, layers),
         *shapes.mlp("mlp", "dense", hidden, config["intermediate_size"], layers - sparse),
         *shapes.routed(config, "mlp.experts", experts, config["moe_intermediate_size"], sparse),

@@ -66,6 +66,11 @@ def grouped_attention(config: Config, layers: int, *, biases: str = "", query_fa
     return maps + [vector(f"self_attn.{key}_proj.bias", shapes[key][0], layers) for key in biases]
 
 
+def attention_biases(config: Config) -> str:
+    """Letters of the attention maps that have a bias, for `grouped_attention`: all four, or none."""
+    return "qkvo" if stated(config, "attention_bias", absent=False) else ""
+
+
 def head_norms(config: Config, layers: int) -> list[Matrix]:
     """Norms over one head of queries and of keys."""
     return [vector(f"self_attn.{name}_norm", head_dim(config), layers) for name in "qk"]
@@ -88,9 +93,11 @@ def latent_attention(config: Config) -> list[Matrix]:
     else:
         shapes |= {"q_a_proj": (query_rank, hidden), "q_b_proj": (queries, query_rank)}
         norms["q_a_layernorm"] = query_rank
+    biased = [name for name in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj") if name in shapes]
     return [
         *(matrix(f"self_attn.{name}", "attention", *shape, layers) for name, shape in shapes.items()),
         *(vector(f"self_attn.{name}", size, layers) for name, size in norms.items()),
+        *(vector(f"self_attn.{name}.bias", shapes[name][0], layers) for name in biased if attention_biases(config)),
     ]
 
 
