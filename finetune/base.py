@@ -78,7 +78,7 @@ def load_base(folder: Path, *, load_in_4bit: bool, precision: str, double_quanti
 
     started = time.monotonic()
     family, config = read_config(folder)
-    weights = weights_of(folder, quantisation_of(config.to_dict()))
+    weights = weights_of(folder, quantisation_of(config.to_dict()), mapped=not load_in_4bit)
     forget_quantisation(config)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     nf4 = Nf4Config(family, weights, compute_dtype=dtype, double_quantisation=double_quantisation)
@@ -105,6 +105,7 @@ def load_base(folder: Path, *, load_in_4bit: bool, precision: str, double_quanti
         ) from error
     finally:
         set_verbosity(verbosity)
+        nf4.weights = None  # transformers keeps this object with the model, and it would keep the files open
     # A key that no layer of the text model has is a weight that would not be used; vision parts may stay unused.
     strays = [key for key in info["unexpected_keys"] if STRAY.match(key)]
     wrong = {"missing": info["missing_keys"], "mismatched": info["mismatched_keys"], "unexpected": strays}

@@ -154,13 +154,14 @@ class Weight:
         return sum(entry.bytes for entry in self.entries)
 
 
-def weights_of(folder: Path, quantisation: Mapping[str, Any]) -> dict[str, Weight]:
+def weights_of(folder: Path, quantisation: Mapping[str, Any], *, mapped: bool = True) -> dict[str, Weight]:
     """Key -> weight of a checkpoint folder, as in its unquantised twin.
 
-    `quantisation` is what `quantisation_of` found in its config. Raises WeightsError: WGT-003 for damaged files,
-    WGT-006 for weights without a scale and scales without a weight.
+    `quantisation` is what `quantisation_of` found in its config. `mapped` weights stay on disk until they are used, and
+    can be dropped from memory again; others are read into memory, and no more of a file than was asked for. Raises
+    WeightsError: WGT-003 for damaged files, WGT-006 for weights without a scale and scales without a weight.
     """
-    return _Pairing(folder, read_headers(folder), _block(quantisation)).weights()
+    return _Pairing(folder, read_headers(folder), _block(quantisation), _Files(mapped)).weights()
 
 
 def _block(quantisation: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -175,9 +176,10 @@ class _Pairing:
     folder: Path
     entries: dict[str, Entry]
     block: tuple[int, int] | None
+    files: _Files
 
     def weights(self) -> dict[str, Weight]:
-        files = _Files()
+        files = self.files
         made: dict[str, Weight] = {}
         scales: set[str] = set()
         for key, entry in self.entries.items():
@@ -185,13 +187,13 @@ class _Pairing:
                 name, scale = key.removesuffix("_blocks"), key.removesuffix("_blocks") + "_scales"
                 self._require(key, scale)
                 scales |= {key, scale}
-                made[name] = self._mxfp4(name, key, scale, files)
+                made[name] = self._mxfp4(name, key, scale)
                 continue
             scale = self._scale_of(key)
             if entry.dtype in FP8_TYPES or (entry.dtype in PACKED_TYPES and scale):
                 self._require(key, scale)
                 scales.add(scale)
-                made[key] = self._scaled(key, scale, files)
+                made[key] = self._scaled(key, scale)
         for key, entry in self.entries.items():
             if key in made or key in scales:
                 continue
@@ -218,13 +220,13 @@ class _Pairing:
             "WGT-006", f"{self.folder}: {what}", "without it the numbers are not known", "fetch the folder again"
         )
 
-    def _scaled(self, key: str, scale_key: str, files: _Files) -> Weight:
+    def _scaled(self, key: str, scale_key: str) -> Weight:
         from finetune.formats import scaled, unpack_e2m1
 
         entry, scale_entry = self.entries[key], self.entries[scale_key]
         packed = entry.dtype in PACKED_TYPES
         shape = (*entry.shape[:-1], entry.shape[-1] * (2 if packed else 1))
-        values, scales = files.reader(key, entry), files.reader(scale_key, scale_entry)
+        values, scales = self.files.reader(key, entry), self.files.reader(scale_key, scale_entry)
         per_matrix = len(entry.shape) == 3 and scale_entry.shape[:1] == entry.shape[:1] and len(scale_entry.shape) == 3
         if len(entry.shape) == 3 and not per_matrix and scale_entry.shape not in ((), (1,)):
             self._refuse(f"{scale_key} {scale_entry.shape} does not fit {key} {entry.shape}")
@@ -248,14 +250,15 @@ class _Pairing:
 
         return Weight(key, read, shape, (entry, scale_entry))
 
-    def _mxfp4(self, name: str, blocks_key: str, scales_key: str, files: _Files) -> Weight:
+    def _mxfp4(self, name: str, blocks_key: str, scales_key: str) -> Weight:
         from finetune.formats import mxfp4
 
         blocks, scales = self.entries[blocks_key], self.entries[scales_key]
         if len(blocks.shape) != 4 or blocks.shape[:3] != scales.shape:
             self._refuse(f"{scales_key} {scales.shape} does not fit {blocks_key} {blocks.shape}")
         experts, rows, groups, length = blocks.shape
-        read_blocks, read_scales = files.reader(blocks_key, blocks), files.reader(scales_key, scales)
+        read_blocks = self.files.reader(blocks_key, blocks)
+        read_scales = self.files.reader(scales_key, scales)
 
         def read(expert: int | None) -> Any:
             import torch
@@ -269,9 +272,10 @@ class _Pairing:
 
 
 class _Files:
-    """Open safetensors files, mapped into memory, each opened once."""
+    """Open safetensors files, each opened once."""
 
-    def __init__(self) -> None:
+    def __init__(self, mapped: bool) -> None:
+        self._backend = "mmap" if mapped else "pread"
         self._open: dict[Path, Any] = {}
 
     def reader(self, key: str, entry: Entry) -> Any:
@@ -287,5 +291,5 @@ class _Files:
         from safetensors import safe_open
 
         if entry.file not in self._open:
-            self._open[entry.file] = safe_open(entry.file, "pt")
+            self._open[entry.file] = safe_open(entry.file, "pt", backend=self._backend)
         return self._open[entry.file].get_slice(key)
