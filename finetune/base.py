@@ -74,8 +74,9 @@ def load_base(folder: Path, *, load_in_4bit: bool, precision: str, double_quanti
     disable_progress_bar()
     verbosity = get_verbosity()
     set_verbosity(logging.CRITICAL)  # transformers prints a report with tracebacks; what is wrong is said below
-    from finetune.experts import EXPERTS, Nf4Config, prepare_experts
+    from finetune.experts import EXPERTS, SCRATCH, Nf4Config, prepare_experts
 
+    SCRATCH.release()  # what it holds belongs to the model before
     started = time.monotonic()
     family, config = read_config(folder)
     weights = weights_of(folder, quantisation_of(config.to_dict()), mapped=not load_in_4bit)

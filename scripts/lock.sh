@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes the three locks anew from pyproject.toml. Versions stay as they are where they still fit; `--upgrade` or
+# Writes the four locks anew from pyproject.toml. Versions stay as they are where they still fit; `--upgrade` or
 # `--upgrade-package NAME` moves them. Extra words go to pip-compile.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_venv.sh"
@@ -53,3 +53,13 @@ compile tests/requirements.lock "$@" --extra test -c requirements.lock -c script
   without "$(names requirements.lock scripts/build.lock)|$cuda"
 } >"$temporary/tests.lock"
 mv -- "$temporary/tests.lock" tests/requirements.lock
+rm "$temporary/out.lock"
+
+say "lock: tests/triton.lock"
+printf 'triton==3.9.0\n' >"$temporary/triton.in"
+compile tests/triton.lock "$@" "$temporary/triton.in"
+{
+  printf '# What the tests of GPU kernels run in, interpreted: .ci/run puts it beside .venv. Written by scripts/lock.sh.\n'
+  without none | sed 's|-r .*/triton.in|scripts/lock.sh|'
+} >"$temporary/triton.lock"
+mv -- "$temporary/triton.lock" tests/triton.lock

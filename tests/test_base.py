@@ -122,3 +122,42 @@ def test_a_shape_that_disagrees_with_the_config_is_told(folder, part):
     path.write_text(json.dumps(config))
     with pytest.raises(WeightsError, match=r"WGT-00[45] "):
         load(folder)
+
+
+@pytest.mark.parametrize("lost", ["layers.0.block_sparse_moe.experts.2.w1", "layers.1.block_sparse_moe.experts.0.w2"])
+def test_an_expert_that_is_missing_is_told(folder, lost):
+    for shard in folder.glob("*.safetensors"):
+        values = load_file(shard)
+        save_file({k: v for k, v in values.items() if lost not in k}, shard, metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"WGT-004 .*experts\.\w+ is \(3, .* and \(4, .* by its config\.json"):
+        load(folder)
+
+
+def test_a_whole_part_of_the_experts_that_is_missing_is_told(folder):
+    for shard in folder.glob("*.safetensors"):
+        values = load_file(shard)
+        kept = {k: v for k, v in values.items() if not ("layers.0" in k and ".w3" in k)}
+        save_file(kept, shard, metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"WGT-004 .*experts\.gate_up_proj is \(0,\) in the checkpoint"):
+        load(folder)
+
+
+def test_double_quantisation_takes_less_and_loads_and_answers_nearly_the_same(folder):
+    single = load(folder)
+    double = load_base(folder, load_in_4bit=True, precision="bf16", double_quantisation=True)
+    for base, size in ((single, 0.5625), (double, 0.5 + 1 / 64)):
+        experts = next(m for m in base.model.modules() if hasattr(m, "finetune_layout"))
+        count = sum(e * o * i for e, o, i in experts.finetune_layout.shapes.values())
+        assert sum(p.numel() * p.element_size() for p in experts.parameters()) / count == pytest.approx(size, rel=0.01)
+    assert double.resident_gib < single.resident_gib
+    ids = torch.randint(5, 900, (2, 19), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        a, b = single.model(input_ids=ids).logits, double.model(input_ids=ids).logits
+    assert not torch.equal(a, b)
+    assert (a - b).norm() / a.norm() < 0.05
+
+
+def test_what_loading_took_is_said_with_its_limit(folder):
+    line = load(folder).loading()
+    assert "GiB in memory" in line
+    assert "weights + 2 x the largest group of tensors" in line

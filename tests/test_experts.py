@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from finetune.base import load_base
 from finetune.experts import EXPERTS, nf4
 from finetune.experts.grouped import Factors, experts_forward
 from finetune.experts.routing import ROWS, padded, route
-from finetune.experts.stack import set_layout
+from finetune.experts.stack import set_layout, width
+from finetune.families import FAMILIES
+from tests.tiny_models import checkpoint
 
 E_, H, INTER, R = 4, 64, 128, 3
 
@@ -186,16 +190,21 @@ def test_rows_of_an_expert_are_padded_and_every_pair_has_its_own_row():
     assert torch.equal(plan.token_P[plan.position_TK], torch.arange(100).unsqueeze(1).expand(-1, 2))
 
 
-def test_nothing_of_the_size_of_a_stack_is_kept_for_the_backward_pass():
+def test_only_tokens_routing_weights_factors_and_one_projection_are_kept_for_the_backward_pass():
+    """No stack, no sorted copy of the tokens, no activation, no output of an expert."""
     module, lora = experts_module(torch.float32, packed=True), factors(torch.float32)
     index, weights = routing(8, "random")
     saved = []
-    x = torch.randn(8, H, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        experts_forward(module, x, index, weights.float(), lora=lora)
-    stack = E_ * 2 * INTER * H
-    assert saved
-    assert max(shape.numel() for shape in saved) < stack
+    x, scores = torch.randn(8, H, requires_grad=True), weights.float().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        output = experts_forward(module, x, index, scores, lora=lora)
+    rows = route(index, E_, fill=False).token_P.shape[0]
+    given = [x, scores, *(t for f in lora.values() for t in (f.left_ENr, f.right_ErM))]
+    own = [t for t in saved if not any(t is g or t.data_ptr() == g.data_ptr() for g in given)]
+    assert [tuple(t.shape) for t in own] == [(rows, 2 * INTER)]
+    assert len(saved) == len(given) + 1
+    output.sum().backward()
+    assert x.grad.abs().sum() > 0
 
 
 def test_two_forwards_before_one_backward_and_repeats_are_bit_equal():
@@ -230,3 +239,88 @@ def test_a_wrong_update_is_seen(mutation):
         f = Factors(f.left_ENr, f.right_ErM.roll(1, dims=0), f.scale)
     ours = experts_forward(module, x, index, weights, lora=lora | {"gate_up_proj": f})
     assert (ours - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 256), (3, 64, 96)])
+def test_double_quantisation_gives_the_bits_that_bitsandbytes_gives(shape):
+    """Also where the maxima of an expert do not fill blocks of 256."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    stack = torch.randn(shape)
+    module = nn.Module()
+    for suffix, part in nf4.pack(stack, double=True).items():
+        module.register_parameter("w" + suffix, nn.Parameter(part, requires_grad=False))
+    whole = nf4.unpack(module.w, nf4.maxima(module, "w"), shape, torch.float32)
+    for e in range(shape[0]):
+        values, state = quantize_4bit(stack[e].view(-1, 64), blocksize=64, quant_type="nf4", compress_statistics=True)
+        theirs = dequantize_4bit(values, state).view(shape[1:])
+        assert torch.equal(module.w[e], values.view(-1))
+        assert torch.equal(nf4.unpack(module.w[e], nf4.maxima(module, "w", e), shape[1:], torch.float32), theirs)
+        assert torch.equal(whole[e], theirs)
+    assert nf4.bytes_per_parameter(True) == pytest.approx(0.5159, abs=1e-4)
+
+
+MOE = [key for key, family in FAMILIES.items() if family.experts]
+
+
+@pytest.mark.parametrize(("precision", "near"), [("fp32", 1e-5), ("bf16", 1e-2)])
+@pytest.mark.parametrize("family", MOE)
+def test_every_familys_experts_in_4_bits_equal_its_own_class_in_float64(family, precision, near):
+    """The stock class, its weights dequantised and W + s B A formed, in float64: output and every gradient.
+
+    Biases, clamps and interleaving are the class's own there. Where the stock block scales inputs instead of outputs
+    the whole block is compared.
+    """
+    base = load_base(checkpoint(family), load_in_4bit=True, precision=precision)
+    module = next(m for m in base.model.modules() if hasattr(m, "finetune_layout"))
+    layout, dtype = module.finetune_layout, torch.float32 if precision == "fp32" else torch.bfloat16
+    experts, hidden = layout.shapes["down_proj"][0], base.model.config.get_text_config().hidden_size
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    sizes = {name: (width(module, name, back=True), width(module, name)) for name in layout.shapes}
+    leaves = {n: (draw(experts, i, 3) / i**0.5, draw(experts, 3, o) / 3**0.5) for n, (i, o) in sizes.items()}
+    x, weights = draw(13, hidden).to(dtype), torch.rand(13, 2, generator=generator, dtype=torch.float64)
+    index = torch.stack([torch.randperm(experts, generator=generator)[:2] for _ in range(13)])
+    repeats = FAMILIES[family].repeats_tokens
+    index = index[:, :1].reshape(-1, 1) if repeats else index
+
+    def ours():
+        lora = {n: Factors(a.float().requires_grad_(), b.float().requires_grad_(), 0.6) for n, (a, b) in leaves.items()}
+        moved, scores = x.clone().requires_grad_(), weights.to(dtype).requires_grad_()
+        if repeats:
+            output = module(moved, index, lora=lora)
+        else:
+            output = experts_forward(module, moved, index, scores, lora=lora)
+        inputs = [moved, *([] if repeats else [scores]), *(t for f in lora.values() for t in (f.left_ENr, f.right_ErM))]
+        return output, torch.autograd.grad(output.double().sin().sum(), inputs)
+
+    def exact():
+        fields = dict(FAMILIES[family].tiny)
+        config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+        config._experts_implementation = "eager"
+        stock = getattr(transformers, FAMILIES[family].auto_class).from_config(config)
+        stock = next(m for m in stock.modules() if type(m).__name__ == FAMILIES[family].experts_class).double()
+        values = {name: p.detach().double() for name, p in module.named_parameters() if "absmax" not in name}
+        lora = {n: (a.clone().requires_grad_(), b.clone().requires_grad_()) for n, (a, b) in leaves.items()}
+        for name, shape in layout.shapes.items():
+            stack = nf4.unpack(getattr(module, name), nf4.maxima(module, name), shape, torch.float32).double()
+            delta = 0.6 * lora[name][0] @ lora[name][1]
+            values[name] = stack + (delta if layout.transposed else delta.mT)
+        moved, scores = x.double().requires_grad_(), weights.to(dtype).double().requires_grad_()
+        if repeats:
+            rows = torch.zeros(experts, 13, hidden, dtype=torch.float64)
+            rows = rows.index_put((index[:, 0], torch.arange(13)), moved).view(-1, hidden)
+            every = torch.func.functional_call(stock, values, (rows,)).view(experts, 13, hidden)
+            output = every[index[:, 0], torch.arange(13)]
+        else:
+            output = torch.func.functional_call(stock, values, (moved, index, scores))
+        inputs = [moved, *([] if repeats else [scores]), *(t for pair in lora.values() for t in pair)]
+        return output, torch.autograd.grad(output.sin().sum(), inputs)
+
+    found, expected = ours(), exact()
+    for number, (a, b) in enumerate(zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True)):
+        assert b.norm() > 0
+        assert (a.double() - b).norm() <= near * b.norm(), number

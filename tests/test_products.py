@@ -41,7 +41,6 @@ def on_device(monkeypatch):
         return route_on_device(index_TK, experts, absent=module.finetune_layout.absent)
 
     monkeypatch.setattr(grouped, "plan", planned)
-    monkeypatch.setattr("finetune.experts.repeated.plan", planned)
 
 
 def run(module, x, index, weights, lora, way):

@@ -3,5 +3,6 @@
 from finetune.experts import nf4
 from finetune.experts.loading import EXPERTS, Nf4Config, prepare_experts
 from finetune.experts.lora import ExpertsLora
+from finetune.experts.scratch import SCRATCH
 
-__all__ = ["EXPERTS", "ExpertsLora", "Nf4Config", "nf4", "prepare_experts"]
+__all__ = ["EXPERTS", "SCRATCH", "ExpertsLora", "Nf4Config", "nf4", "prepare_experts"]

@@ -1,7 +1,9 @@
 """Routed experts with LoRA in split form: y = x W + s (x L) R, expert by expert, W frozen and possibly in 4 bits.
 
-The product L R is never formed and nothing of the size of a stack is saved for the backward pass: W is read again
-there (dequantised again when packed). `routing` sorts the tokens, `products` multiplies.
+One autograd function from tokens to tokens. It keeps the first projection's output for the backward pass and nothing
+else of its own: sorted copies of the tokens, activations and the second projection's output are made again there or are
+not needed, W is read again (unpacked again when it is in 4 bits), and the product L R is never formed. `routing` sorts
+the tokens, `products` multiplies.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from finetune.experts.products import Grouped, Products, aligned_rank, arithmetic, products
-from finetune.experts.routing import Combine, Dispatch, Routing, route, route_on_device
-from finetune.experts.stack import layout_of, width
+from finetune.experts.routing import Routing, kept, route, route_on_device
+from finetune.experts.stack import layout_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,79 +31,190 @@ class Factors:
     """What their product is multiplied by."""
 
 
-class GroupedLinear(torch.autograd.Function):
-    """y_PM = x_PN W_e + scale (x_PN left_e) right_e, with e the expert of the row. W gets no gradient."""
+@dataclass(slots=True)
+class Projection:
+    """One stack at work on sorted rows, with its update and its bias where there are any."""
+
+    times: Products
+    """The arithmetic."""
+    left_ENr: torch.Tensor | None
+    """First LoRA factor in the type of the arithmetic, None without an update."""
+    right_ErM: torch.Tensor | None
+    """Second LoRA factor."""
+    scale: float
+    """What their product is multiplied by."""
+    bias_EM: torch.Tensor | None
+    """Frozen bias of every expert."""
+
+    def forward(self, x_PN: torch.Tensor, expert_P: torch.Tensor) -> torch.Tensor:
+        """y_PM = x W_e + scale (x L_e) R_e + b_e."""
+        y_PM = self.times.frozen(x_PN)
+        if self.left_ENr is not None and self.right_ErM is not None:
+            self.times.add(y_PM, self.times.times(x_PN, self.left_ENr), self.right_ErM, self.scale)
+        if self.bias_EM is not None:
+            y_PM += self.bias_P(expert_P).to(y_PM.dtype)
+        return y_PM
+
+    def bias_P(self, expert_P: torch.Tensor) -> torch.Tensor:
+        """The bias of every row (P, M); that of the last expert for rows of none."""
+        assert self.bias_EM is not None
+        return self.bias_EM[expert_P.clamp(max=self.bias_EM.shape[0] - 1)]
+
+    def through(self, grad_PM: torch.Tensor) -> torch.Tensor | None:
+        """scale * grad R_e^T (P, r), which both gradients of the update need; None without one."""
+        if self.right_ErM is None:
+            return None
+        return self.times.times(grad_PM, self.right_ErM.mT.contiguous()).mul_(self.scale)
+
+    def backward(self, grad_PM: torch.Tensor, through_Pr: torch.Tensor | None) -> torch.Tensor:
+        """grad_PN = grad W_e^T + scale (grad R_e^T) L_e^T."""
+        grad_PN = self.times.frozen_back(grad_PM)
+        if through_Pr is not None and self.left_ENr is not None:
+            self.times.add(grad_PN, through_Pr, self.left_ENr.mT.contiguous(), 1.0)
+        return grad_PN
+
+    def update(
+        self, x_PN: torch.Tensor, grad_PM: torch.Tensor, through_Pr: torch.Tensor | None, weight_P1: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Gradients of L (E, N, r) and R (E, r, M), of rows whose gradient is `weight` times `grad`."""
+        if through_Pr is None or self.left_ENr is None:
+            return None, None
+        inner_Pr = self.times.times(x_PN, self.left_ENr).mul_(self.scale)
+        if weight_P1 is not None:
+            inner_Pr, through_Pr = inner_Pr * weight_P1, through_Pr * weight_P1
+        return self.times.outer(x_PN, through_Pr), self.times.outer(inner_Pr, grad_PM)
+
+
+class Routed(torch.autograd.Function):
+    """hidden_TH, weights_TK -> the routed experts' output (T, H)."""
 
     @staticmethod
     def forward(  # noqa: D102
         ctx: Any,
-        x_PN: torch.Tensor,
-        left_ENr: torch.Tensor | None,
-        right_ErM: torch.Tensor | None,
-        scale: float,
+        hidden_TH: torch.Tensor,
+        weights_TK: torch.Tensor,
+        left_1: torch.Tensor | None,
+        right_1: torch.Tensor | None,
+        left_2: torch.Tensor | None,
+        right_2: torch.Tensor | None,
+        scales: tuple[float, float],
         module: Any,
-        name: str,
         routing: Routing,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x_PN, left_ENr, right_ErM)
-        ctx.scale, ctx.module, ctx.name, ctx.routing = scale, module, name, routing
-        times = products(module, name, routing)
-        with torch.autocast(device_type=x_PN.device.type, enabled=False):
-            if not x_PN.shape[0]:
-                return x_PN.new_zeros(0, width(module, name))
-            x = x_PN.to(arithmetic(x_PN.dtype, x_PN.device))
-            y_PM = times.frozen(x)
-            if left_ENr is not None and right_ErM is not None:
-                left, right = filled(left_ENr, right_ErM, times, x.dtype)
-                times.add(y_PM, times.times(x, left), right, scale)
-            return y_PM.to(x_PN.dtype)
+        wide = arithmetic(hidden_TH.dtype, hidden_TH.device)
+        first, second = layout_of(module).shapes
+        with torch.autocast(device_type=hidden_TH.device.type, enabled=False):
+            up = projection(module, first, left_1, right_1, scales[0], routing, wide)
+            middle_PM = up.forward(hidden_TH[routing.token_P].to(wide), routing.expert_P).to(hidden_TH.dtype)
+            down = projection(module, second, left_2, right_2, scales[1], routing, wide)
+            y_PH = down.forward(module._apply_gate(middle_PM).to(wide), routing.expert_P).to(hidden_TH.dtype)
+            rows_TKH = kept(y_PH[routing.position_TK], routing)
+            output_TH = (rows_TKH * weights_TK.unsqueeze(-1)).sum(1).to(hidden_TH.dtype)
+        ctx.save_for_backward(hidden_TH, weights_TK, middle_PM, left_1, right_1, left_2, right_2)
+        ctx.scales, ctx.module, ctx.routing = scales, module, routing
+        return output_TH
 
     @staticmethod
-    def backward(ctx: Any, grad_PM: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
-        x_PN, left_ENr, right_ErM = ctx.saved_tensors
-        grad_left = None if left_ENr is None else torch.zeros_like(left_ENr)
-        grad_right = None if right_ErM is None else torch.zeros_like(right_ErM)
-        if not x_PN.shape[0]:
-            return torch.zeros_like(x_PN), grad_left, grad_right, None, None, None, None
-        times, scale = products(ctx.module, ctx.name, ctx.routing), ctx.scale
-        tally(ctx.module, ctx.name, ctx.routing, grad_PM)
-        with torch.autocast(device_type=x_PN.device.type, enabled=False):
-            x = x_PN.to(arithmetic(x_PN.dtype, x_PN.device))
-            grad = grad_PM.to(x.dtype).contiguous()
-            grad_PN = times.frozen_back(grad) if ctx.needs_input_grad[0] else None
-            if left_ENr is not None and right_ErM is not None:
-                left, right = filled(left_ENr, right_ErM, times, x.dtype)
-                rank = left_ENr.shape[2]
-                through_Pr = times.times(grad, right.mT.contiguous()).mul_(scale)
-                if grad_PN is not None:
-                    times.add(grad_PN, through_Pr, left.mT.contiguous(), 1.0)
-                grad_left = times.outer(x, through_Pr)[:, :, :rank].to(left_ENr.dtype)
-                grad_right = times.outer(times.times(x, left), grad)[:, :rank].to(right_ErM.dtype) * scale
-        grad_x = None if grad_PN is None else grad_PN.to(x_PN.dtype)
-        return grad_x, grad_left, grad_right, None, None, None, None
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
+        hidden_TH, weights_TK, middle_PM, left_1, right_1, left_2, right_2 = ctx.saved_tensors
+        module, routing, scales = ctx.module, ctx.routing, ctx.scales
+        wide = arithmetic(hidden_TH.dtype, hidden_TH.device)
+        first, second = layout_of(module).shapes
+        with torch.autocast(device_type=hidden_TH.device.type, enabled=False):
+            weight_P1 = spread(weights_TK, routing, wide)
+            grad_PH = grad_TH.to(wide)[routing.token_P]
+            tally(module, second, routing, grad_PH, weight_P1)
+            with torch.enable_grad():
+                middle = middle_PM.detach().requires_grad_()
+                gated = module._apply_gate(middle)
+            gated_PI = gated.detach().to(wide)
+            down = projection(module, second, left_2, right_2, scales[1], routing, wide)
+            through = down.through(grad_PH)
+            # The gradient before the routing weight: its product with the row itself is that weight's gradient.
+            plain_PI = down.backward(grad_PH, through)
+            grad_weights = weights_gradient(plain_PI, gated_PI, grad_PH, down, routing).to(weights_TK.dtype)
+            grad_left_2, grad_right_2 = down.update(gated_PI, grad_PH, through, weight_P1)
+            (grad_middle,) = torch.autograd.grad(gated, middle, (plain_PI * weight_P1).to(gated.dtype))
+            grad_middle = grad_middle.to(wide).contiguous()
+            del grad_PH, plain_PI, gated, gated_PI
+            up = projection(module, first, left_1, right_1, scales[0], routing, wide)
+            through = up.through(grad_middle)
+            grad_hidden = None
+            if ctx.needs_input_grad[0]:
+                grad_PN = up.backward(grad_middle, through)
+                grad_hidden = kept(grad_PN[routing.position_TK], routing).sum(1).to(hidden_TH.dtype)
+            grad_left_1, grad_right_1 = up.update(hidden_TH[routing.token_P].to(wide), grad_middle, through, None)
+        return (
+            grad_hidden,
+            grad_weights,
+            fitted(grad_left_1, left_1),
+            fitted(grad_right_1, right_1),
+            fitted(grad_left_2, left_2),
+            fitted(grad_right_2, right_2),
+            *(None, None, None),
+        )
 
 
-def filled(
-    left_ENr: torch.Tensor, right_ErM: torch.Tensor, times: Products, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors in the type of the arithmetic, their rank filled up with zeros where `grouped_mm` wants it."""
+def projection(
+    module: Any,
+    name: str,
+    left_ENr: torch.Tensor | None,
+    right_ErM: torch.Tensor | None,
+    scale: float,
+    routing: Routing,
+    dtype: torch.dtype,
+) -> Projection:
+    """The stack `name` at work on a plan's rows in `dtype`, the rank filled up with zeros where `grouped_mm` wants it."""
+    times = products(module, name, routing)
+    bias_EM = getattr(module, name + "_bias") if getattr(module, "has_bias", False) else None
+    if left_ENr is None or right_ErM is None:
+        return Projection(times, None, None, scale, bias_EM)
     left_ENr, right_ErM = left_ENr.to(dtype), right_ErM.to(dtype)
     more = aligned_rank(left_ENr.shape[2], dtype) - left_ENr.shape[2]
-    if not isinstance(times, Grouped) or not more:
-        return left_ENr.contiguous(), right_ErM.contiguous()
-    return F.pad(left_ENr, (0, more)), F.pad(right_ErM, (0, 0, 0, more))
+    if isinstance(times, Grouped) and more:
+        left_ENr, right_ErM = F.pad(left_ENr, (0, more)), F.pad(right_ErM, (0, 0, 0, more))
+    return Projection(times, left_ENr.contiguous(), right_ErM.contiguous(), scale, bias_EM)
 
 
-def tally(module: Any, name: str, routing: Routing, grad_PM: torch.Tensor) -> None:
+def spread(weights_TK: torch.Tensor, routing: Routing, dtype: torch.dtype) -> torch.Tensor:
+    """(P, 1): the routing weight of every row; zero for rows that only fill up a group or have no expert here."""
+    weight_P = weights_TK.new_zeros(routing.token_P.shape[0], dtype=dtype)
+    given_TK = weights_TK if routing.kept_TK is None else weights_TK.masked_fill(~routing.kept_TK, 0)
+    weight_P[routing.position_TK.reshape(-1)] = given_TK.reshape(-1).to(dtype)
+    return weight_P.unsqueeze(1)
+
+
+def weights_gradient(
+    plain_PI: torch.Tensor, gated_PI: torch.Tensor, grad_PH: torch.Tensor, down: Projection, routing: Routing
+) -> torch.Tensor:
+    """(T, K): the product of each row's output with the gradient of its token, without that output being kept.
+
+    <y, g> = <a W, g> = <a, g W^T>, and g W^T is what the backward pass computes anyway; a bias adds <b, g>.
+    """
+    wide = torch.promote_types(plain_PI.dtype, torch.float32)
+    found_P = (plain_PI.to(wide) * gated_PI.to(wide)).sum(-1)
+    if down.bias_EM is not None:
+        found_P += (down.bias_P(routing.expert_P).to(wide) * grad_PH.to(wide)).sum(-1)
+    found_TK = found_P[routing.position_TK]
+    return found_TK if routing.kept_TK is None else found_TK.masked_fill(~routing.kept_TK, 0)
+
+
+def fitted(gradient: torch.Tensor | None, factor: torch.Tensor | None) -> torch.Tensor | None:
+    """A gradient in the type of its factor, without the filling of the rank."""
+    if gradient is None or factor is None:
+        return None if factor is None else torch.zeros_like(factor)
+    return gradient[:, : factor.shape[1], : factor.shape[2]].to(factor.dtype)
+
+
+def tally(module: Any, name: str, routing: Routing, grad_PH: torch.Tensor, weight_P1: torch.Tensor) -> None:
     """Counts, on the module, rows with a gradient per expert: `finetune_heard` (E,), once per backward pass.
 
     An expert whose count is zero has learnt nothing and may keep an update of zero; any other may not.
     """
-    layout = layout_of(module)
-    if name != next(reversed(layout.shapes)):
-        return
-    heard_P = (grad_PM != 0).any(1)
-    heard_E = torch.zeros(layout.shapes[name][0] + 1, dtype=torch.long, device=grad_PM.device)
+    heard_P = (grad_PH != 0).any(1) & (weight_P1 != 0).squeeze(1)
+    experts = layout_of(module).shapes[name][0]
+    heard_E = torch.zeros(experts + 1, dtype=torch.long, device=grad_PH.device)
     heard_E.index_add_(0, routing.expert_P, heard_P.long())
     before = getattr(module, "finetune_heard", None)
     module.finetune_heard = heard_E[:-1] if before is None else before + heard_E[:-1]
@@ -111,7 +224,7 @@ def plan(index_TK: torch.Tensor, module: Any, dtype: torch.dtype) -> Routing:
     """The plan for an experts module, of the kind its device wants."""
     layout = layout_of(module)
     experts = next(iter(layout.shapes.values()))[0]
-    if index_TK.is_cuda and index_TK.numel():
+    if index_TK.is_cuda:
         return route_on_device(index_TK, experts, absent=layout.absent)
     fill = arithmetic(dtype, index_TK.device) == torch.bfloat16  # oneDNN's; fp32 goes to a library without kernels
     return route(index_TK, experts, fill=fill, absent=layout.absent)
@@ -130,28 +243,17 @@ def experts_forward(
     `self` is an experts module with `finetune_layout`; `lora` maps a stack's name to its factors. Activation, clamps
     and interleaving are the module's own `_apply_gate`; biases `<name>_bias` (E, M) are added where it has them.
     """
-    lora = lora or {}
-    first, second = layout_of(self).shapes
-    routing = routing or plan(top_k_index, self, hidden_states.dtype)
-    x_PH = Dispatch.apply(hidden_states, routing)
-    gate_up = linear(self, first, x_PH, routing, lora)
-    y_PH = linear(self, second, self._apply_gate(gate_up), routing, lora)
-    return Combine.apply(y_PH, top_k_weights, routing).to(hidden_states.dtype)
-
-
-def linear(module: Any, name: str, x_PN: torch.Tensor, routing: Routing, lora: dict[str, Factors]) -> torch.Tensor:
-    """One grouped projection of the sorted rows, with its LoRA update and its bias where there are any."""
-    factors = lora[name] if name in lora else None
-    y_PM = GroupedLinear.apply(
-        x_PN,
-        factors.left_ENr if factors else None,
-        factors.right_ErM if factors else None,
-        factors.scale if factors else 0.0,
-        module,
-        name,
-        routing,
+    if not hidden_states.shape[0]:
+        return hidden_states.clone()
+    given = [lora[name] if lora and name in lora else None for name in layout_of(self).shapes]
+    pairs = [(factors.left_ENr, factors.right_ErM) if factors else (None, None) for factors in given]
+    output: torch.Tensor = Routed.apply(
+        hidden_states,
+        top_k_weights,
+        *pairs[0],
+        *pairs[1],
+        tuple(factors.scale if factors else 0.0 for factors in given),
+        self,
+        routing or plan(top_k_index, self, hidden_states.dtype),
     )
-    if not getattr(module, "has_bias", False):
-        return y_PM
-    bias_EM = getattr(module, name + "_bias")
-    return y_PM + bias_EM[routing.expert_P.clamp(max=bias_EM.shape[0] - 1)].to(y_PM.dtype)
+    return output

@@ -159,11 +159,15 @@ class Experts:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(E, O, I) if every expert is there and has the shape of the first one."""
+        """(E, O, I), where E counts the experts that have all parts; of uneven ones the first odd shape."""
+        if not all(self.parts):
+            return (0,)
+        for part in self.parts:
+            for weight in part:
+                if weight.shape != part[0].shape:
+                    return weight.shape
         rows = sum(part[0].shape[0] for part in self.parts)
-        even = all(weight.shape == part[0].shape for part in self.parts for weight in part)
-        full = {len(part) for part in self.parts}
-        return (full.pop(), rows, self.parts[0][0].shape[1]) if even and len(full) == 1 else ()
+        return (min(map(len, self.parts)), rows, self.parts[0][0].shape[1])
 
     def __getitem__(self, expert: int) -> torch.Tensor:
         return torch.cat([part[expert].read() for part in self.parts])
@@ -176,7 +180,7 @@ class Gather(ConversionOps):
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
         """Source pattern -> its weights by expert, to target pattern -> `Experts`."""
-        return {target_patterns[0]: [Experts(tuple(input_dict[pattern] for pattern in source_patterns))]}
+        return {target_patterns[0]: [Experts(tuple(input_dict.get(pattern, []) for pattern in source_patterns))]}
 
 
 def gathering(entry: Any, family: Family) -> Any:

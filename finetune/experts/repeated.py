@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.experts.grouped import Factors, linear, plan
-from finetune.experts.routing import Combine, Dispatch
-from finetune.experts.stack import layout_of
+from finetune.experts.grouped import Factors, experts_forward
 
 
 class RoutedBlock(nn.Module):
@@ -52,15 +50,13 @@ class ScaledExperts(nn.Module):
         self, rows_RH: torch.Tensor, index_R1: torch.Tensor, lora: dict[str, Factors] | None = None
     ) -> torch.Tensor:
         """(R, H) -> (R, H): each row through its own expert."""
-        lora = lora or {}
-        first, second = layout_of(self).shapes
-        routing = plan(index_R1, self, rows_RH.dtype)
-        x_PH = Dispatch.apply(rows_RH, routing)
-        gate, up = linear(self, first, x_PH, routing, lora).chunk(2, dim=-1)
-        y_PH = linear(self, second, up * self.act_fn(gate), routing, lora)
-        ones = torch.ones(rows_RH.shape[0], 1, dtype=y_PH.dtype, device=y_PH.device)
-        routed: torch.Tensor = Combine.apply(y_PH, ones, routing)
-        return routed
+        ones = torch.ones(index_R1.shape, dtype=rows_RH.dtype, device=rows_RH.device)
+        return experts_forward(self, rows_RH, index_R1, ones, lora=lora)
+
+    def _apply_gate(self, gate_up_PM: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up_PM.chunk(2, dim=-1)
+        gated: torch.Tensor = up * self.act_fn(gate)
+        return gated
 
 
 def take_over(model: nn.Module, path: str) -> ScaledExperts:

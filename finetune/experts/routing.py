@@ -1,4 +1,4 @@
-"""Tokens sorted by expert, and back: the two ends of a routed block, deterministic in both directions.
+"""Tokens sorted by expert: where each token-choice pair stands, so that both ways add up in a fixed order.
 
 Two plans of the same thing. `route` is for a CPU: groups as Python numbers, each padded to one of few lengths.
 `route_on_device` is for a GPU: offsets stay there, nothing waits for the host, and nothing is padded.
@@ -10,7 +10,6 @@ and gets no gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -99,42 +98,6 @@ def route_on_device(index_TK: torch.Tensor, num_experts: int, *, absent: bool = 
     )
 
 
-class Dispatch(torch.autograd.Function):
-    """x_TH -> x_PH, rows sorted by expert. The backward pass adds each token's K rows in a fixed order."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TH: torch.Tensor, routing: Routing) -> torch.Tensor:  # noqa: D102
-        ctx.routing = routing
-        return x_TH[routing.token_P]
-
-    @staticmethod
-    def backward(ctx: Any, grad_PH: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: D102
-        return _kept(grad_PH[ctx.routing.position_TK], ctx.routing).sum(1), None
-
-
-class Combine(torch.autograd.Function):
-    """y_PH, weights_TK -> sum over a token's K rows of weight * row, added in a fixed order."""
-
-    @staticmethod
-    def forward(ctx: Any, y_PH: torch.Tensor, weights_TK: torch.Tensor, routing: Routing) -> torch.Tensor:  # noqa: D102
-        ctx.save_for_backward(y_PH, weights_TK)
-        ctx.routing = routing
-        rows_TKH = _kept(y_PH[routing.position_TK], routing)
-        return (rows_TKH * weights_TK.unsqueeze(-1)).sum(1).to(y_PH.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # noqa: D102
-        y_PH, weights_TK = ctx.saved_tensors
-        routing = ctx.routing
-        grad_TKH = _kept((grad_TH.unsqueeze(1) * weights_TK.unsqueeze(-1)).to(y_PH.dtype), routing)
-        grad_y = torch.zeros_like(y_PH)
-        grad_y[routing.position_TK.reshape(-1)] = grad_TKH.reshape(-1, y_PH.shape[1])
-        wide = torch.promote_types(y_PH.dtype, torch.float32)
-        rows_TKH = _kept(y_PH[routing.position_TK], routing)
-        grad_weights = (rows_TKH.to(wide) * grad_TH.unsqueeze(1).to(wide)).sum(-1).to(weights_TK.dtype)
-        return grad_y, grad_weights, None
-
-
-def _kept(rows_TKH: torch.Tensor, routing: Routing) -> torch.Tensor:
+def kept(rows_TKH: torch.Tensor, routing: Routing) -> torch.Tensor:
     """The rows with those of absent experts zero: what a grouped product leaves there may be anything."""
     return rows_TKH if routing.kept_TK is None else rows_TKH.masked_fill(~routing.kept_TK.unsqueeze(-1), 0)
