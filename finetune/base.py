@@ -100,7 +100,7 @@ def load_base(folder: Path, *, load_in_4bit: bool, precision: str, double_quanti
                 **place,
             )
     except (ValueError, RuntimeError, KeyError, OSError) as error:
-        why = nf4.wrong_shapes[0] if nf4.wrong_shapes else _first_line(error)
+        why = nf4.problems[0] if nf4.problems else _first_line(error)
         raise WeightsError(
             "WGT-004", f"cannot load {folder}", why, "the files that belong to this config.json"
         ) from error

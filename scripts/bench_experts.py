@@ -11,6 +11,8 @@ first, now the other; the ratio stock/ours is taken per round and the median rep
     ours         NF4 experts, LoRA in split form
     stock-bf16   AutoModelForCausalLM in bf16, the same PEFT adapter (`target_parameters` for the experts)
     stock-4bit   the same with BitsAndBytesConfig(load_in_4bit=True)
+    stock-fp32   the same in fp32, only on a CPU without bf16 instructions: there ours multiplies in fp32 (as
+                 `train.precision=auto` does), and most of its lead over bf16 is the CPU's
     unsloth      where it is installed beside a CUDA device; its adapter has one rank and its own noise
 
 Workloads: `quickstart8` (the quickstart's base with 8 experts), `quickstart4` (as it is; bytes only), `qwen3_slice`
@@ -40,6 +42,7 @@ from bench_quickstart import RESULTS, machine
 from finetune.compose import load_recipe
 from finetune.errors import FinetuneError
 from finetune.fetch import cache_folder
+from finetune.machine import multiplies_bf16
 from finetune.record import versions
 from finetune.rundir import write_json
 from finetune.source import base_folder
@@ -50,13 +53,14 @@ SMALL_VOCABULARY = 8192
 """Of the slice: a vocabulary of 151,936 beside one layer would be most of the model."""
 CUDA_TOKENS = (4096, 8192, 16384)
 HOW = {
-    "seconds": "one step: forward, backward, AdamW on the adapter; bf16 autocast as in training",
+    "seconds": "one step: forward, backward, AdamW on the adapter; bf16 autocast, or fp32 where `in_fp32`",
     "step_peak_bytes": "highest anonymous memory of the process in steps, without mapped files; on CUDA, of the device",
     "load_peak_bytes": "highest anonymous memory while loading, less what the process had before",
     "resident_bytes": "parameters, buffers and 4-bit maxima of the base, before the adapter",
     "saved_tensor_bytes": "storages that autograd kept between forward and backward, weights of the model excluded",
     "stock_over_ours_resident": "headline workload, the stock '4-bit' load",
-    "stock_over_ours_seconds_median": "headline workload, the fastest stock side; the others are in `pairs`",
+    "stock_over_ours_seconds_median": "headline workload, the faster of stock-bf16 and stock-4bit",
+    "stock_fp32_over_ours_seconds_median": "the same against stock in fp32: equal arithmetic on a CPU without bf16",
     "load_peak_over_4bit": "headline workload, ours: load_peak_bytes / resident_bytes",
     "loss_rows": "both sides with nothing quantised, in fp32; their seconds are not interleaved",
     "routing": "bench_experts_shape.py says how it is set; `own` is the model's own router",
@@ -89,7 +93,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     unsloth = cuda and importlib.util.find_spec("unsloth") is not None
     workloads = ["qwen3_30b"] if cuda else ["quickstart8", "quickstart4", "qwen3_slice"]
-    sides = [*SIDES[:3], "unsloth"] if unsloth else [*SIDES[:3]]
+    sides = [*SIDES[:3], *(["unsloth"] if unsloth else []), *([] if multiplies_bf16() else ["stock-fp32"])]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--workloads", type=names, default=workloads, help=f"some of {','.join(WORKLOADS)}")
@@ -198,13 +202,16 @@ def headline(rows: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> dict[st
     at = {key: first[key] for key in ("workload", "tokens", "routing")}
     mine = [row for row in pairs if at.items() <= row.items()]
     ours = next(row for row in rows if at.items() <= row.items() and row["side"] == "ours")
-    timed_pairs = [row for row in mine if "seconds_ratios" in row]
+    every = [row for row in mine if "seconds_ratios" in row]
+    timed_pairs = [row for row in every if row["stock"] != "stock-fp32"] or every
+    in_fp32 = [row["seconds_ratio_median"] for row in every if row["stock"] == "stock-fp32"]
     packed = [row["resident_ratio"] for row in mine if row["stock"] == "stock-4bit" and "resident_ratio" in row]
     return {
         "headline": at,
         "expert_bytes_per_param": ours["expert_bytes_per_param"],
         "stock_over_ours_resident": packed[0] if packed else None,
         "stock_over_ours_seconds_median": min(row["seconds_ratio_median"] for row in timed_pairs),
+        "stock_fp32_over_ours_seconds_median": in_fp32[0] if in_fp32 else None,
         "peak_ours_over_stock": max(row["peak_ours_over_stock"] for row in timed_pairs),
         "load_peak_over_4bit": ours["load_peak_over_resident"],
         "load_peak_allowed": ours["load_peak_bytes"] <= ours["load_peak_allowed_bytes"],

@@ -6,7 +6,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-COLOURS = {"ours": "#0b6e4f", "stock-4bit": "#e0a030", "stock-bf16": "#b5482f", "unsloth": "#5566aa"}
+COLOURS = {
+    "ours": "#0b6e4f",
+    "stock-4bit": "#e0a030",
+    "stock-bf16": "#b5482f",
+    "stock-fp32": "#7a3b8f",
+    "unsloth": "#5566aa",
+}
 PANELS = (
     ("resident_bytes", 2**30, "weights resident, GiB", ("workload",)),
     ("step_peak_bytes", 2**30, "peak while training, GiB", ("workload", "tokens", "routing")),

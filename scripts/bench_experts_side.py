@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-SIDES = ("ours", "stock-bf16", "stock-4bit", "unsloth")
+SIDES = ("ours", "stock-bf16", "stock-4bit", "stock-fp32", "unsloth")
 LEARNING_RATE = 1e-3
 SPREAD_OF_B = 0.01
 """B starts at noise instead of zero: with zeros the first gradients of A are zero and would be equal by themselves."""
@@ -51,6 +51,13 @@ class Spec:
     """LoRA rank inside each expert."""
     checkpointing: bool
     """Recompute activations in the backward pass (gradient checkpointing, not reentrant)."""
+
+    @property
+    def in_fp32(self) -> bool:
+        """Whether this side multiplies in fp32: ours where `train.precision=auto` would, stock only when told to."""
+        from finetune.machine import multiplies_bf16
+
+        return self.fp32 or self.side == "stock-fp32" or (self.side == "ours" and not multiplies_bf16())
 
 
 class Side:
@@ -92,6 +99,7 @@ class Side:
             "process_grew_bytes": after - before,
             "load_peak_device_bytes": torch.cuda.max_memory_allocated() if self.on_gpu else None,
             "load_seconds": round(seconds, 2),
+            "in_fp32": self.spec.in_fp32,
             "threads": torch.get_num_threads(),
         }
         self.model = adapt()
@@ -197,7 +205,7 @@ class Side:
 
     def forward(self, ids: Any) -> Any:
         """The loss of a batch, in the arithmetic that the trainer uses: bf16 autocast, or fp32."""
-        arithmetic = nullcontext() if self.spec.fp32 else self.torch.autocast(self.device.type, self.torch.bfloat16)
+        arithmetic = nullcontext() if self.spec.in_fp32 else self.torch.autocast(self.device.type, self.torch.bfloat16)
         with arithmetic:
             return self.model(input_ids=ids, labels=ids, use_cache=False).loss
 
@@ -221,7 +229,7 @@ def load_ours(spec: Spec) -> tuple[Any, Callable[[], Any]]:
     from finetune.base import load_base
     from finetune.recipe import Adapter
 
-    base = load_base(Path(spec.folder), load_in_4bit=not spec.fp32, precision="fp32" if spec.fp32 else "bf16")
+    base = load_base(Path(spec.folder), load_in_4bit=not spec.fp32, precision="fp32" if spec.in_fp32 else "bf16")
     settings = Adapter(
         targets="experts",
         rank=spec.rank,
@@ -250,7 +258,7 @@ def load_stock(spec: Spec) -> tuple[Any, Callable[[], Any]]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    arithmetic = torch.float32 if spec.fp32 else torch.bfloat16
+    arithmetic = torch.float32 if spec.in_fp32 else torch.bfloat16
     packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=arithmetic)
     model = AutoModelForCausalLM.from_pretrained(
         spec.folder,
@@ -278,7 +286,7 @@ def load_unsloth(spec: Spec) -> tuple[Any, Callable[[], Any]]:
     )
 
 
-LOADERS = {"ours": load_ours, "stock-bf16": load_stock, "stock-4bit": load_stock, "unsloth": load_unsloth}
+LOADERS = {"ours": load_ours, "unsloth": load_unsloth} | dict.fromkeys(SIDES[1:4], load_stock)
 
 
 def sizes(model: Any) -> dict[int, int]:

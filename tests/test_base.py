@@ -161,3 +161,24 @@ def test_what_loading_took_is_said_with_its_limit(folder):
     line = load(folder).loading()
     assert "GiB in memory" in line
     assert "weights + 2 x the largest group of tensors" in line
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_linear_map_packed_in_pieces_is_what_bitsandbytes_packs_at_once(folder, double, monkeypatch):
+    import bitsandbytes as bnb
+
+    monkeypatch.setattr(nf4, "PIECE", 64 * 5)
+    base = load_base(folder, load_in_4bit=True, precision="bf16", double_quantisation=double)
+    plain = dict(load_base(folder, load_in_4bit=False, precision="bf16").model.named_parameters())
+    seen = 0
+    for path, module in base.model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = plain[f"{path}.weight"].data.clone()
+            theirs = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=double).to("cpu")
+            assert torch.equal(module.weight.data, theirs.data)
+            ours, expected = module.weight.quant_state.as_dict(), theirs.quant_state.as_dict()
+            assert ours.keys() == expected.keys()
+            for key, value in expected.items():
+                assert torch.equal(ours[key], value) if isinstance(value, torch.Tensor) else ours[key] == value, key
+            seen += 1
+    assert seen >= 8

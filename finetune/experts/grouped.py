@@ -165,7 +165,7 @@ def projection(
     routing: Routing,
     dtype: torch.dtype,
 ) -> Projection:
-    """The stack `name` at work on a plan's rows in `dtype`, the rank filled up with zeros where `grouped_mm` wants it."""
+    """The stack `name` at work on a plan's rows in `dtype`, its rank filled up where `grouped_mm` wants that."""
     times = products(module, name, routing)
     bias_EM = getattr(module, name + "_bias") if getattr(module, "has_bias", False) else None
     if left_ENr is None or right_ErM is None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Params4bit
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -69,12 +70,12 @@ class Nf4Config(BitsAndBytesConfig):
         self.quant_method = METHOD
         self.family, self.weights = family, weights
         self.largest_group = 0  # bytes on disk of the largest group of tensors that make one packed weight
-        self.wrong_shapes: list[str] = []  # transformers swallows what a conversion raises; the loader reads it here
+        self.problems: list[str] = []  # transformers swallows what a conversion raises; the loader reads it here
 
     def to_dict(self) -> dict[str, Any]:
         """Without what is ours: transformers writes this as JSON."""
         values: dict[str, Any] = super().to_dict()
-        for ours in ("family", "weights", "largest_group", "wrong_shapes"):
+        for ours in ("family", "weights", "largest_group", "problems"):
             values.pop(ours, None)
         return values
 
@@ -208,6 +209,13 @@ class Pack(Bnb4bitQuantize):
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         """Parameter name -> value(s) as read, to parameter name(s) -> value(s) as stored."""
+        try:
+            return self._packed(input_dict, full_layer_name, model, **kwargs)
+        except Exception as error:
+            self.hf_quantizer.quantization_config.problems.append(str(error))
+            raise
+
+    def _packed(self, input_dict: dict[str, Any], full_layer_name: Any, model: Any, **kwargs: Any) -> dict[str, Any]:
         result: dict[str, torch.Tensor] = {}
         settings = self.hf_quantizer.quantization_config
         for name, value in input_dict.items():
@@ -215,7 +223,10 @@ class Pack(Bnb4bitQuantize):
             module, leaf = get_module_from_name(model, name)
             if not hasattr(module, "finetune_layout"):
                 refuse_shape(settings, name, tuple(source.shape), (module.out_features, module.in_features))
-                result |= super().convert({name: source}, full_layer_name=full_layer_name, model=model, **kwargs)
+                if source.is_cuda:
+                    result |= super().convert({name: source}, full_layer_name=full_layer_name, model=model, **kwargs)
+                else:
+                    result[name] = packed_linear(module, source)
                 continue
             shape = module.finetune_layout.shapes[leaf]
             refuse_shape(settings, name, tuple(source.shape), shape)
@@ -224,11 +235,22 @@ class Pack(Bnb4bitQuantize):
         return result
 
 
+def packed_linear(module: Any, weight: torch.Tensor) -> Any:
+    """The weight of a bitsandbytes linear map, packed piece by piece instead of all at once."""
+    old = module.weight
+    packed, absmax = nf4.quantise(weight)
+    state = nf4.state_of(absmax, weight.shape, weight.dtype, old.compress_statistics)
+    known = {key: value for key, value in vars(old).items() if key not in ("quant_state", "bnb_quantized")}
+    module.quant_state = state
+    module._is_hf_initialized = True
+    return Params4bit(packed.unsqueeze(1), requires_grad=False, quant_state=state, bnb_quantized=True, **known)
+
+
 def refuse_shape(config: Nf4Config, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     """Nothing, or ValueError, noted in the config too, when a weight has another shape than config.json means."""
     if found != expected:
-        config.wrong_shapes.append(f"{name} is {found} in the checkpoint and {expected} by its config.json")
-        raise ValueError(config.wrong_shapes[-1])
+        config.problems.append(f"{name} is {found} in the checkpoint and {expected} by its config.json")
+        raise ValueError(config.problems[-1])
 
 
 def linears_to_keep(model: nn.Module, family: Family) -> list[str]:

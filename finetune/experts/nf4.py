@@ -20,6 +20,7 @@ from bitsandbytes.functional import (
     QuantState,
     dequantize_4bit,
     dequantize_blockwise,
+    get_4bit_type,
     quantize_4bit,
     quantize_blockwise,
 )
@@ -29,6 +30,9 @@ BLOCK = 64
 
 MAXIMA_BLOCK = 256
 """Maxima that share one scale under double quantisation."""
+
+PIECE = 2**18
+"""Values that are quantised at a time on a CPU; whole blocks."""
 
 ABSMAX = "_absmax"
 """Suffix of the parameter that holds the maxima of a packed stack."""
@@ -77,15 +81,39 @@ def pack(stack_EOI: Any, shape: tuple[int, int, int] | None = None, double: bool
             made = {"": torch.empty(experts, rows * columns // 2, dtype=torch.uint8, device=matrix.device)}
             for suffix, like in placeholders((experts, rows, columns), double).items():
                 made[suffix] = torch.empty_like(like, device=matrix.device)
-        values, state = quantize_4bit(matrix, blocksize=BLOCK, quant_type="nf4")
-        made[""][e] = values.view(-1)
+        values, absmax = quantise(matrix)
+        made[""][e] = values
         if double:
-            offset = state.absmax.mean()
-            made[ABSMAX][e], nested = quantize_blockwise(state.absmax - offset, blocksize=MAXIMA_BLOCK)
+            offset = absmax.mean()
+            made[ABSMAX][e], nested = quantize_blockwise(absmax - offset, blocksize=MAXIMA_BLOCK)
             made[SCALE][e], made[OFFSET][e] = nested.absmax, offset
         else:
-            made[ABSMAX][e] = state.absmax
+            made[ABSMAX][e] = absmax
     return made
+
+
+def quantise(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(packed values, fp32 maxima) of a floating-point tensor, both flat.
+
+    On a CPU piece by piece: bitsandbytes 0.50.2 works there with temporaries of about 25 bytes per value. Blocks know
+    nothing of each other, so the bits are those of the whole.
+    """
+    flat = matrix.reshape(-1)
+    pieces = [flat] if flat.is_cuda else flat.split(PIECE)
+    done = [quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4") for piece in pieces]
+    packed = torch.cat([values.view(-1) for values, _ in done])
+    return packed, torch.cat([state.absmax for _, state in done])
+
+
+def state_of(absmax: torch.Tensor, shape: torch.Size, dtype: torch.dtype, double: bool) -> QuantState:
+    """What bitsandbytes keeps beside the packed values of a linear map of that shape and type."""
+    known = {"shape": shape, "dtype": dtype, "blocksize": BLOCK, "quant_type": "nf4"}
+    known["code"] = get_4bit_type("nf4", device=absmax.device)
+    if not double:
+        return QuantState(absmax=absmax, **known)
+    offset = absmax.mean()
+    small, nested = quantize_blockwise(absmax - offset, blocksize=MAXIMA_BLOCK)
+    return QuantState(absmax=small, offset=offset, state2=nested, **known)
 
 
 def maxima(module: Any, name: str, expert: int | None = None) -> torch.Tensor:
