@@ -254,6 +254,7 @@ def spec(workload: Workload, side: str, options: argparse.Namespace, scratch: Pa
         rank=options.rank,
         expert_rank=options.expert_rank,
         checkpointing=options.checkpointing,
+        steps=bool(workload.tokens),
     )
 
 
