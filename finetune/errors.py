@@ -49,6 +49,12 @@ class WeightsError(FinetuneError):
     """A base model whose files are missing, damaged or not what the recipe says."""
 
 
+class AdapterError(FinetuneError):
+    """An adapter folder that cannot be read, or not without guessing."""
+
+    exit_code = 2
+
+
 class NumbersError(FinetuneError):
     """A loss or gradient that is not finite, or an adapter that did not train."""
 

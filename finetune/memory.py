@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import replace
 
 from finetune import sizes
+from finetune.families import Family, Matrix
 from finetune.figure import Figure, assumed, computed
 from finetune.recipe import Recipe
 
@@ -38,12 +39,13 @@ def memory(recipe: Recipe) -> list[Figure]:
     vocabulary, hidden = weights[0].rows, weights[0].columns
     layers = max(m.count for m in weights if m.group == "attention")
     maps = [m for m in weights if m.group != "embedding" and m.columns > 1]
-    per_token = sum((m.rows + m.columns) * m.count * (m.active if m.experts else 1) for m in maps) * plain
+    per_token = sum(_kept_per_token(m, family) * m.count for m in maps) * plain
     if train.gradient_checkpointing:
         stored, kept = tokens * (per_token / layers + layers * hidden * plain), "one layer and the input of every layer"
     else:
         stored, kept = tokens * per_token, "every layer"
-    scratch = max((m.rows * m.columns for m in packed), default=0) * plain
+    stacked = sum(m.rows * m.columns * m.experts for m in packed)
+    scratch = max(stacked, max((m.rows * m.columns for m in packed), default=0)) * plain
 
     def part(name: str, size: float, how: str) -> Figure:
         return computed(name, size / sizes.GIB, "GiB", how)
@@ -59,9 +61,21 @@ def memory(recipe: Recipe) -> list[Figure]:
         part("adapter, gradients, AdamW", trainable * LORA_BYTES, f"{trainable:,} x (4 + 4 + 8) B"),
         guess("activations", stored, f"{shape}, inputs and outputs of the linear maps of {kept}, {plain} B each"),
         guess("logits", tokens * vocabulary * LOGIT_BYTES, f"{shape} x {vocabulary:,} x (2 + 4 + 4) B"),
-        guess("one unpacked weight", scratch, f"the largest map, or one expert of a stack, {plain} B per parameter"),
+        guess("unpacked weights", scratch, f"the largest map, or all stacks of one layer, {plain} B per parameter"),
         guess("reserve", RESERVE_GIB * sizes.GIB, "libraries and fragmentation"),
     ]
+
+
+def _kept_per_token(matrix: Matrix, family: Family) -> int:
+    """Numbers per token that a map keeps for the backward pass: its input and output.
+
+    The routed block is one function that keeps the output of its first projection and its input, which the router keeps
+    anyway (finetune/experts/grouped.py).
+    """
+    if not matrix.experts:
+        return matrix.rows + matrix.columns
+    first = matrix.name.endswith(f".{family.expert_parameters[0]}")
+    return matrix.rows * matrix.active if first else 0
 
 
 def layers_to_recompute(recipe: Recipe, layers: int, free_gib: float) -> int:
@@ -72,7 +86,7 @@ def layers_to_recompute(recipe: Recipe, layers: int, free_gib: float) -> int:
     counted = {part.name: part.value for part in memory(_with_recomputing(recipe, False))}
     all_kept = counted["activations"]
     one_layer, one_input = all_kept / layers, _with_inputs(recipe) / layers
-    later = counted["logits"] + counted["one unpacked weight"] + counted["reserve"]
+    later = counted["logits"] + counted["unpacked weights"] + counted["reserve"]
     later += counted["adapter, gradients, AdamW"] * (LORA_BYTES - 4) / LORA_BYTES  # the values are there already
     for count in range(layers):
         if later + (layers - count) * one_layer + count * one_input + (one_layer if count else 0) <= free_gib:

@@ -1,7 +1,8 @@
 """The adapter added to the original weights, tensor by tensor, in the original checkpoint's files and keys.
 
 W' = W + scale * B A per expert, in fp32 and rounded once to W's type. Headers are kept and every other byte is copied,
-so keys, order, shards and tensors without an update come out as they were. Memory: the adapter and one tensor.
+so keys, order, shards and tensors without an update come out as they were. A base in fp8 or fp4 comes out in bf16
+under the keys of its unquantised twin: its own types are too coarse for an update. Memory: the adapter and one tensor.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from finetune.compose import read_recipe
 from finetune.errors import WeightsError
 from finetune.layouts import PREFIX, A, B, adaptable, read_adapter
 from finetune.rundir import RunDir, atomic_folder, write_json
+from finetune.shards import Weight, quantisation_of, weights_of
+from finetune.writing import write_weights, written_bytes
 
 CHUNK = 16 * 2**20
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -62,7 +65,9 @@ def merge_folder(base: Path, adapter: Path, target: Path, console: Any = None) -
     a type that cannot take an update, DSK-002 when the disk is too small.
     """
     shards = check_shards(base)
-    need = sum(path.stat().st_size for path in shards)
+    quantisation = quantisation_of(json.loads((base / "config.json").read_text(encoding="utf-8")))
+    weights = weights_of(base, quantisation).values() if quantisation else ()
+    need = sum(map(written_bytes, weights)) or sum(path.stat().st_size for path in shards)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < need:
@@ -73,7 +78,11 @@ def merge_folder(base: Path, adapter: Path, target: Path, console: Any = None) -
     with atomic_folder(target) as folder:
         changed = 0
         for number, shard in enumerate(shards, 1):
-            changed += merge_shard(shard, folder / shard.name, names, updates)
+            if quantisation:
+                own = [weight for weight in weights if weight.entries[0].file == shard]
+                changed += merge_plain(own, folder / shard.name, names, updates)
+            else:
+                changed += merge_shard(shard, folder / shard.name, names, updates)
             if console is not None:
                 console.print(f"merged {number}/{len(shards)} {shard.name}, {changed} tensors changed so far")
         lost = sorted(key for key, update in updates.items() if len(update.parts) != update.expected)
@@ -88,6 +97,8 @@ def merge_folder(base: Path, adapter: Path, target: Path, console: Any = None) -
             for path in base.glob(pattern):
                 if path.name != "finetune.json":
                     shutil.copy2(path, folder / path.name)
+        if quantisation:
+            describe_plain(folder, {weight.key: weight.entries[0].file.name for weight in weights})
         write_json(
             folder / "merge.json", {"updates": len(updates), "tensors_changed": changed, "base": str(names.model_type)}
         )
@@ -118,6 +129,34 @@ def merge_shard(source: Path, target: Path, names: Renamer, updates: dict[str, U
             writer.write(merged.view(torch.uint8).numpy().tobytes())
             changed += 1
     return changed
+
+
+def merge_plain(weights: list[Weight], target: Path, names: Renamer, updates: dict[str, Update]) -> int:
+    """Writes weights of a base in fp8 or fp4 as bf16 with updates added; returns how many of them changed."""
+    changed = []
+
+    def change(weight: Weight, tensor: torch.Tensor) -> torch.Tensor:
+        runtime, pattern = names.runtime(weight.key)
+        if runtime not in updates:
+            return tensor
+        changed.append(weight.key)
+        delta = part_of(updates[runtime], weight.key, tensor, names.part(pattern))
+        return (tensor.float() + delta).to(torch.float32 if weight.is_quantised else tensor.dtype)
+
+    write_weights(weights, target, change)
+    return len(changed)
+
+
+def describe_plain(folder: Path, files: dict[str, str]) -> None:
+    """Makes config and index of a folder those of a checkpoint without quantisation."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        part.pop("quantization_config", None)
+    write_json(path, config)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        write_json(index, {"metadata": {}, "weight_map": files})
 
 
 def part_of(update: Update, key: str, tensor: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:

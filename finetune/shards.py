@@ -149,6 +149,11 @@ class Weight:
         return tensor if self.device is None and self.dtype is None else tensor.to(self.device, self.dtype)
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether it is stored in fp8 or fp4, with a scale."""
+        return len(self.entries) > 1
+
+    @property
     def bytes(self) -> int:
         """Bytes on disk, scales included."""
         return sum(entry.bytes for entry in self.entries)

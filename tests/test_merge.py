@@ -8,12 +8,13 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from finetune.adapters import load_adapter
+from finetune.adapters import attach, load_adapter
 from finetune.base import load_base
 from finetune.errors import WeightsError
 from finetune.families import FAMILIES
 from finetune.merge import merge_folder
 from finetune.recipe import Adapter
+from tests.quantised import quantised
 from tests.tiny_models import adapted, checkpoint, some_ids, tensors
 
 ALL = Adapter(targets="all", rank=4, alpha=8.0, expert_rank=3, expert_alpha=5.0)
@@ -154,3 +155,40 @@ def test_four_bit_training_merges_into_the_original_weights(tmp_path):
     with torch.no_grad():
         expected = load_adapter(plain, tmp_path / "adapter").eval()(input_ids=ids).logits
         torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "mistral4", "gpt_oss", "deepseek_v4"])
+def test_a_base_in_fp8_or_fp4_is_merged_into_bf16_like_its_twin(family, tmp_path):
+    """The same numbers as merging the fp32 twin and rounding once; no scale is left, and transformers loads it."""
+    import json
+
+    import transformers
+
+    folder, twin = quantised(family, tmp_path)
+    base = load_base(folder, load_in_4bit=False, precision="fp32")
+    torch.manual_seed(5)
+    model = attach(base, Adapter(targets="all", rank=4, expert_rank=3)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0, 0.1)
+    ids = some_ids(base)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path / "adapter")
+    merge_folder(folder, tmp_path / "adapter", tmp_path / "merged")
+    merge_folder(twin, tmp_path / "adapter", tmp_path / "merged-twin")
+    found, expected = tensors(tmp_path / "merged"), tensors(tmp_path / "merged-twin")
+    assert found.keys() == expected.keys()
+    rounded = 0
+    for key, tensor in found.items():
+        assert torch.equal(tensor, expected[key].to(tensor.dtype)), key
+        rounded += tensor.dtype == torch.bfloat16
+    assert rounded >= 4
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    auto = getattr(transformers, FAMILIES[family].auto_class)
+    stock, info = auto.from_pretrained(tmp_path / "merged", dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        difference = stock.eval()(input_ids=ids).logits - logits
+    assert difference.norm() <= 2e-2 * logits.norm()

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from finetune.base import read_config
+from finetune.errors import AdapterError
 from finetune.families import Family
 from finetune.layouts.plain import (
     BY_RANK,
@@ -34,7 +35,6 @@ from finetune.layouts.plain import (
     PREFIX,
     WEIGHTS,
     A,
-    AdapterError,
     AdapterFile,
     B,
     Weight,

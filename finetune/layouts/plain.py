@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from finetune.errors import FinetuneError
+from finetune.errors import AdapterError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -27,12 +27,6 @@ NOT_PLAIN = (
 """Settings with which an adapter is more than an update B A of frozen weights."""
 INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Ways to begin that leave the base as it is. PiSSA and its kin train against a base of their own."""
-
-
-class AdapterError(FinetuneError):
-    """An adapter folder that cannot be read, or not without guessing."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from finetune.errors import AdapterError
 from finetune.layouts.plain import (
     BY_EXPERT,
     BY_RANK,
@@ -18,7 +19,6 @@ from finetune.layouts.plain import (
     ORDER,
     PREFIX,
     A,
-    AdapterError,
     AdapterFile,
     B,
     Update,
