@@ -8,7 +8,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from finetune.base import load_base
-from finetune.experts import EXPERTS, nf4
+from finetune.experts import EXPERTS, nf4, products
 from finetune.experts.grouped import Factors, experts_forward
 from finetune.experts.routing import ROWS, padded, route
 from finetune.experts.stack import set_layout, width
@@ -263,14 +263,21 @@ def test_double_quantisation_gives_the_bits_that_bitsandbytes_gives(shape):
 MOE = [key for key, family in FAMILIES.items() if family.experts]
 
 
-@pytest.mark.parametrize(("precision", "near"), [("fp32", 1e-5), ("bf16", 1e-2)])
+@pytest.mark.parametrize(
+    ("precision", "near", "instructions"), [("fp32", 1e-5, False), ("bf16", 1e-2, False), ("bf16", 1.5e-2, True)]
+)
 @pytest.mark.parametrize("family", MOE)
-def test_every_familys_experts_in_4_bits_equal_its_own_class_in_float64(family, precision, near):
+def test_every_familys_experts_in_4_bits_equal_its_own_class_in_float64(
+    family, precision, near, instructions, monkeypatch
+):
     """The stock class, its weights dequantised and W + s B A formed, in float64: output and every gradient.
+
+    On a CPU with and without instructions for bf16, whatever this one has.
 
     Biases, clamps and interleaving are the class's own there. Where the stock block scales inputs instead of outputs
     the whole block is compared.
     """
+    monkeypatch.setattr(products, "cpu_multiplies_bf16", lambda: instructions)
     base = load_base(checkpoint(family), load_in_4bit=True, precision=precision)
     module = next(m for m in base.model.modules() if hasattr(m, "finetune_layout"))
     layout, dtype = module.finetune_layout, torch.float32 if precision == "fp32" else torch.bfloat16
@@ -284,6 +291,7 @@ def test_every_familys_experts_in_4_bits_equal_its_own_class_in_float64(family, 
     leaves = {n: (draw(experts, i, 3) / i**0.5, draw(experts, 3, o) / 3**0.5) for n, (i, o) in sizes.items()}
     x, weights = draw(13, hidden).to(dtype), torch.rand(13, 2, generator=generator, dtype=torch.float64)
     index = torch.stack([torch.randperm(experts, generator=generator)[:2] for _ in range(13)])
+    pull = draw(13, hidden).to(dtype).double()
     repeats = FAMILIES[family].repeats_tokens
     index = index[:, :1].reshape(-1, 1) if repeats else index
 
@@ -295,7 +303,7 @@ def test_every_familys_experts_in_4_bits_equal_its_own_class_in_float64(family, 
         else:
             output = experts_forward(module, moved, index, scores, lora=lora)
         inputs = [moved, *([] if repeats else [scores]), *(t for f in lora.values() for t in (f.left_ENr, f.right_ErM))]
-        return output, torch.autograd.grad(output.double().sin().sum(), inputs)
+        return output, torch.autograd.grad(output, inputs, pull.to(output.dtype))
 
     def exact():
         fields = dict(FAMILIES[family].tiny)
@@ -318,7 +326,7 @@ def test_every_familys_experts_in_4_bits_equal_its_own_class_in_float64(family, 
         else:
             output = torch.func.functional_call(stock, values, (moved, index, scores))
         inputs = [moved, *([] if repeats else [scores]), *(t for pair in lora.values() for t in pair)]
-        return output, torch.autograd.grad(output.sin().sum(), inputs)
+        return output, torch.autograd.grad(output, inputs, pull)
 
     found, expected = ours(), exact()
     for number, (a, b) in enumerate(zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True)):
