@@ -62,7 +62,7 @@ def job(request: Request) -> int:
 def plan(request: Request) -> int:
     """Prints what a recipe or a run needs, takes and costs."""
     from finetune.check import problems
-    from finetune.machine import missing_weights, settled
+    from finetune.machine import missing_weights, settled, unfit_weights
     from finetune.plan import plan as make_plan
 
     recipe = settled(_recipe(request))
@@ -78,8 +78,8 @@ def plan(request: Request) -> int:
 
     console = Console()
     show_plan(figures, console)
-    if missing := missing_weights(recipe):
-        console.print(missing.sentence(), markup=False, highlight=False, soft_wrap=True)
+    if wrong := missing_weights(recipe) or unfit_weights(recipe):
+        console.print(wrong.sentence(), markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

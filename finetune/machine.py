@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -12,8 +13,10 @@ from pathlib import Path
 from finetune import fetch, sizes
 from finetune.check import source_kind
 from finetune.errors import FinetuneError, WeightsError
+from finetune.families import family_of
 from finetune.licences import find_licence
 from finetune.recipe import Recipe
+from finetune.shards import check_shards, quantisation_of
 
 FLOORS = {
     "torch": ((2, 10), "CVE-2026-24747"),
@@ -94,6 +97,30 @@ def missing_weights(recipe: Recipe) -> WeightsError | None:
             return None
     ways.append("scale=rehearsal to run the same chain on a tiny model of this family")
     return WeightsError(code, what, needed, "; or ".join(ways))
+
+
+def unfit_weights(recipe: Recipe) -> WeightsError | None:
+    """The error of a base folder that could not be loaded later, or None: damaged files, another family or format.
+
+    Reads config.json and the headers of the weight files.
+    """
+    model, folder = recipe.model, Path(recipe.model.source).expanduser()
+    if model.tiny or source_kind(model.source) != "folder":
+        return None
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        family = family_of(config)
+        quantisation_of(config)
+        check_shards(folder)
+    except WeightsError as error:
+        return error
+    except (ValueError, OSError, AttributeError) as error:
+        return WeightsError("WGT-002", f"{path} cannot be used", str(error), "fetch the folder again")
+    if family.key == model.family:
+        return None
+    what = f"model.source={folder} is of the family {family.key}, model.family is {model.family}"
+    return WeightsError("WGT-008", what, "the plan would describe another model", "the card of that base: model=NAME")
 
 
 def room(gib: float) -> str:

@@ -88,8 +88,8 @@ def refuse(recipe: Recipe) -> None:
     """Nothing, or the errors of everything that would stop the job later."""
     if found := [*check.problems(recipe), *machine.environment_problems()]:
         raise RecipeError(found)
-    if missing := machine.missing_weights(recipe):
-        raise missing
+    if wrong := machine.missing_weights(recipe) or machine.unfit_weights(recipe):
+        raise wrong
 
 
 def require_gates(run_dir: RunDir) -> None:

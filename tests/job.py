@@ -27,12 +27,17 @@ def good(**changes: Any) -> Recipe:
     return recipe
 
 
+HEADER = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+WEIGHTS = len(HEADER).to_bytes(8, "little") + HEADER + b"w"
+"""A safetensors file of one byte."""
+
+
 def ready(tmp_path: Path, **changes: Any) -> Recipe:
     """A recipe whose base is a folder here and whose runs go below `tmp_path`."""
     base = tmp_path / "base"
     base.mkdir(exist_ok=True)
-    (base / "config.json").write_text("{}")
-    (base / "model.safetensors").write_bytes(b"weights")
+    (base / "config.json").write_text('{"model_type": "mixtral"}')
+    (base / "model.safetensors").write_bytes(WEIGHTS)
     places = {"runs_dir": str(tmp_path / "runs"), "cache_dir": str(tmp_path / "cache"), "model__source": str(base)}
     return good(**(places | changes))
 

@@ -13,7 +13,7 @@ from finetune.record import PACKAGES, output_names
 from finetune.run import run
 from finetune.rundir import RunDir
 from finetune.verify import differences, verify
-from tests.job import Stages, ready
+from tests.job import WEIGHTS, Stages, ready
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_the_record_holds_a_hash_of_the_base_and_of_the_users_rows(done: RunDir,
     assert set(record["inputs"]) == {
         str(tmp_path / name) for name in ("base/config.json", "base/model.safetensors", "rows.jsonl")
     }
-    sha = hashlib.sha256(b"weights").hexdigest()
+    sha = hashlib.sha256(WEIGHTS).hexdigest()
     assert record["inputs"][str(tmp_path / "base" / "model.safetensors")] == sha
 
 

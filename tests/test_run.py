@@ -107,6 +107,33 @@ def test_a_recipe_with_problems_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda base: (base / "config.json").write_text('{"model_type": "gpt2"}'), r"FAM-001 .*'gpt2'"),
+        (
+            lambda base: (base / "config.json").write_text('{"model_type": "qwen3_moe"}'),
+            "WGT-008 .*mixtral",
+        ),
+        (lambda base: (base / "config.json").write_text("["), "WGT-002"),
+        (lambda base: (base / "config.json").write_text("[]"), "WGT-002"),
+        (lambda base: (base / "model.safetensors").write_bytes(b"weights"), "WGT-003 .*cut short or damaged"),
+        (
+            lambda base: (base / "config.json").write_text(
+                '{"model_type": "mixtral", "quantization_config": {"quant_method": "awq"}}'
+            ),
+            "WGT-007 .*'awq'",
+        ),
+    ],
+)
+def test_a_base_that_could_not_be_loaded_is_refused_before_anything_is_written(tmp_path: Path, damage, says) -> None:  # type: ignore[no-untyped-def]
+    recipe = ready(tmp_path)
+    damage(tmp_path / "base")
+    with pytest.raises(WeightsError, match=says):
+        run(recipe, launch=Stages())
+    assert not (tmp_path / "runs").exists()
+
+
 def test_missing_weights_write_nothing(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="WGT-002"):
         run(good(runs_dir=str(tmp_path / "runs"), cache_dir=str(tmp_path)), launch=Stages())
