@@ -138,6 +138,17 @@ def test_training_evaluating_and_training_again_keeps_every_gradient():
     assert all(bool(g.any()) for g in before.values())
 
 
+def test_a_cpu_that_would_repack_weights_in_evaluation_is_told_not_to(monkeypatch):
+    """The test before shows the damage only on such a CPU; this one shows on every CPU that it cannot happen."""
+    import bitsandbytes as bnb
+
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
+    base = load_base(checkpoint("mixtral"), load_in_4bit=True, precision="bf16")
+    maps = [module for module in base.model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert len(maps) >= 8
+    assert not any(module.support_avx512bf16_for_cpu for module in maps)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(reentrant):
     base, model = adapted("mixtral", ALL, fp32=False, load_in_4bit=True)
