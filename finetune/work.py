@@ -53,7 +53,12 @@ def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
         counted(
             "adapter maths", 6 * trainable * tokens, "FLOP", "6 x trainable parameters of a token's experts x tokens"
         ),
-        counted("recompute", again, "FLOP", "a second forward pass" if again else "no gradient checkpointing"),
+        counted(
+            "recompute",
+            again,
+            "FLOP",
+            "a second forward pass, if memory demands it of all layers" if again else "no gradient checkpointing",
+        ),
     )
 
 
