@@ -134,8 +134,9 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 
 SLOW_STAGE = """\
-import sys, time, finetune.worker as worker
+import signal, sys, time, finetune.worker as worker
 import types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background begin with it ignored
 def slow(run_dir):
     print("stage begins", flush=True)
     time.sleep(60)
