@@ -36,7 +36,8 @@ class Base:
     load_peak_gib: float
     """How much the process grew while loading, at most, in GiB: memory it allocated, without mapped files."""
     largest_group_gib: float
-    """The largest group of checkpoint tensors that make one weight in 4 bits, in GiB on disk; 0 without 4 bits."""
+    """The largest group of checkpoint tensors that make one parameter (an expert stack, or the embedding), in GiB on
+    disk; 0 without 4 bits."""
     resident_gib: float
     """Bytes of parameters and buffers, 4-bit maxima included, in GiB."""
 

@@ -69,7 +69,7 @@ class Nf4Config(BitsAndBytesConfig):
         )
         self.quant_method = METHOD
         self.family, self.weights = family, weights
-        self.largest_group = 0  # bytes on disk of the largest group of tensors that make one packed weight
+        self.largest_group = 0  # bytes on disk of the largest group of tensors that make one parameter
         self.problems: list[str] = []  # transformers swallows what a conversion raises; the loader reads it here
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
         for key, weight in (settings.weights or {}).items():
             name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
             name = name if name in state else key
-            if name in state and self.param_needs_quantization(model, name):
+            if name in state:
                 weight.deferred = is_stack(model, name)
                 groups[name] = weight.bytes + (groups[name] if name in groups else 0)
         settings.largest_group = max(groups.values(), default=0)
