@@ -107,6 +107,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--expert-rank", type=int, default=16, help="LoRA rank inside each expert")
     add("--loss-steps", type=int, default=5, help="steps of the fp32 comparison; 0 leaves it out")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=cuda, help="recompute activations")
+    add("--precision", choices=("auto", "bf16"), default="auto", help="of ours: auto is fp32 on a CPU without bf16")
     add("--shape", type=changes, default={}, help="changes of the slice's config, e.g. num_hidden_layers=2")
     add("--out", type=Path, default=RESULTS / f"experts_{slug(machine())}.json", help="the JSON file to write")
     options = parser.parse_args(words)
@@ -184,7 +185,7 @@ def run(options: argparse.Namespace, workloads: list[Workload], start: Start) ->
         "versions": versions(),
         "settings": {
             key: getattr(options, key)
-            for key in ("rounds", "warmup", "length", "rank", "expert_rank", "loss_steps", "checkpointing")
+            for key in ("rounds", "warmup", "length", "rank", "expert_rank", "loss_steps", "checkpointing", "precision")
         },
         "how": HOW,
         "pairs": pairs,

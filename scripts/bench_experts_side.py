@@ -53,13 +53,15 @@ class Spec:
     """Recompute activations in the backward pass (gradient checkpointing, not reentrant)."""
     steps: bool
     """Whether it will be asked for steps; if not, only bytes count, and ours loads as for bf16."""
+    bf16: bool
+    """Ours multiplies in bf16 even on a CPU without instructions for it, as stock does."""
 
     @property
     def in_fp32(self) -> bool:
         """Whether this side multiplies in fp32: ours where `train.precision=auto` would, stock only when told to."""
         from finetune.machine import multiplies_bf16
 
-        ours = self.side == "ours" and self.steps and not multiplies_bf16()
+        ours = self.side == "ours" and self.steps and not self.bf16 and not multiplies_bf16()
         return self.fp32 or self.side == "stock-fp32" or ours
 
 

@@ -255,6 +255,7 @@ def spec(workload: Workload, side: str, options: argparse.Namespace, scratch: Pa
         expert_rank=options.expert_rank,
         checkpointing=options.checkpointing,
         steps=bool(workload.tokens),
+        bf16=options.precision == "bf16",
     )
 
 
