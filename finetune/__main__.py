@@ -10,7 +10,10 @@ from finetune.errors import RecipeError
 
 VERBS = {
     "run": ("finetune.commands:job", "the whole job (the verb may be left out); with run=PATH, what is left of it"),
-    "data": ("finetune.commands:job", "rows, cleaned and tokenised"),
+    "data": ("finetune.commands:job", "rows, checked, cleaned and tokenised"),
+    "data preview": ("finetune.commands:preview", "some of them, with the trained tokens in colour, also as a page"),
+    "data explain": ("finetune.commands:explain", "whether they are prepared already, and what is different if not"),
+    "data index": ("finetune.commands:index", "hashes of an evaluation set (file=FILE) that must not be trained on"),
     "train": ("finetune.commands:job", "... and the adapter"),
     "evaluate": ("finetune.commands:job", "... and base against tuned"),
     "merge": ("finetune.commands:job", "... and the adapter in the original weights"),
@@ -40,6 +43,7 @@ OPTIONS = """\
   -m, --multirun     one job for every value of key=a,b,c
   --config-dir DIR   look for recipes, models, data, ... in DIR first
   --json             plan as JSON
+  --rows N           how many rows `data preview` shows
   --version, --help
 
 Every setting, with its meaning: finetune/recipe.py. The order of the stages: finetune/run.py.
@@ -77,6 +81,8 @@ def read(words: list[str]) -> Request:
     rest, problems = list(words), []
     if "=" not in rest[0] and not rest[0].startswith("-"):
         request.verb = rest.pop(0)
+        if rest and f"{request.verb} {rest[0]}" in VERBS:
+            request.verb += f" {rest.pop(0)}"
         if request.verb not in VERBS:
             problems.append(f"CFG-011 {request.verb} is no verb.{_near(request.verb)} Verbs: {', '.join(VERBS)}.")
     while rest:
@@ -88,8 +94,15 @@ def read(words: list[str]) -> Request:
             request.as_json = True
         elif name == "--config-dir" and (value or rest):
             request.config_dir = value or rest.pop(0)
+        elif name == "--rows" and (value or rest):
+            number = value or rest.pop(0)
+            request.rows = int(number) if number.isdigit() else 0
+            if not request.rows:
+                problems.append(f"CFG-011 --rows {number} is no number of rows. Type: --rows 5")
         elif word.startswith("-"):
-            problems.append(f"CFG-011 {name} is no option. Options: -m, --config-dir DIR, --json, --version, --help.")
+            problems.append(
+                f"CFG-011 {name} is no option. Options: -m, --config-dir DIR, --json, --rows N, --version, --help."
+            )
         elif word in VERBS and request.verb == "run":
             request.verb = word
         elif "=" not in word and not word.startswith("~"):
@@ -111,7 +124,7 @@ def read(words: list[str]) -> Request:
 
 def help_text() -> str:
     """What --help prints."""
-    verbs = "".join(f"  {verb:<10} {what}\n" for verb, (_, what) in VERBS.items())
+    verbs = "".join(f"  {verb:<12} {what}\n" for verb, (_, what) in VERBS.items())
     return f"{USAGE}\n{verbs}\n{OPTIONS}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import math
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any, Literal
 from finetune import sizes
 from finetune.errors import RecipeError
 from finetune.licences import find_licence
-from finetune.recipe import Recipe
+from finetune.recipe import Data, Recipe
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -31,6 +32,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.heldout_rows": (0, math.inf),
     "data.max_length": (8, math.inf),
     "data.excerpt_words": (0, math.inf),
+    "data.max_drop_fraction": (0, 1),
+    "data.min_words": (0, math.inf),
+    "data.near_share": (0.3, 1),
+    "data.workers": (0, 1024),
     "train.max_steps": (0, math.inf),
     "train.batch_size": (1, math.inf),
     "train.accumulation": (1, math.inf),
@@ -185,24 +190,48 @@ def _adapter(recipe: Recipe) -> Iterator[str]:
 
 def _data(recipe: Recipe) -> Iterator[str]:
     data = recipe.data
-    if data.card and data.train_files:
-        yield f"DAT-001 data.card={data.card} and data.train_files are both given. Leave one of them out."
     if not data.card and not data.train_files:
         yield "DAT-001 there are no training rows. Choose a card with data=NAME, or give data.train_files=[my.jsonl]."
     for key, files in (("train_files", data.train_files), ("heldout_files", data.heldout_files)):
         for name in files:
-            if not Path(name).expanduser().is_file():
-                yield f"DAT-002 data.{key}: {name} does not exist in {Path.cwd()}. Give the path of a JSONL file."
+            path = Path(name).expanduser()
+            if not path.exists() and not glob.glob(str(path), recursive=True):  # noqa: PTH207  # may be absolute
+                yield f"DAT-002 data.{key}: {name} does not exist in {Path.cwd()}. Give the path of a file or folder."
     if data.train_files and not data.heldout_files and data.heldout_fraction == 0:
         yield "DAT-003 there are no held-out rows. Give data.heldout_files=[my.jsonl], or data.heldout_fraction=0.1."
-    if data.heldout_files and data.heldout_fraction > 0:
-        yield f"DAT-003 data.heldout_fraction={data.heldout_fraction} has no effect beside heldout_files. Set it to 0."
-    if not data.train_files and (data.heldout_files or data.heldout_fraction > 0):
-        yield "DAT-003 a data card has its own held-out rows. Leave out data.heldout_files and data.heldout_fraction."
+    if not data.train_files and data.heldout_files:
+        yield "DAT-003 a data card has its own held-out rows. Leave out data.heldout_files."
     paths = {Path(name).expanduser().resolve() for name in data.train_files}
     for name in data.heldout_files:
         if Path(name).expanduser().resolve() in paths:
             yield f"DAT-004 {name} is both trained on and held out: scores would mean nothing. Give different files."
+    yield from _cleaning(data)
+
+
+def _cleaning(data: Data) -> Iterator[str]:
+    if data.mixture:
+        for name in sorted(set(data.mixture) ^ set(data.train_files)):
+            yield f"DAT-006 data.mixture and data.train_files differ in {name}. Give every file its share."
+        if min(data.mixture.values()) <= 0 or abs(sum(data.mixture.values()) - 1) > 1e-6:
+            total = sum(data.mixture.values())
+            yield f"DAT-006 data.mixture adds up to {total:g}. Shares must be above 0 and add up to 1."
+    for path, policy in data.benchmarks.items():
+        if policy not in ("fail", "drop", "report"):
+            yield f"DAT-007 data.benchmarks: {policy} is not one of fail, drop, report. Choose one of them."
+        if not Path(path).expanduser().is_file():
+            yield f"DAT-007 data.benchmarks: {path} does not exist. Make it: python -m finetune data index file=FILE"
+    for code in data.languages:
+        if not re.fullmatch(r"[a-z]{2}", code):
+            yield f"DAT-008 data.languages: {code} is no ISO 639-1 code. Write it as en, de, fr."
+    if data.time_by and data.heldout_files:
+        yield "DAT-009 data.time_by has no effect beside data.heldout_files. Leave one of them out."
+    if data.card:
+        beside = {"format": "auto", "columns": {}, "mixture": {}, "group_by": "", "time_by": ""}
+        for key, usual in beside.items():
+            if getattr(data, key) != usual:
+                yield f"DAT-010 data.{key} has no effect with a data card, which says it itself. Leave it out."
+    if not data.card and data.excerpt_words:
+        yield "DAT-010 data.excerpt_words has no effect without a data card. Leave it out."
 
 
 def _launch(recipe: Recipe) -> Iterator[str]:

@@ -26,6 +26,8 @@ class Request:
     """Whether -m was given."""
     as_json: bool = False
     """Whether --json was given."""
+    rows: int = 5
+    """Number given with --rows."""
     run_dir: RunDir | None = None
     """The run that is worked on, as soon as it is known: errors name it."""
 
@@ -90,6 +92,79 @@ def check(request: Request) -> int:
     recipe = _recipe(request)
     refuse(recipe)
     print(f"{recipe.name}: nothing stands in the way.")
+    return 0
+
+
+def preview(request: Request) -> int:
+    """Prints prepared rows with their trained tokens coloured, and writes them as a page beside."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from finetune.data.output import dataset
+    from finetune.data.page import say, show_rows, write_page
+    from finetune.data.prepare import prepared
+    from finetune.data.store import decoder
+    from finetune.machine import settled
+    from finetune.source import base_folder
+
+    recipe = settled(_recipe(request))
+    base = base_folder(recipe)
+    run_dir = request.run_dir
+    folder = run_dir.data if run_dir and run_dir.data.exists() else prepared(recipe, base)
+    rows = dataset(folder / "train.arrow")
+    shown = [rows[i] for i in range(min(request.rows, len(rows)))]
+    console, tokenizer = Console(), decoder(base)
+    show_rows(shown, tokenizer, console)
+    target = (run_dir.path if run_dir else Path()) / "data_preview.html"
+    write_page(shown, tokenizer, f"{recipe.name}: {len(shown)} of {len(rows)} training rows", target)
+    say(console, f"\nthe same as a page: {target}")
+    return 0
+
+
+def explain(request: Request) -> int:
+    """Says whether the rows of a recipe are prepared already, and if not, what is different."""
+    from finetune.data.prepare import store_of
+    from finetune.data.store import explain as reasons
+    from finetune.machine import settled
+    from finetune.source import base_folder
+
+    recipe = settled(_recipe(request))
+    store = store_of(recipe, base_folder(recipe))
+    print("\n".join(reasons(store.root, store.address)))
+    return 0
+
+
+def index(request: Request) -> int:
+    """Makes the index of an evaluation set, against which training rows are checked: hashes, no text."""
+    from pathlib import Path
+
+    from finetune.data.benchmarks import items_of_card
+    from finetune.data.contamination import build, read_items
+
+    words = dict(word.split("=", 1) for word in request.settings)
+    usage = (
+        "Type: python -m finetune data index file=FILE.jsonl, or card=NAME network=true; as you like with name=NAME, "
+        "kind=text|code, out=NAME.index"
+    )
+    unknown = sorted(set(words) - {"file", "card", "network", "cache_dir", "name", "kind", "out"})
+    kind = words["kind"] if "kind" in words else "text"
+    if unknown or ("file" in words) == ("card" in words) or kind not in ("text", "code"):
+        what = f"{unknown[0]} is not known here" if unknown else "it takes file= or card=, and kind=text or kind=code"
+        raise RecipeError([f"CFG-012 data index: {what}. {usage}"])
+    source = words["file"] if "file" in words else words["card"]
+    if "file" in words:
+        items = read_items(Path(source).expanduser())
+    else:
+        cache = words["cache_dir"] if "cache_dir" in words else ""
+        network = "network" in words and words["network"] == "true"
+        items = items_of_card(source, Recipe(cache_dir=cache, network=network))
+    name = words["name"] if "name" in words else Path(source).stem
+    out = Path(words["out"] if "out" in words else f"{name}.index").expanduser()
+    made = build(items, name, kind)
+    made.save(out)
+    print(f"{out}: {len(made)} items of {source}, as hashes. Use it: data.benchmarks={{{out}: fail}} (or drop, report)")
+    print("\n".join(f"not detected: {limit}" for limit in made.limits()))
     return 0
 
 

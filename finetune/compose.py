@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,9 +40,13 @@ def compose(words: Sequence[str], config_dir: str | Path | None = None) -> Recip
         raise RecipeError(problems)
     tree, files = _hydra_compose(plain, folders)
     try:
-        return from_config(tree)
+        recipe = from_config(tree)
     except RecipeError as error:
         raise RecipeError([_with_place(p, words, files) for p in error.problems]) from None
+    if recipe.data.card and recipe.data.train_files:
+        print(f"data: your train_files take the place of the card {recipe.data.card}", file=sys.stderr, flush=True)
+        recipe.data.card, recipe.data.sample, recipe.data.excerpt_words = "", False, 0
+    return recipe
 
 
 def from_config(config: Any) -> Recipe:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class FinetuneError(Exception):
     """A mistake or a missing thing that the user can mend. `exit_code` is what the command line returns."""
@@ -12,13 +14,18 @@ class FinetuneError(Exception):
         self.code, self.what, self.why, self.fix = code, what, why, fix
         super().__init__(self.sentence())
 
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        """So that it comes whole out of a worker process."""
+        return type(self), (self.code, self.what, self.why, self.fix)
+
     def sentence(self) -> str:
-        """`ID what: why. Type: fix`, on one line."""
+        """`ID what: why. Try: fix`, on one line unless it lists several problems."""
+        listed = "\n" in self.what  # a list of problems; what follows stands on lines of its own
         text = f"{self.code} {self.what}"
         if self.why:
-            text += f": {self.why}"
-        text = text.rstrip(".") + "."
-        return f"{text} Try: {self.fix}" if self.fix else text
+            text += f"\n{self.why}" if listed else f": {self.why}"
+        text = text if listed and not self.why else text.rstrip(".") + "."
+        return text + ("\n" if listed else " ") + f"Try: {self.fix}" if self.fix else text
 
 
 class RecipeError(FinetuneError):
@@ -29,6 +36,10 @@ class RecipeError(FinetuneError):
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
         Exception.__init__(self, "\n".join(problems))
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """So that it comes whole out of a worker process."""
+        return type(self), (self.problems,)
 
     def sentence(self) -> str:
         """All problems, one a line."""

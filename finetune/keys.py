@@ -15,6 +15,8 @@ TYPE_WORDS = {
     str: "a text",
     list[str]: "a list of texts such as [a,b]",
     dict[str, Any]: "a mapping",
+    dict[str, str]: "a mapping of texts such as {a: b}",
+    dict[str, float]: "a mapping to numbers such as {a: 0.5}",
 }
 """Type of a setting -> how a person calls it."""
 

@@ -79,26 +79,71 @@ class Adapter:
 
 @dataclass(kw_only=True, slots=True)
 class Data:
-    """The rows: where they come from and how long they may be."""
+    """The rows: where they come from, what is asked of them, and how they become tokens."""
 
     card: str = ""
-    """Name of a data card, `data/<card>.yaml`. Empty when `train_files` are given."""
+    """Name of a data card, `data/<card>.yaml`, or path of your own. Empty when `train_files` are given."""
     train_files: list[str] = field(default_factory=list)
-    """JSONL files with a `messages` list per row, used instead of a card."""
+    """Files, folders or globs of rows, instead of a card: JSONL, JSON, CSV, Parquet, Arrow, text; also .gz, .zst."""
     heldout_files: list[str] = field(default_factory=list)
-    """JSONL files of held-out rows, never trained on. Required with `train_files` unless `heldout_fraction` > 0."""
-    heldout_fraction: float = 0.0
-    """Share of `train_files` set aside when there are no `heldout_files`, by whole groups (`group` of a row)."""
+    """The same of held-out rows, never trained on."""
+    heldout_fraction: float = 0.1
+    """Share of `train_files` set aside, by whole groups, when there are no `heldout_files`."""
     train_rows: int = 0
     """Use at most this many training rows; 0 means all."""
     heldout_rows: int = 0
     """Use at most this many held-out rows; 0 means all."""
+    format: str = one_of("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens")
+    """What rows look like; `auto` goes by the keys of the first row of each file, and says what it found."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Your column -> the column it stands for, e.g. {question: prompt, answer: completion}."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Entry of `train_files` -> its share of the training rows, adding up to 1. Rows are left out, never repeated."""
+    on_bad_row: str = one_of("error", "drop")
+    """What a row with a fault means: the run ends, naming all of them, or the row is dropped with a ledger line."""
+    max_drop_fraction: float = 0.01
+    """With on_bad_row=drop: a larger share of faulty rows than this ends the run all the same."""
     max_length: int = 2048
-    """Longest row in tokens. A row that would lose its answer to this limit is an error, not a cut."""
+    """Longest row in tokens. Plain text is split into pieces of this length; for other rows see `too_long`."""
+    too_long: str = one_of("auto", "error", "drop", "cut")
+    """A longer row: the run ends, or it is dropped, or its end is cut. `auto` is what the card says, else `error`."""
+    turns: str = one_of("all", "last")
+    """Which answers of a conversation are trained. `last` also suits templates that rewrite earlier turns."""
+    reasoning: str = one_of("keep", "strip", "template")
+    """Reasoning before an answer (`reasoning_content`, or <think> in the text): trained with it, and an error where the
+    chat template drops it; or taken out; or left to the template, which may keep that of the last answer only."""
+    end_of_turn: str = ""
+    """Token to write behind a last answer that the chat template does not end, e.g. what begins the next."""
+    group_by: str = ""
+    """Column whose equal values stay on one side of the split. Empty: `group` if rows have it, else the question."""
+    time_by: str = ""
+    """Column with a date or number: the newest rows are held out, so that the past is tested on the future."""
+    duplicates: str = one_of("drop", "report")
+    """Rows whose words are those of an earlier row on their side, whatever case and punctuation."""
+    near_duplicates: str = one_of("report", "drop", "off")
+    """Rows that share most five-word runs with an earlier row or a held-out one (MinHash; see `near_share`)."""
+    near_share: float = 0.8
+    """Share of five-word runs in common (Jaccard) from which two rows are near duplicates."""
+    leakage: str = one_of("error", "drop")
+    """A held-out question that is also trained on: the run ends, or the training row is dropped."""
+    privacy: str = one_of("report", "redact", "drop", "off")
+    """Personal data and secrets: counted, replaced by [EMAIL] and the like, or their rows dropped."""
+    quality: str = one_of("report", "drop", "off")
+    """Answers that repeat themselves, are cut off, refuse, or are not text: counted, or dropped."""
+    languages: list[str] = field(default_factory=list)
+    """Languages to keep, as ISO 639-1 codes; empty keeps all and looks at none."""
+    min_words: int = 0
+    """Rows with fewer words are dropped."""
+    benchmarks: dict[str, str] = field(default_factory=dict)
+    """Index of an evaluation set (`data index`) -> `fail`, `drop` or `report` for training rows with an item of it."""
+    packing: bool = False
+    """Put several rows into one sequence of `max_length`, each with its own positions: less padding."""
     excerpt_words: int = 0
     """Words of a document that a card puts into the prompt; 0 means the card's own value."""
     sample: bool = False
     """Use the card's small sample rows instead of fetching its source (set by scale=rehearsal)."""
+    workers: int = 0
+    """Processes that prepare rows; 0 means one per core."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -40,8 +40,10 @@ def write_record(run_dir: RunDir) -> None:
 
 def content(run_dir: RunDir, recipe: Recipe, base: Path) -> dict[str, Any]:
     """What run.json holds. `base` is the folder that the base model was loaded from."""
-    files = [Path(name).expanduser() for name in (*recipe.data.train_files, *recipe.data.heldout_files)]
-    inputs = sorted({*(p.absolute() for p in base.iterdir() if p.is_file()), *(p.absolute() for p in files)})
+    from finetune.data.files import sources
+
+    files = [source.path for source in sources([*recipe.data.train_files, *recipe.data.heldout_files])]
+    inputs = sorted({p.absolute() for p in (*base.iterdir(), *files) if p.is_file()})
     report = run_dir.data / "report.json"
     licence = find_licence(recipe.model.licence)
     return {

@@ -46,6 +46,11 @@ class RunDir:
         return self.path / "data"
 
     @property
+    def rejected(self) -> Path:
+        """Ledger and report of rows that ended the data stage."""
+        return self.path / "data_rejected"
+
+    @property
     def checkpoints(self) -> Path:
         """Training states, one folder each, and LATEST."""
         return self.path / "checkpoints"

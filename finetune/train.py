@@ -27,14 +27,15 @@ def train(run_dir: RunDir) -> None:
 
     from finetune.adapters import attach, coverage_table, print_coverage, to_fp32
     from finetune.base import load_base
-    from finetune.data import load_splits
+    from finetune.data import PackedBatch, load_packed, load_splits
     from finetune.progress import Guard, TrainingProgress
     from finetune.recompute import Recompute
     from finetune.source import base_folder
 
     recipe = read_recipe(run_dir.recipe)
     console = Console()
-    rows = load_splits(run_dir).train
+    packed = load_packed(run_dir)
+    rows = load_splits(run_dir).train if packed is None else packed
     base = load_base(
         base_folder(recipe),
         load_in_4bit=recipe.adapter.load_in_4bit,
@@ -54,7 +55,8 @@ def train(run_dir: RunDir) -> None:
         trainer = SFTTrainer(
             model=model,
             args=trainer_settings(recipe, scratch, str(run_dir.logs), steps, loss_type(base.model)),
-            train_dataset=rows.select_columns(["input_ids", "labels"]),
+            train_dataset=rows if packed is not None else rows.select_columns(["input_ids", "labels"]),
+            data_collator=None if packed is None else PackedBatch(base.tokenizer.pad_token_id),
             processing_class=base.tokenizer,
             callbacks=[progress, Guard(), Recompute(recipe, base.family.block_class, console)],
         )

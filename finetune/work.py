@@ -68,11 +68,12 @@ def _rows(recipe: Recipe, prepared: Path | None) -> Figure:
     if report := _report(prepared):
         return given(name, report["splits"]["train"]["rows"], unit, "the prepared data of this run")
     files = [Path(f).expanduser() for f in data.train_files]
-    if files and all(f.is_file() for f in files):
+    if files and all(f.is_file() and f.suffix == ".jsonl" for f in files):
         lines = sum(_lines(f) for f in files)
-        kept = math.floor(lines * (1 - data.heldout_fraction))
+        held = 0.0 if data.heldout_files else data.heldout_fraction
+        kept = math.floor(lines * (1 - held))
         rows = min(kept, data.train_rows) if data.train_rows else kept
-        return given(name, rows, unit, f"{lines:,} lines, {data.heldout_fraction:.0%} held out")
+        return given(name, rows, unit, f"{lines:,} lines, {held:.0%} held out")
     most = _card_rows(recipe)
     if data.train_rows and (not most or data.train_rows < most):
         return given(name, data.train_rows, unit, "data.train_rows, if the source has as many")
@@ -85,10 +86,10 @@ def _card_rows(recipe: Recipe) -> int:
     """Most training rows of the recipe's data card, or of its sample; 0 where it sets no limit."""
     if not recipe.data.card:
         return 0
-    from finetune.data.card import card_folder, read_card
+    from finetune.data.card import read_card
 
     card = read_card(recipe.data.card)
-    return _lines(card_folder() / card.sample) if recipe.data.sample else card.train_rows
+    return _lines(card.folder / card.sample) if recipe.data.sample else card.train_rows
 
 
 def _tokens_per_row(recipe: Recipe, prepared: Path | None) -> Figure:

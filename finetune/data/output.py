@@ -1,173 +1,252 @@
-"""What the data stage leaves in the run folder: two tokenised splits, the ledger, the mask to look at, the report."""
+"""What the data stage leaves: two splits, the ledger, the mask to look at, the report. Streamed from the parts."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import __version__
-from finetune.data.rows import Row, listed
-from finetune.data.split import in_order
-from finetune.data.tokens import Tokens, marked, tokenize
-from finetune.errors import DataError
+import numpy as np
+
+from finetune.data.tokens import IGNORED, Tokens, marked
+from finetune.data.verdicts import FAULT, HELDOUT, TRAIN, Facts, dropped, in_order
 from finetune.recipe import Data
 from finetune.rundir import write_json, write_text
 
-SPLITS = ("train", "heldout")
+NAMES = {TRAIN: "train", HELDOUT: "heldout"}
+BATCH = 500
+"""Rows of a record batch in the splits."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Gathered:
-    """The rows of a recipe with their splits, and where they are from."""
+@dataclass(kw_only=True, slots=True)
+class Told:
+    """What the report says beside the counts."""
 
-    rows: list[Row]
-    """Every row that came in, kept or dropped."""
     source: dict[str, Any]
-    """Title, licence, attribution and hashes of the files, as report.json shows them."""
-    drop_long: bool
-    """Rows longer than `data.max_length` are dropped instead of ending the run."""
+    """Title, licence, attribution and hashes of the files."""
+    address: dict[str, Any]
+    """Everything that the prepared set depends on, as the cache keeps it."""
+    notes: list[str]
+    """Sentences for a person."""
+    limits: list[str]
+    """What the checks do not find."""
 
 
-def write_splits(gathered: Gathered, data: Data, tokenizer: Any, stop: set[int], folder: Path) -> None:
-    """Tokenises the kept rows and writes all files of the data stage into `folder`; report.json last."""
-    tokens: dict[str, Tokens] = {}
-    problems: list[str] = []
-    kept = [row for split in SPLITS for row in in_order(gathered.rows, split)]
-    for row in _progress(kept, "tokenising"):
-        try:
-            tokens[row.id] = tokenize(tokenizer, stop, row.messages, row.where)
-        except DataError as error:
-            problems.append(error.sentence())
-    if problems:
-        raise listed(problems, f"of {len(kept)} rows cannot be tokenised")
-    long = [row for row in kept if len(tokens[row.id].input_ids) > data.max_length]
-    if long and not gathered.drop_long:
-        need = max(len(tokens[row.id].input_ids) for row in long)
-        raise DataError(
-            "MASK-001",
-            f"{len(long)} of {len(kept)} rows would lose their answer to data.max_length={data.max_length}",
-            f"the first is {long[0].where}; the longest row has {need} tokens",
-            f"data.max_length={need}",
-        )
-    for row in long:
-        row.drop("long", f"{len(tokens[row.id].input_ids)} tokens, data.max_length={data.max_length}")
-    splits = {name: in_order(gathered.rows, name) for name in SPLITS}
-    for name in SPLITS:
-        if not splits[name]:
-            why = f"all are longer than data.max_length={data.max_length}"
-            raise DataError("DATA-009", f"no {name} row is left", why, "a larger data.max_length")
-        _write_parquet(folder / f"{name}.parquet", splits[name], tokens)
-    _write_ledger(folder / "ledger.jsonl", gathered.rows, tokens)
-    shown = splits["train"][:3]
-    parts = [f"row {r.id} ({tokens[r.id].trainable} tokens trained)\n{marked(tokenizer, tokens[r.id])}" for r in shown]
-    write_text(folder / "mask.txt", "Trained tokens stand between ⟦ and ⟧.\n\n" + "\n\n".join(parts) + "\n")
-    write_json(folder / "report.json", _report(gathered, data, tokenizer, splits, tokens))
+def write_all(facts: Facts, data: Data, decode: Any, told: Told, folder: Path) -> dict[str, Any]:
+    """Writes every file of the data stage into `folder`, report.json last; the report."""
+    splits: dict[str, Any] = {}
+    digest = hashlib.sha256(json.dumps(told.address, sort_keys=True).encode())
+    shown: list[str] = []
+    for split, name in NAMES.items():
+        path = folder / f"{name}.arrow"
+        _write_split(facts, split, path)
+        splits[name] = _summary(facts, split, path, digest)
+    for row in _first(folder / "train.arrow", 3):
+        tokens = Tokens(input_ids=row["input_ids"], labels=row["labels"])
+        shown.append(f"row {row['row']} ({tokens.trainable} tokens trained)\n{marked(decode, tokens)}")
+    write_text(folder / "mask.txt", "Trained tokens stand between ⟦ and ⟧.\n\n" + "\n\n".join(shown) + "\n")
+    counts = write_ledger(facts, folder / "ledger.jsonl")
+    report = report_of(facts, data, told, counts) | {"splits": splits, "content_sha256": digest.hexdigest()}
+    if data.packing:
+        from finetune.data.packing import pack
 
-
-def _report(
-    gathered: Gathered, data: Data, tokenizer: Any, splits: dict[str, list[Row]], tokens: dict[str, Tokens]
-) -> Any:
-    import tokenizers
-    import transformers
-
-    versions = {"finetune": __version__, "transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
-    template = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
-    report: dict[str, Any] = {
-        "source": gathered.source,
-        "rows_read": sum(row.part == 1 for row in gathered.rows),
-        "further_excerpts": sum(row.part > 1 for row in gathered.rows),
-        "kept": sum(map(len, splits.values())),
-        "dropped": dict(Counter(row.code for row in gathered.rows if row.code).most_common()),
-        "splits": {},
-        "settings": dataclasses.asdict(data),
-        "template_sha256": template,
-        "tokenizer_sha256": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "versions": versions,
-    }
-    digest = hashlib.sha256(json.dumps(report, sort_keys=True).encode())
-    for name, rows in splits.items():
-        lengths = sorted(len(tokens[row.id].input_ids) for row in rows)
-        report["splits"][name] = {
-            "rows": len(rows),
-            "groups": len({row.group for row in rows}),
-            "classes": dict(sorted(Counter(row.label for row in rows if row.choices).items())),
-            "tokens": sum(lengths),
-            "trainable_tokens": sum(tokens[row.id].trainable for row in rows),
-            "median_length": lengths[len(lengths) // 2],
-            "longest": lengths[-1],
-        }
-        for row in rows:
-            digest.update(json.dumps([row.id, tokens[row.id].input_ids, tokens[row.id].labels]).encode())
-    report["content_sha256"] = digest.hexdigest()
+        report["packing"] = pack(folder / "train.arrow", folder / "packed.arrow", data.max_length)
+    write_json(folder / "report.json", report)
     return report
 
 
-def _write_parquet(path: Path, rows: list[Row], tokens: dict[str, Tokens]) -> None:
+def write_rejected(facts: Facts, data: Data, told: Told, folder: Path, error: str) -> None:
+    """The ledger and the report of data that cannot be used, so that every fault can be found."""
+    counts = write_ledger(facts, folder / "ledger.jsonl", rejected=True)
+    write_json(folder / "report.json", report_of(facts, data, told, counts) | {"error": error})
+
+
+def report_of(facts: Facts, data: Data, told: Told, counts: Counter[str]) -> dict[str, Any]:
+    """Totals of the ledger and where they are from."""
+    codes = dropped(facts)
+    return {
+        "source": told.source,
+        "rows_read": len(facts),
+        "further_excerpts": int(facts.further.sum()),
+        "kept": counts["kept"],
+        "dropped": codes,
+        "verdicts": {verdict: counts[verdict] for verdict in ("kept", "dropped", "error")},
+        "truncated": counts["truncated"],
+        "found": {name.partition(":")[2]: n for name, n in sorted(counts.items()) if name.startswith("found:")},
+        "notes": told.notes,
+        "not_detected": told.limits,
+        "settings": dataclasses.asdict(data),
+        "address": told.address,
+    }
+
+
+def write_ledger(facts: Facts, path: Path, *, rejected: bool = False) -> Counter[str]:
+    """Writes a line for every row that came in; counts verdicts, cuts, and what was found in the rows.
+
+    A row is an `error` when its fault ends the run, `dropped` when it is left out, else `kept`.
+    """
+    from pyarrow import parquet
+
+    counts: Counter[str] = Counter()
+    columns = [
+        "line",
+        "id",
+        "sha256",
+        "why",
+        "tokens",
+        "trainable",
+        "truncated",
+        "privacy",
+        "flags",
+        "language",
+        "benchmarks",
+    ]
+    fatal = _fatal(facts, rejected)
+    with path.open("w", encoding="utf-8") as handle:
+        for i, made in enumerate(facts.parts):
+            start = int(facts.starts[i])
+            table = parquet.read_table(made.target.with_suffix(".facts"), columns=columns)
+            for k, fact in enumerate(table.to_pylist()):
+                row = start + k
+                code = facts.codes[facts.code[row]]
+                verdict = ("error" if facts.code[row] in fatal else "dropped") if code else "kept"
+                counts[verdict] += 1
+                counts["truncated"] += fact["truncated"] and not code
+                found = [*fact["privacy"].split(","), *(f"quality {f}" for f in fact["flags"].split(",") if f)]
+                counts.update(f"found:{what}" for what in found if what)
+                counts.update(["found:benchmark items"] if fact["benchmarks"] else [])
+                line = {
+                    "file": made.file,
+                    "line": fact["line"],
+                    "sha256": fact["sha256"],
+                    "verdict": verdict,
+                    "code": code,
+                    "tokens": fact["tokens"],
+                    "trainable_tokens": 0 if code else fact["trainable"],
+                    "truncated": fact["truncated"] and not code,
+                    "row": fact["id"],
+                    "split": NAMES[int(facts.split[row])] if facts.split[row] else "",
+                    "why": fact["why"] or (_why(facts, row, code) if code else ""),
+                }
+                extra = {k: fact[k] for k in ("privacy", "flags", "language", "benchmarks") if fact[k]}
+                if not code and facts.other[row] >= 0:
+                    extra["resembles"] = facts.where(int(facts.other[row]))
+                handle.write(json.dumps(line | extra, ensure_ascii=False) + "\n")
+    return counts
+
+
+def _fatal(facts: Facts, rejected: bool) -> set[int]:
+    """Codes of faults that nothing allowed to be dropped: those of a run that ends."""
+    return {i for i, code in enumerate(facts.codes) if FAULT.fullmatch(code)} if rejected else set()
+
+
+def _why(facts: Facts, row: int, code: str) -> str:
+    """The sentence of a verdict that was made over all rows."""
+    other = int(facts.other[row])
+    if other >= 0:
+        words = {"copy": "same words as", "near-copy": "nearly the same words as", "leak": "asks what is held out in"}
+        words |= {"DATA-002": "has the id of"}
+        return f"{words[code] if code in words else 'same words as'} {facts.where(other)}"
+    return {
+        "rows-limit": "data.train_rows or data.heldout_rows is reached",
+        "mixture": "its file has its share by data.mixture",
+        "group-held-out": "newer rows of its group are held out",
+    }.get(code, "")
+
+
+def _write_split(facts: Facts, split: int, path: Path) -> None:
+    """The rows of a split as an Arrow stream, in the order of training. Never more than a batch is in memory."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    schema = pa.schema(
-        [
-            ("row", pa.string()),
-            ("group", pa.string()),
-            ("input_ids", pa.list_(pa.int32())),
-            ("labels", pa.list_(pa.int32())),
-            ("prompt_length", pa.int32()),
-            ("messages", pa.list_(message)),
-            ("answer", pa.string()),
-            ("choices", pa.list_(pa.string())),
-        ]
-    )
-    values = [
-        {
-            "row": row.id,
-            "group": row.group,
-            "input_ids": tokens[row.id].input_ids,
-            "labels": tokens[row.id].labels,
-            "prompt_length": tokens[row.id].prompt_length,
-            "messages": row.messages,
-            "answer": row.messages[-1]["content"],
-            "choices": row.choices,
-        }
-        for row in rows
-    ]
-    parquet.write_table(pa.Table.from_pylist(values, schema=schema), path)
+    from finetune.data.part import rows_schema
+
+    order = in_order(facts, split)
+    place = np.full(len(facts), -1, dtype=np.int64)
+    place[order] = np.arange(len(order))
+    in_file_order = bool((np.diff(order) > 0).all())
+    target = path if in_file_order else path.with_suffix(".unordered")
+    schema = rows_schema().remove(0)
+    places: list[Any] = []
+    with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+        for i, made in enumerate(facts.parts):
+            if not (facts.split[facts.starts[i] : facts.starts[i + 1]] == split).any():
+                continue
+            with parquet.ParquetFile(made.target.with_suffix(".rows"), page_checksum_verification=True) as file:
+                for batch in file.iter_batches(batch_size=BATCH):
+                    at = place[batch["fact"].to_numpy() + facts.starts[i]]
+                    kept = batch.filter(pa.array(at >= 0))
+                    if kept.num_rows:
+                        stream.write_batch(kept.select(schema.names))
+                        places.append(at[at >= 0])
+    if not in_file_order:
+        _reorder(target, np.argsort(np.concatenate(places), kind="stable"), path)
+        target.unlink()
 
 
-def _write_ledger(path: Path, rows: list[Row], tokens: dict[str, Tokens]) -> None:
-    with path.open("w", encoding="utf-8") as handle:
-        for row in rows:
-            mine = tokens[row.id] if row.id in tokens else None
-            line = {
-                "file": row.file,
-                "line": row.line,
-                "row": row.id,
-                "sha256": row.sha256,
-                "verdict": "dropped" if row.code else "kept",
-                "split": row.split,
-                "code": row.code,
-                "why": row.why,
-                "tokens": len(mine.input_ids) if mine else 0,
-                "trainable_tokens": mine.trainable if mine and not row.code else 0,
-                "truncated": False,  # a row that does not fit is dropped or refused, never cut
-            }
-            handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+def _reorder(source: Path, order: Any, target: Path) -> None:
+    """Writes the rows of an Arrow stream in another order, a batch at a time from the mapped file."""
+    import pyarrow as pa
+
+    mapped = dataset(source).with_format("arrow")
+    with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_stream(sink, mapped.data.schema) as stream:
+        for start in range(0, len(order), BATCH):
+            for batch in mapped.select(order[start : start + BATCH])[:].combine_chunks().to_batches():
+                stream.write_batch(batch)
 
 
-def _progress(rows: list[Row], title: str) -> Iterable[Row]:
-    from rich.console import Console
-    from rich.progress import track
+def dataset(path: Path) -> Any:
+    """A split as a memory-mapped dataset."""
+    from datasets import Dataset
+    from datasets.utils.logging import disable_progress_bar
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        print(f"{title} {len(rows)} rows", file=sys.stderr, flush=True)
-        return rows
-    return track(rows, title, console=console, transient=True)
+    disable_progress_bar()
+    return Dataset.from_file(str(path))
+
+
+def _summary(facts: Facts, split: int, path: Path, digest: Any) -> dict[str, Any]:
+    """Counts of a split, read once more from the file; its rows enter the digest of the content."""
+    classes: Counter[str] = Counter()
+    lengths: list[Any] = [np.zeros(0, int)]
+    trainable = 0
+    for batch in _batches(path):
+        lengths.append(batch["input_ids"].value_lengths().to_numpy(zero_copy_only=False))
+        labels = batch["labels"].flatten().to_numpy()
+        trainable += int((labels != IGNORED).sum())
+        digest.update("\n".join(batch["row"].to_pylist()).encode())
+        for values in (lengths[-1], batch["input_ids"].flatten().to_numpy(), labels):
+            digest.update(np.ascontiguousarray(values).tobytes())
+        asked = np.flatnonzero(batch["choices"].value_lengths().to_numpy(zero_copy_only=False))
+        classes.update(batch["answer"].take(asked).to_pylist() if len(asked) else [])
+    every = np.sort(np.concatenate(lengths))
+    return {
+        "rows": len(every),
+        "groups": len(np.unique(facts.group_key[facts.split == split])),
+        "classes": dict(sorted(classes.items())),
+        "tokens": int(every.sum()),
+        "trainable_tokens": trainable,
+        "median_length": int(every[len(every) // 2]),
+        "longest": int(every[-1]),
+    }
+
+
+def _batches(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+
+    with pa.OSFile(str(path)) as handle, pa.ipc.open_stream(handle) as stream:
+        yield from stream
+
+
+def _first(path: Path, count: int) -> list[dict[str, Any]]:
+    """The first rows of a split."""
+    rows: list[dict[str, Any]] = []
+    for batch in _batches(path):
+        rows += batch.slice(0, count - len(rows)).to_pylist()
+        if len(rows) >= count:
+            break
+    return rows

@@ -1,27 +1,35 @@
-"""The data stage: rows of a card or of the user's files become two tokenised splits in the run folder."""
+"""The data stage, read it first: files or a card -> parts -> verdicts -> two splits and a ledger, once per content."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
-from finetune.data.card import Card, card_folder, read_card
-from finetune.data.excerpt import excerpts
-from finetune.data.output import SPLITS, Gathered, write_splits
-from finetune.data.readers import read_package
-from finetune.data.rows import Row, listed, prompt_key, read_messages
-from finetune.data.split import drop_copies, in_order, limit, split_card, split_fraction
-from finetune.data.tokens import load_tokenizer, stop_tokens
+from finetune.data.card import read_card
+from finetune.data.files import Block, Source, blocks, sources
+from finetune.data.output import Told, write_all, write_rejected
+from finetune.data.page import show_report
+from finetune.data.part import Job, Work
+from finetune.data.pool import make_all
+from finetune.data.records import records
+from finetune.data.shape import FORMATS, detect, renamed
+from finetune.data.store import Store, address_of, decoder, put
+from finetune.data.verdicts import Facts, decide
+from finetune.data.wording import SPLITS, about, from_card
 from finetune.errors import DataError
 from finetune.recipe import Data, Recipe
-from finetune.rundir import RunDir, atomic_folder, sha256_file
+from finetune.rundir import RunDir, atomic_folder, read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+CARD_BLOCK = 500
+"""Rows of a card that make one part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,199 +43,190 @@ class Splits:
 
 
 def prepare(run_dir: RunDir) -> None:
-    """Writes `run_dir.data`: train.parquet, heldout.parquet, ledger.jsonl, mask.txt and, last, report.json.
+    """Writes `run_dir.data`: train.arrow, heldout.arrow, ledger.jsonl, mask.txt and, last, report.json.
 
     Columns: row, group, input_ids, labels (-100 = not trained), prompt_length, messages, answer, choices. Raises
-    DataError for rows, cards or chat templates that cannot be used, FetchError for a package that is not at hand.
+    DataError for rows, cards or chat templates that cannot be used, FetchError for a package that is not at hand. Then
+    `run_dir.rejected` has the ledger with every fault.
     """
+    from rich.console import Console
+
     from finetune.compose import read_recipe
     from finetune.source import base_folder
 
     recipe = read_recipe(run_dir.recipe)
-    gathered = gather(recipe)
-    base = base_folder(recipe)
-    tokenizer = load_tokenizer(base)
-    with atomic_folder(run_dir.data) as folder:
-        write_splits(gathered, recipe.data, tokenizer, stop_tokens(tokenizer, base), folder)
+    put(prepared(recipe, base_folder(recipe), run_dir.rejected), run_dir.data)
+    show_report(read_json(run_dir.data / "report.json"), Console())
 
 
 def load_splits(run_dir: RunDir) -> Splits:
-    """Both prepared splits, in memory. Raises RunError when the data stage has not finished."""
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
-    from pyarrow import parquet
+    """Both prepared splits, mapped from disk. Raises RunError when the data stage has not finished."""
+    from finetune.data.output import dataset
 
     run_dir.require(run_dir.data / "report.json", "data")
-    # Not Dataset.from_parquet: it would write a second copy into a cache in the home folder.
-    train, heldout = (Dataset(InMemoryTable(parquet.read_table(run_dir.data / f"{name}.parquet"))) for name in SPLITS)
+    train, heldout = (dataset(run_dir.data / f"{name}.arrow") for name in SPLITS)
     return Splits(train, heldout)
 
 
-def gather(recipe: Recipe) -> Gathered:
-    """The rows that `recipe.data` names, as conversations, each kept in a split or dropped with its reason."""
+def load_packed(run_dir: RunDir) -> Dataset | None:
+    """The packed training sequences, columns input_ids, labels and position_ids; None where rows are not packed."""
+    from finetune.data.output import dataset
+
+    path = run_dir.data / "packed.arrow"
+    return dataset(path) if path.exists() else None
+
+
+def prepared(recipe: Recipe, base: Path, rejected: Path | None = None) -> Path:
+    """The folder of the prepared set of a recipe in the cache, made if its content is not there yet.
+
+    `base` is the folder with the tokenizer. A second process that wants the same set waits for the first.
+    """
+    found = inputs(recipe)
+    store = _store(recipe, base, found)
+    if store.is_ready():
+        print(f"data: prepared before, {store.folder}", file=sys.stderr, flush=True)
+        return store.folder
+    with store.lock():
+        if not store.is_ready():
+            told = Told(source=found.source, address=store.address, notes=[], limits=[])
+            _make(recipe, base, found, store, told, rejected)
+    return store.folder
+
+
+def store_of(recipe: Recipe, base: Path) -> Store:
+    """Where the prepared set of a recipe is, or would be."""
+    return _store(recipe, base, inputs(recipe))
+
+
+def _store(recipe: Recipe, base: Path, found: Inputs) -> Store:
+    from finetune.fetch import cache_folder
+
+    address = address_of(recipe, base, found.source, [(s.name, s.path, side) for s, side in found.files])
+    return Store(cache_folder(recipe) / "prepared", address)
+
+
+@dataclass(kw_only=True, slots=True)
+class Inputs:
+    """What a recipe reads."""
+
+    source: dict[str, Any]
+    """Title, licence, attribution; hashes of the files are added."""
+    files: list[tuple[Source, str]]
+    """The user's files, each with its side: `train`, `heldout`, or empty where a fraction is held out."""
+
+
+def inputs(recipe: Recipe) -> Inputs:
+    """The files or the card of a recipe; nothing is read yet. Raises DataError when there are both or none."""
     data = recipe.data
     if bool(data.card) == bool(data.train_files):
         why = "both are given" if data.card else "neither is given"
         raise DataError(
             "DATA-011", "data.card or data.train_files must be given, not both", why, "data=files or data=NAME"
         )
-    gathered = from_card(recipe) if data.card else from_files(data)
-    for split, most in zip(SPLITS, (data.train_rows, data.heldout_rows), strict=True):
-        limit(gathered.rows, split, most)
-    refuse_overlap(gathered.rows)
-    for split, fix in (
-        ("train", "give more rows"),
-        ("heldout", "data.heldout_files=[...] or a larger data.heldout_fraction"),
-    ):
-        if not in_order(gathered.rows, split):
-            why = ", ".join(f"{n} {code}" for code, n in Counter(r.code for r in gathered.rows if r.code).items())
-            raise DataError(
-                "DATA-009", f"no {split} row is left of {len(gathered.rows)}", f"dropped: {why or 'none'}", fix
-            )
-    return gathered
+    if data.card:
+        return Inputs(source=about(read_card(data.card), data.sample), files=[])
+    side = "train" if data.heldout_files else ""
+    every = sources([*data.train_files, *data.heldout_files])
+    held = {s.path.resolve() for s in sources(data.heldout_files)} if data.heldout_files else set()
+    files = [(s, "heldout" if s.path.resolve() in held else side) for s in every]
+    source = {"kind": "own files", "licence": "the user's own", "attribution": "", "passed_over": {}}
+    return Inputs(source=source, files=files)
 
 
-def from_card(recipe: Recipe) -> Gathered:
-    """The rows of a card: its sample rows, or those of its package, filtered, worded and split as the card says."""
-    from finetune.fetch import cache_folder, fetch_package
-
-    data, card = recipe.data, read_card(recipe.data.card)
-    passed_over: dict[str, int] = {}
-    if data.sample:
-        path = card_folder() / card.sample
-        rows = read_messages(path)
-        for row in rows:
-            row.file = card.sample
-        split_fraction(rows, 1 / 3)
-        source = {
-            "kind": "sample rows",
-            "files": {card.sample: sha256_file(path)},
-            "licence": "Apache-2.0",
-            "attribution": "",
-        }
-    elif card.reader == "files":
-        raise DataError(
-            "DATA-012",
-            f"the card {card.name} has only sample rows",
-            card.note,
-            "data=files data.train_files=[tickets.jsonl] data.heldout_fraction=0.1, or data.sample=true",
-        )
-    else:
-        wheel = fetch_package(
-            card.package,
-            card.version,
-            card.sha256,
-            cache=cache_folder(recipe),
-            network=recipe.network,
-            size_mb=card.size_mb,
-            licence=card.licence,
-        )
-        _say(f"reading {card.title} from {wheel.name}")
-        rows, passed_over = read_package(card, wheel)
-        word(rows, card, data.excerpt_words or card.excerpt_words)
-        split_card(rows, card)
-        source = {
-            "kind": "package",
-            "files": {wheel.name: card.sha256},
-            "licence": card.licence,
-            "attribution": card.attribution,
-        }
-    source |= {"card": card.name, "card_sha256": sha256_file(card_folder() / f"{card.name}.yaml"), "title": card.title}
-    source |= {"note": card.note, "licence_source": card.licence_source, "passed_over": passed_over}
-    return Gathered(rows=rows, source=source, drop_long=card.too_long == "drop")
-
-
-def from_files(data: Data) -> Gathered:
-    """The rows of the user's own JSONL files. Copies are dropped; a question on both sides is an error."""
-    files = {name: read_messages(Path(name).expanduser()) for name in [*data.train_files, *data.heldout_files]}
-    rows = [row for name in files for row in files[name]]
-    if len(files) > 1:
-        for row in rows:
-            row.id = f"{row.file}#{row.id}"
-    if data.heldout_files:
-        for name in files:
-            for row in files[name]:
-                row.split = "heldout" if name in data.heldout_files else "train"
-        for split in SPLITS:
-            drop_copies([row for row in rows if row.split == split])
-    else:
-        split_fraction(rows, data.heldout_fraction)
-    hashes = {name: sha256_file(Path(name).expanduser()) for name in files}
-    source = {"kind": "own files", "files": hashes, "licence": "the user's own", "attribution": "", "passed_over": {}}
-    return Gathered(rows=rows, source=source, drop_long=False)
-
-
-def word(rows: list[Row], card: Card, excerpt_words: int) -> None:
-    """Turns fields into conversations by the card's templates; drops rows that its filters do not want.
-
-    Further excerpts of long texts are appended to `rows`.
-    """
-    for row in list(rows):
-        reason = _unwanted(row, card)
-        if reason:
-            row.drop(*reason)
-            continue
-        fields = row.fields
-        if card.choices:
-            row.label = card.labels[fields[card.label]] if card.labels else fields[card.label]
-        row.group = fields[card.group]
-        texts = [""]
-        if card.text:
-            texts = excerpts(fields[card.text], excerpt_words, card.excerpt, card.excerpts_per_text)
-        further = [dataclasses.replace(row, id=f"{row.id}#{part}", part=part) for part in range(2, len(texts) + 1)]
-        for each, excerpt in zip([row, *further], texts, strict=True):
-            _fill(each, card, fields, excerpt)
-        rows += further
-
-
-def _unwanted(row: Row, card: Card) -> tuple[str, str] | None:
-    """Why the card does not want the row (code, sentence), or None."""
-    fields = row.fields
-    for key in (card.label, card.group, card.text, *card.keep):
-        if key and key not in fields:
-            return "no-field", f"it has no {key}"
-    for key, allowed in card.keep.items():
-        if fields[key] not in allowed:
-            return key, f"{key}={fields[key][:80]} is not among {', '.join(allowed)}"
-    if card.text and len(fields[card.text].split()) < card.min_words:
-        return "short", f"{len(fields[card.text].split())} words, the card wants {card.min_words}"
-    if card.labels and fields[card.label] not in card.labels:
-        return "class", f"{card.label}={fields[card.label]} belongs to no choice"
-    return None
-
-
-def _fill(row: Row, card: Card, fields: dict[str, str], excerpt: str) -> None:
-    """Puts fields and excerpt into the card's templates."""
-    values = {**fields, "excerpt": excerpt, "label": row.label}
+def _make(recipe: Recipe, base: Path, found: Inputs, store: Store, told: Told, rejected: Path | None) -> None:
+    data = recipe.data
+    long = data.too_long
+    if long == "auto":
+        long = read_card(data.card).too_long if data.card else "error"
+    near = data.near_duplicates != "off" and not data.card
+    work = Work(data=data, base=base, cut=long, near=near)
+    parts = make_all(work, _jobs(recipe, found, store, told), data.workers)
+    facts = Facts(parts)
+    ignored = sorted({name for made in parts for name in made.ignored})
+    if ignored:
+        told.notes.append(f"columns without a meaning here: {', '.join(ignored)}")
+    if not len(facts):
+        raise DataError("DATA-006", "the files have no rows", "", "files with rows")
     try:
-        question, answer = card.question.format_map(values).strip(), card.answer.format_map(values).strip()
-    except KeyError as error:
-        row.drop("no-field", f"it has no {error.args[0]}")
+        with TemporaryDirectory(prefix="finetune-") as scratch:
+            finder = None
+            if near:
+                from finetune.data.copies import near_finder
+
+                finder = near_finder(data, Path(scratch))
+            told.notes += decide(facts, data, given=bool(data.card), long=long, near=finder)
+    except DataError as error:
+        if rejected is not None:
+            with atomic_folder(rejected) as folder:
+                write_rejected(facts, data, told, folder, error.sentence())
+            error.why = f"{error.why}; {rejected / 'ledger.jsonl'} names every row".removeprefix("; ")
+            raise DataError(error.code, error.what, error.why, error.fix) from None
+        raise
+    told.limits = _limits(data)
+    with atomic_folder(store.folder) as folder:
+        write_all(facts, data, decoder(base), told, folder)
+        store.seal(folder)
+    store.sweep()
+
+
+def _jobs(recipe: Recipe, found: Inputs, store: Store, told: Told) -> Iterator[Job]:
+    """Every block of every file, or of the card's rows, numbered in order."""
+    number = 0
+
+    def job(block: Block | None, rows: list[Any], kind: str, side: str, prefix: str) -> Job:
+        nonlocal number
+        number += 1
+        target = store.parts / f"{number:06d}"
+        return Job(block=block, rows=rows, kind=kind, side=side, prefix=prefix, target=target)
+
+    if not found.files:
+        gathered = from_card(recipe)
+        told.source |= gathered.source
+        by_file: dict[str, list[Any]] = {}
+        for row in gathered.rows:
+            by_file.setdefault(row.file, []).append(row)
+        for rows in by_file.values():
+            for start in range(0, len(rows), CARD_BLOCK):
+                yield job(None, rows[start : start + CARD_BLOCK], "", "", "")
         return
-    except (ValueError, IndexError, AttributeError) as error:
-        known = ", ".join(sorted(values))
-        raise DataError(
-            "DATA-008", f"card {card.name}: a template cannot be filled ({error})", f"fields: {known}"
-        ) from None
-    if not answer:
-        row.drop("no-answer", "its answer is empty")
-        return
-    opening = [{"role": "system", "content": card.system}] if card.system else []
-    row.messages = [*opening, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    row.choices = list(card.choices)
-    # What copies are looked for in: the part that the model sees (long texts with different heads can have the
-    # same operative sentences), else the whole conversation.
-    row.fields = {"text": excerpt} if card.near_duplicate else {}
+    for source, side in found.files:
+        stream = blocks(source)
+        first = list(islice(stream, 1))
+        kind = format_of(first, recipe.data)
+        told.notes.append(f"{source.name}: {kind}" + ("" if recipe.data.format != "auto" else ", by its keys"))
+        prefix = f"{source.name}#" if len(found.files) > 1 else ""
+        for block in first:
+            yield job(block, [], kind, side, prefix)
+        for block in stream:
+            yield job(block, [], kind, side, prefix)
 
 
-def refuse_overlap(rows: list[Row]) -> None:
-    """Raises DataError DATA-013 when a held-out question is also a training question."""
-    train = {prompt_key(row): row for row in in_order(rows, "train")}
-    both = [(row, train[key]) for row in in_order(rows, "heldout") if (key := prompt_key(row)) in train]
-    if both:
-        problems = [f"DATA-013 {held.where} asks what {trained.where} trains on" for held, trained in both]
-        raise listed(problems, "held-out questions are also training questions; remove them from one side")
+def format_of(first: list[Block], data: Data) -> str:
+    """The format of a file: what the recipe says, else by the keys of its first row that can be read."""
+    if data.format != "auto":
+        return data.format
+    for block in first:
+        for record in records(block):
+            if isinstance(record.value, dict) and (kind := detect(renamed(record.value, data.columns))):
+                return kind
+    return next(iter(FORMATS))
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _limits(data: Data) -> list[str]:
+    """What the checks of this run cannot find."""
+    told = []
+    if data.near_duplicates != "off" and not data.card:
+        from finetune.data.near import chance
+
+        near, more = data.near_share, min(1.0, data.near_share + 0.1)
+        told.append(
+            f"near duplicates: of pairs with {near:.0%} of their five-word runs in common {chance(near):.0%} are "
+            f"found, with {more:.0%} {chance(near, more):.0%}; the same said in other words is not"
+        )
+    if data.privacy != "off":
+        told.append("personal data: names, addresses and whatever has no pattern or check digit")
+    if data.benchmarks:
+        from finetune.data.contamination import load
+
+        told += [limit for path in data.benchmarks for limit in load(Path(path).expanduser()).limits()]
+    return list(dict.fromkeys(told))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import fnmatch
+import gzip
 import hashlib
 import html
 import io
 import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,36 @@ _IN_PAGE_LINK = re.compile(r"\[([^\]]*)\]\(#[^)]*\)")
 _SAME_STEM = {"lgpl": "gpl", "agpl": "gpl", "gfdl": "gpl", "microsoft": "ms"}
 
 
+class Beside:
+    """The files below a folder, named and read as those of a wheel are."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> Beside:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def namelist(self) -> list[str]:
+        """Paths relative to the folder, sorted."""
+        return sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file."""
+        return (self.folder / name).read_bytes()
+
+
 def read_package(card: Card, wheel: Path) -> tuple[list[Row], dict[str, int]]:
     """The rows of `card` in `wheel`, and what was passed over because it is no row (reason -> count).
 
-    Raises DataError DATA-009 when a file of the card is missing or has no rows.
+    `wheel` is the card's own folder where it names no package. Raises DataError DATA-009 when a file of the card is
+    missing or has no rows.
     """
     from finetune.fetch import open_wheel
 
-    with open_wheel(wheel) as archive:
+    with open_wheel(wheel) if card.package else Beside(wheel) as archive:
         members = [n for n in archive.namelist() if any(fnmatch.fnmatchcase(n, pattern) for pattern in card.members)]
         missing = [p for p in card.members if not fnmatch.filter(members, p)]
         if missing:
@@ -42,9 +66,13 @@ def read_package(card: Card, wheel: Path) -> tuple[list[Row], dict[str, int]]:
         passed_over: dict[str, int] = {}
         if card.reader == "licence_rules":
             rows, passed_over = _licence_rules(archive, members)
+        elif card.reader == "icd":
+            rows, passed_over = _icd_terms(archive, members)
         else:
             for member in members:
-                rows += list(_records(card.reader, member, archive.read(member).decode("utf-8")))
+                data = archive.read(member)
+                text = (gzip.decompress(data) if member.endswith(".gz") else data).decode("utf-8")
+                rows += list(_records(card.reader, member, text))
             if card.reader == "factbook" and "section" in card.keep:
                 every, rows = rows, [row for row in rows if row.fields["section"] in card.keep["section"]]
                 passed_over["other sections"] = len(every) - len(rows)
@@ -54,11 +82,11 @@ def read_package(card: Card, wheel: Path) -> tuple[list[Row], dict[str, int]]:
 
 
 def _records(reader: str, member: str, text: str) -> Iterator[Row]:
-    if reader == "jsonl":
+    if reader in _OF_A_LINE:
         # not splitlines(): U+2028 and its kin are legal inside a JSON text
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                yield _record(member, number, line, json.loads(line))
+                yield _record(member, number, line, _OF_A_LINE[reader](json.loads(line)))
     elif reader == "json":
         for number, value in enumerate(json.loads(text), 1):
             yield _record(member, number, json.dumps(value, sort_keys=True), value)
@@ -67,12 +95,79 @@ def _records(reader: str, member: str, text: str) -> Iterator[Row]:
             yield _record(member, number, json.dumps(value, sort_keys=True), value)
     elif reader == "factbook":
         yield from _factbook(member, json.loads(text))
+    elif reader == "addresses":
+        yield from _address(member, text)
 
 
 def _record(member: str, number: int, raw: str, value: dict[str, Any]) -> Row:
-    fields = {key: _IN_PAGE_LINK.sub(r"\1", item) for key, item in value.items() if isinstance(item, str)}
+    """A row whose fields are the texts of `value` (of a list of texts the first), and `record`, its own name."""
+    firsts = {key: item[0] if isinstance(item, list) and item else item for key, item in value.items()}
+    fields = {key: _IN_PAGE_LINK.sub(r"\1", item) for key, item in firsts.items() if isinstance(item, str)}
+    fields["record"] = f"{Path(member).stem}:{number}"
     sha256 = hashlib.sha256(raw.encode()).hexdigest()
-    return Row(file=member, line=number, id=f"{Path(member).stem}:{number}", sha256=sha256, fields=fields)
+    return Row(file=member, line=number, id=fields["record"], sha256=sha256, fields=fields)
+
+
+def _options(value: dict[str, Any]) -> dict[str, Any]:
+    """A question whose `answer` repeats one of its `options`, `B. word`; `letter` is missing where it repeats none."""
+    options, answer = value["options"].strip(), value["answer"].strip()
+    # the start of a line, not a whole one: five options end in a blank or a mark that their answer lacks
+    letter = {"letter": answer[0]} if answer[1:3] == ". " and f"\n{answer}" in f"\n{options}" else {}
+    return {"question": value["question"], "options": options, **letter}
+
+
+def _chat(value: dict[str, Any]) -> dict[str, Any]:
+    """A question as chat messages: `prompt` is the last message, `stem` that without options, `ideal` the answer."""
+    prompt = value["input"][-1]["content"]
+    return {"prompt": prompt, "stem": re.split(r"\s[A-D]\. ", prompt)[0], "ideal": value["ideal"].strip()}
+
+
+_OF_A_LINE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "jsonl": lambda value: value,
+    "options": _options,
+    "chat": _chat,
+}
+"""Reader of JSON lines -> the named fields of one line's value."""
+
+
+def _address(member: str, text: str) -> Iterator[Row]:
+    """Neighbouring paragraphs of an address to Congress: `year`, `president`, `paragraph`, `following`.
+
+    Year and surname stand in the file's name. Every paragraph is used once, those of 25 to 120 words only.
+    """
+    year, president, _ = Path(member).stem.split("-")
+    paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", text)]
+    number = 0
+    while number + 1 < len(paragraphs):
+        pair = paragraphs[number : number + 2]
+        if not all(25 <= len(p.split()) <= 120 for p in pair):
+            number += 1
+            continue
+        fields = {"year": year, "president": president, "paragraph": pair[0], "following": pair[1]}
+        yield _record(member, number + 1, json.dumps(fields, sort_keys=True), fields)
+        number += 2
+
+
+def _icd_terms(archive: zipfile.ZipFile | Beside, members: list[str]) -> tuple[list[Row], dict[str, int]]:
+    """Diagnoses that the tabular list of ICD-10-CM files under a code: `term`, `code`, `title`, `category`, `chapter`.
+
+    `category` is the code's first three characters. Terms of several categories have no one answer: passed over.
+    """
+    from xml.etree import ElementTree
+
+    found: list[tuple[str, dict[str, str]]] = []
+    for member in members:
+        for chapter in ElementTree.fromstring(archive.read(member)).iter("chapter"):
+            for node in chapter.iter("diag"):
+                code, title = node.findtext("name", ""), node.findtext("desc", "")
+                place = {"code": code, "title": title, "category": code[:3], "chapter": chapter.findtext("name", "")}
+                found += [(member, {"term": note.text or "", **place}) for note in node.iterfind("inclusionTerm/note")]
+    categories: dict[str, set[str]] = defaultdict(set)
+    for _, fields in found:
+        categories[fields["term"].lower()].add(fields["category"])
+    clear = [(member, fields) for member, fields in found if len(categories[fields["term"].lower()]) == 1]
+    rows = [_record(m, number, json.dumps(f, sort_keys=True), f) for number, (m, f) in enumerate(clear, 1)]
+    return rows, {"term of several categories": len(found) - len(clear)}
 
 
 def _factbook(member: str, country: dict[str, Any]) -> Iterator[Row]:
@@ -99,7 +194,7 @@ def _plain(markup: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", markup)).split())
 
 
-def _licence_rules(archive: zipfile.ZipFile, members: list[str]) -> tuple[list[Row], dict[str, int]]:
+def _licence_rules(archive: zipfile.ZipFile | Beside, members: list[str]) -> tuple[list[Row], dict[str, int]]:
     """Full licence texts: the *.LICENSE files, and those *.RULE files that hold a whole text of one licence.
 
     Fields: key, category, language, exception (yes/no), family, text (without title and names, see `plain_body`).

@@ -1,0 +1,109 @@
+"""What is looked at in the words of a good row: filters, personal data, quality, items of evaluation sets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune.data.rows import Row
+from finetune.recipe import Data
+
+
+class Cleaner:
+    """Looks at rows one by one, as the settings say."""
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+        self.indexes = None
+        if data.benchmarks:
+            from finetune.data.contamination import Indexes, load
+
+            self.indexes = Indexes([load(Path(path).expanduser()) for path in data.benchmarks])
+
+    def clean(self, row: Row, fact: dict[str, Any]) -> None:
+        """Looks at the words of a good row; may drop or redact it."""
+        data = self.data
+        text = "\n".join(texts(row))
+        if not text:
+            return
+        if data.min_words and len(text.split()) < data.min_words:
+            row.code, row.why = "short", f"{len(text.split())} words, data.min_words={data.min_words}"
+            return
+        if data.languages:
+            from finetune.data.quality import language
+
+            fact["language"] = language(text)
+            if fact["language"] not in data.languages:
+                seen = fact["language"] or "no language that is known"
+                row.code, row.why = "language", f"it is in {seen}, data.languages has {', '.join(data.languages)}"
+                return
+        if data.privacy != "off":
+            self._private(row, fact, text)
+        if data.quality != "off" and not row.code:
+            from finetune.data.quality import flags
+
+            found = flags(texts(row)[-1])
+            fact["flags"] = ",".join(found)
+            if found and data.quality == "drop":
+                row.code, row.why = "quality", ", ".join(found)
+        if self.indexes is not None and row.split != "heldout" and not row.code:
+            self._contaminated(row, fact, text)
+
+    def _private(self, row: Row, fact: dict[str, Any], text: str) -> None:
+        from finetune.data.privacy import find, redact
+
+        found = find(text)
+        if not found:
+            return
+        kinds = sorted({f.kind for f in found})
+        fact["privacy"] = ",".join(f.kind for f in found)
+        if self.data.privacy == "drop":
+            row.code, row.why = "privacy", f"it has {', '.join(kinds)}"
+        elif self.data.privacy == "redact":
+            if row.text:
+                row.text = redact(text, found)
+            for message in row.messages:
+                for key in ("content", "reasoning"):
+                    if key in message:
+                        message[key] = redact(message[key], find(message[key]))
+                if "tool_calls" in message:
+                    message["tool_calls"] = _redacted(message["tool_calls"])
+            row.choices = [redact(choice, find(choice)) for choice in row.choices]
+
+    def _contaminated(self, row: Row, fact: dict[str, Any], text: str) -> None:
+        assert self.indexes is not None
+        hits = self.indexes.hits(text)
+        if not hits:
+            return
+        fact["benchmarks"] = json.dumps(
+            [[name, hit.item, hit.how, hit.length, round(hit.share, 3)] for name, hit in hits]
+        )
+        policies = dict(zip((index.name for index in self.indexes.indexes), self.data.benchmarks.values(), strict=True))
+        worst = [(policies[name], name, hit) for name, hit in hits]
+        for policy, code in (("fail", "DATA-014"), ("drop", "benchmark")):
+            name, hit = next(((n, h) for p, n, h in worst if p == policy), ("", None))
+            if hit is not None:
+                row.code, row.why = code, f"it contains item {hit.item} of {name} ({hit.how}, {hit.length})"
+                return
+
+
+def texts(row: Row) -> list[str]:
+    """The words of a row, message by message; none of a row that came as tokens."""
+    if row.messages:
+        found = []
+        for m in row.messages:
+            calls = json.dumps(m["tool_calls"], ensure_ascii=False) if "tool_calls" in m else ""
+            found.append("\n".join(t for t in (m["reasoning"] if "reasoning" in m else "", m["content"], calls) if t))
+        return found
+    return [row.text] if row.text else []
+
+
+def _redacted(value: Any) -> Any:
+    from finetune.data.privacy import find, redact
+
+    if isinstance(value, str):
+        return redact(value, find(value))
+    if isinstance(value, dict):
+        return {name: _redacted(item) for name, item in value.items()}
+    return [_redacted(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,285 @@
+"""Input files of every format, read as blocks of raw records, so that none has to fit into memory.
+
+The parent process cuts files into blocks; `records.py` parses one, wherever it was sent. Nothing is judged here but the
+file itself: what a row must look like is said in `shape.py`.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import glob
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import DataError
+
+KINDS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+    ".md": "text",
+}
+"""Suffix -> how a file is read. `.gz` and `.zst` behind it are taken off first."""
+
+SQUEEZED = {".gz": "gzip", ".zst": "zstd"}
+LINE_LIMIT = 16 * 2**20
+"""Bytes of the longest record that is read."""
+TOO_LONG = b"\x00too long: "
+"""Stands, with its length, for the rest of a record that was not read."""
+BLOCK_ROWS = 1000
+BLOCK_BYTES = 4 * 2**20
+"""A block ends at the first of these."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One input file."""
+
+    path: Path
+    """Where it is."""
+    name: str
+    """What messages and the ledger call it."""
+    kind: str
+    """One of the values of KINDS."""
+    squeezed: str
+    """`gzip`, `zstd` or empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Some records of one file, still raw. Small enough to be sent to another process."""
+
+    file: str
+    """Name of the file."""
+    kind: str
+    """How `payload` is read."""
+    line: int
+    """Line (or number) of its first record."""
+    payload: Any
+    """`jsonl`: list of (line, bytes); `csv`: (header, list of (line, cells)); `arrow`: bytes; else: list of values."""
+
+
+def sources(patterns: list[str]) -> list[Source]:
+    """The files that paths, folders and globs name, in a fixed order, each once. Raises DataError DATA-006."""
+    found: dict[Path, Source] = {}
+    for pattern in patterns:
+        paths = _expand(pattern)
+        if not paths:
+            raise DataError(
+                "DATA-006", f"{pattern} names no file", f"files end in {', '.join(KINDS)}, also with .gz or .zst", ""
+            )
+        for path in paths:
+            suffixes = [s.lower() for s in path.suffixes]
+            squeezed = SQUEEZED[suffixes[-1]] if suffixes and suffixes[-1] in SQUEEZED else ""
+            suffix = (suffixes[:-1] if squeezed else suffixes)[-1:] or [""]
+            if suffix[0] not in KINDS:
+                raise DataError(
+                    "DATA-006",
+                    f"{path} has an unknown kind",
+                    f"files end in {', '.join(KINDS)}",
+                    "rename or convert it",
+                )
+            found.setdefault(
+                path.resolve(), Source(path=path, name=path.name, kind=KINDS[suffix[0]], squeezed=squeezed)
+            )
+    return [dataclasses.replace(source, name=_name(source.path, list(found))) for source in found.values()]
+
+
+def _name(path: Path, every: list[Path]) -> str:
+    """As much of the end of a path as tells it from the others: names do not depend on where the data lie."""
+    parts = path.resolve().parts
+    for count in range(1, len(parts)):
+        if sum(other.parts[-count:] == parts[-count:] for other in every) == 1:
+            return "/".join(parts[-count:])
+    return str(path)
+
+
+def _expand(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        saved = {"dataset_info.json", "state.json"} if (path / "state.json").is_file() else set()
+        every = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        return [p for p in every if p.name not in saved and _known(p)]
+    found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  # Path.glob takes no absolute pattern
+    return [Path(p) for p in found if Path(p).is_file()]
+
+
+def _known(path: Path) -> bool:
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] in SQUEEZED:
+        suffixes.pop()
+    return bool(suffixes) and suffixes[-1] in KINDS
+
+
+def blocks(source: Source) -> Iterator[Block]:
+    """The records of a file in blocks. Raises DataError DATA-006 for files that cannot be read to their end."""
+    line = 0
+    reader = {"jsonl": _lines, "json": _json, "csv": _cells, "parquet": _parquet, "arrow": _arrow, "text": _text}
+    try:
+        for block in reader[source.kind](source):
+            line = block.line
+            yield block
+    except OSError as error:  # gzip's errors among them
+        raise _unreadable(source, line, error.strerror or str(error)) from None
+    except (EOFError, UnicodeDecodeError, ValueError, csv.Error) as error:
+        raise _unreadable(source, line, str(error)) from None
+
+
+@contextmanager
+def opened(source: Source) -> Iterator[Any]:
+    """The file as a stream of plain bytes."""
+    if source.squeezed == "gzip":
+        with gzip.open(source.path, "rb") as handle:
+            yield handle
+    elif source.squeezed == "zstd":
+        import zstandard
+
+        with (
+            source.path.open("rb") as raw,
+            zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as z,
+        ):
+            try:
+                yield io.BufferedReader(z)
+            except zstandard.ZstdError as error:
+                raise EOFError(str(error)) from None
+    else:
+        with source.path.open("rb") as handle:
+            yield handle
+
+
+def _lines(source: Source) -> Iterator[Block]:
+    batch: list[tuple[int, bytes]] = []
+    size = number = 0
+    with opened(source) as handle:
+        while raw := handle.readline(LINE_LIMIT + 1):
+            number += 1
+            if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise ValueError("it is UTF-16; save it as UTF-8")
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if len(raw) > LINE_LIMIT:
+                raw = _skip(handle, raw)
+            if not raw.strip():
+                continue
+            batch.append((number, raw))
+            size += len(raw)
+            if len(batch) == BLOCK_ROWS or size >= BLOCK_BYTES:
+                yield Block(file=source.name, kind="jsonl", line=batch[0][0], payload=batch)
+                batch, size = [], 0
+    if batch:
+        yield Block(file=source.name, kind="jsonl", line=batch[0][0], payload=batch)
+
+
+def _skip(handle: Any, raw: bytes) -> bytes:
+    """Reads on to the end of a line that is too long; its first bytes stand for it."""
+    length = len(raw)
+    while raw[-1:] != b"\n" and (more := handle.readline(LINE_LIMIT)):
+        length += len(more)
+        if more[-1:] == b"\n":
+            break
+    return raw[:64] + TOO_LONG + str(length).encode()
+
+
+def _json(source: Source) -> Iterator[Block]:
+    """A JSON array, read whole; a file of objects, one a line, is read as such whatever it is called."""
+    with opened(source) as handle:
+        head = handle.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if head[:1] == b"{":
+        yield from _lines(source)
+        return
+    with opened(source) as handle:
+        values = json.loads(handle.read().decode("utf-8-sig"))
+    if not isinstance(values, list):
+        raise ValueError(f"it is {type(values).__name__}, expected a list of objects")
+    for start in range(0, len(values), BLOCK_ROWS):
+        yield Block(file=source.name, kind="values", line=start + 1, payload=values[start : start + BLOCK_ROWS])
+
+
+def _text(source: Source) -> Iterator[Block]:
+    """A text file is one document."""
+    with opened(source) as handle:
+        text = handle.read().decode("utf-8-sig")
+    yield Block(file=source.name, kind="values", line=1, payload=[{"text": text}])
+
+
+def _cells(source: Source) -> Iterator[Block]:
+    csv.field_size_limit(LINE_LIMIT)
+    with opened(source) as handle:
+        text = io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.reader(text, strict=True, delimiter="\t" if ".tsv" in source.path.name else ",")
+        header = next(reader, [])
+        double = [name for i, name in enumerate(header) if name in header[:i]]
+        if double or not header:
+            raise ValueError(f"its header names {double[0]!r} twice" if double else "it has no header")
+        batch: list[tuple[int, list[str]]] = []
+        start = reader.line_num + 1
+        for cells in reader:
+            if cells:
+                batch.append((start, cells))
+            start = reader.line_num + 1
+            if len(batch) == BLOCK_ROWS:
+                yield Block(file=source.name, kind="csv", line=batch[0][0], payload=(header, batch))
+                batch = []
+        if batch:
+            yield Block(file=source.name, kind="csv", line=batch[0][0], payload=(header, batch))
+
+
+def _parquet(source: Source) -> Iterator[Block]:
+    from pyarrow import parquet
+
+    number = 1
+    with parquet.ParquetFile(source.path) as file:
+        for batch in file.iter_batches(batch_size=BLOCK_ROWS):
+            yield Block(file=source.name, kind="arrow", line=number, payload=_ipc(batch))
+            number += batch.num_rows
+
+
+def _arrow(source: Source) -> Iterator[Block]:
+    import pyarrow as pa
+
+    number = 1
+    with pa.memory_map(str(source.path)) as handle:
+        for batch in _batches(handle):
+            for start in range(0, batch.num_rows, BLOCK_ROWS):
+                part = batch.slice(start, BLOCK_ROWS)
+                yield Block(file=source.name, kind="arrow", line=number, payload=_ipc(part))
+                number += part.num_rows
+
+
+def _batches(handle: Any) -> Iterator[Any]:
+    import pyarrow as pa
+
+    try:
+        yield from pa.ipc.open_stream(handle)
+    except pa.ArrowInvalid:
+        file = pa.ipc.open_file(handle)
+        for i in range(file.num_record_batches):
+            yield file.get_batch(i)
+
+
+def _ipc(batch: Any) -> bytes:
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as stream:
+        stream.write_batch(batch)
+    return bytes(sink.getvalue())
+
+
+def _unreadable(source: Source, line: int, why: str) -> DataError:
+    where = f" behind line {line}" if line else ""
+    return DataError("DATA-006", f"{source.name} cannot be read{where}", why, "a whole file of this kind")

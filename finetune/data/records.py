@@ -1,0 +1,119 @@
+"""One raw record of a file, parsed, or what is wrong with it before anybody looks at its fields."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.data.files import LINE_LIMIT, TOO_LONG, Block
+
+JSON_COLUMNS = ("messages", "conversations", "tools", "choices", "input_ids", "labels", "prompt", "completion")
+"""CSV columns whose cells may hold JSON."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One parsed record, or what is wrong with it."""
+
+    line: int
+    """Its line in the file; its number where files have no lines."""
+    sha256: str
+    """Hash of its bytes in the file, or of its values as sorted JSON where a file has no lines."""
+    value: Any
+    """The parsed value; None with faults."""
+    faults: tuple[str, ...] = ()
+    """`ID @ what`, where `@` stands for file:line."""
+
+
+def records(block: Block) -> Iterator[Record]:
+    """The records of a block, parsed."""
+    if block.kind == "jsonl":
+        for line, raw in block.payload:
+            yield _parse(line, raw)
+    elif block.kind == "csv":
+        header, rows = block.payload
+        for line, cells in rows:
+            yield _row_of(line, header, cells)
+    elif block.kind == "arrow":
+        import pyarrow as pa
+
+        with pa.ipc.open_stream(block.payload) as stream:
+            for number, value in enumerate(stream.read_all().to_pylist(), block.line):
+                yield _valued(number, {k: v for k, v in value.items() if v is not None})
+    else:
+        for number, value in enumerate(block.payload, block.line):
+            yield _valued(number, value)
+
+
+def _parse(line: int, raw: bytes) -> Record:
+    body = raw.rstrip(b"\r\n")
+    sha256 = hashlib.sha256(body).hexdigest()
+
+    def wrong(fault: str) -> Record:
+        return Record(line=line, sha256=sha256, value=None, faults=(fault,))
+
+    if b"\x00" in body:
+        if TOO_LONG in body:
+            size = int(body.rpartition(b" ")[2])
+            return wrong(f"DATA-024 @ has {size:,} bytes, expected at most {LINE_LIMIT:,}")
+        return wrong(f"DATA-021 @ has a NUL byte at byte {body.index(0)}")
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return wrong(f"DATA-021 @ is not UTF-8 at byte {error.start}")
+    if "\ufeff" in text[:1]:
+        return wrong("DATA-021 @ begins with a byte order mark: files were joined")
+    twice: list[str] = []
+    odd: list[str] = []
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(items)
+        if len(made) < len(items):
+            seen: set[str] = set()
+            twice.extend(k for k, _ in items if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        return made
+
+    try:
+        value = json.loads(text, object_pairs_hook=pairs, parse_constant=odd.append)
+    except json.JSONDecodeError as error:
+        ends = "" if raw.endswith(b"\n") else "; the file ends inside this row"
+        return wrong(f"DATA-022 @ is not JSON: {error.msg} at character {error.pos + 1}{ends}")
+    except (RecursionError, ValueError):
+        return wrong("DATA-022 @ is not JSON that can be read: nested too deeply, or a number too long")
+    if twice:
+        return wrong(f"DATA-023 @ has the key {twice[0]!r} twice in one object")
+    if odd:
+        return wrong(f"DATA-022 @ has {odd[0]}, which is not JSON")
+    return Record(line=line, sha256=sha256, value=value)
+
+
+def _valued(line: int, value: Any) -> Record:
+    raw = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str).encode()
+    return Record(line=line, sha256=hashlib.sha256(raw).hexdigest(), value=value)
+
+
+def _row_of(line: int, header: list[str], cells: list[str]) -> Record:
+    raw = json.dumps(cells, ensure_ascii=True).encode()
+    sha256 = hashlib.sha256(raw).hexdigest()
+
+    def wrong(fault: str) -> Record:
+        return Record(line=line, sha256=sha256, value=None, faults=(fault,))
+
+    if len(cells) != len(header):
+        return wrong(f"DATA-027 @ has {len(cells)} cells, expected {len(header)} as in the header")
+    value: dict[str, Any] = {}
+    for name, cell in zip(header, cells, strict=True):
+        if "\x00" in cell or any("\ud800" <= c <= "\udfff" for c in cell if c > "\ud7ff"):
+            return wrong(f"DATA-021 @ {name} " + ("has a NUL byte" if "\x00" in cell else "is not UTF-8"))
+        if cell == "":
+            continue
+        value[name] = cell
+        if name in JSON_COLUMNS and cell[:1] in "[{":
+            try:
+                value[name] = json.loads(cell)
+            except ValueError as error:
+                return wrong(f"DATA-022 @ {name} is not JSON: {error}")
+    return Record(line=line, sha256=sha256, value=value)

@@ -1,0 +1,322 @@
+"""Which rows are kept, decided over all parts at once: faults, copies, the split, leaks, mixtures and limits.
+
+Works on columns of a few bytes per row (`facts`), never on the rows themselves, so that millions fit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from finetune.data.part import Made
+from finetune.data.rows import SHOWN
+from finetune.errors import DataError
+from finetune.recipe import Data
+
+TRAIN, HELDOUT = 1, 2
+"""Values of `Facts.split`; 0 is neither."""
+
+SPLITS = {"": 0, "train": TRAIN, "heldout": HELDOUT}
+FAULT = re.compile(r"[A-Z]+-\d+")
+"""Codes of faults; other codes are words, and say why a good row is not used."""
+
+COLUMNS = ("line", "need", "text_key", "prompt_key", "group_key", "order_key", "place", "further")
+
+
+class Facts:
+    """The columns of all parts, one entry per row that came in, in the order of the files."""
+
+    def __init__(self, parts: list[Made]) -> None:
+        from pyarrow import parquet
+
+        self.parts = parts
+        self.starts = np.cumsum([0, *(made.facts for made in parts)])
+        self.codes: list[str] = [""]
+        self.labels: list[str] = []
+        columns: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, "code", "split", "label")}
+        numbers = {"code": {"": 0}, "label": {}, "split": dict(SPLITS)}
+        for made in parts:
+            table = parquet.read_table(made.target.with_suffix(".facts"), columns=[*COLUMNS, "code", "split", "label"])
+            for name in COLUMNS:
+                columns[name].append(table[name].to_numpy())
+            for name, known in numbers.items():
+                entry = table[name].combine_chunks().dictionary_encode()
+                local = [known.setdefault(text, len(known)) for text in entry.dictionary.to_pylist()]
+                columns[name].append(np.array(local or [0], dtype=np.int32)[entry.indices.to_numpy()])
+        self.codes, self.labels = list(numbers["code"]), list(numbers["label"])
+        made_of = {name: np.concatenate(values) if values else np.zeros(0, int) for name, values in columns.items()}
+        self.line, self.need = made_of["line"], made_of["need"]
+        self.text_key, self.prompt_key = made_of["text_key"], made_of["prompt_key"]
+        self.group_key, self.order_key = made_of["group_key"], made_of["order_key"]
+        self.place, self.further, self.label = made_of["place"], made_of["further"], made_of["label"]
+        self.code = made_of["code"].astype(np.int16)
+        self.split = made_of["split"].astype(np.int8)
+        self.split[self.code > 0] = 0
+        self.other = np.full(len(self), -1, dtype=np.int64)
+        """The earlier row that a copy is a copy of."""
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def open(self) -> Any:
+        """Which rows no verdict has dropped yet."""
+        return self.code == 0
+
+    def drop(self, rows: Any, code: str, other: Any = None) -> None:
+        """Drops rows (indices) with a code; `other` names the row that each resembles."""
+        if code not in self.codes:
+            self.codes.append(code)
+        self.code[rows] = self.codes.index(code)
+        self.split[rows] = 0
+        if other is not None:
+            self.other[rows] = other
+
+    def where(self, row: int) -> str:
+        """`file:line` of a row."""
+        return f"{self.parts[self._part(row)].file}:{self.line[row]}"
+
+    def why(self, row: int) -> str:
+        """The sentence that a row got when it was read."""
+        from pyarrow import parquet
+
+        part = self._part(row)
+        table = parquet.read_table(self.parts[part].target.with_suffix(".facts"), columns=["why"])
+        return str(table["why"][row - int(self.starts[part])].as_py())
+
+    def _part(self, row: int) -> int:
+        return int(np.searchsorted(self.starts, row, side="right")) - 1
+
+
+def decide(facts: Facts, data: Data, *, given: bool, long: str, near: Callable[[Facts], Any] | None) -> list[str]:
+    """Sets code and split of every row; returns what a person should know. Raises DataError with all that must not be.
+
+    `given`: a card has split the rows already. `near` finds near duplicates and drops them if it is told to.
+    """
+    told = _same_ids(facts) if not given else []
+    told += _faults(facts, data)
+    if not given:
+        _copies(facts, data)
+        if not data.heldout_files:
+            _held_out(facts, data)
+    if near is not None:
+        told += near(facts)
+    if not given:
+        _mix(facts, data)
+        for split, most in ((TRAIN, data.train_rows), (HELDOUT, data.heldout_rows)):
+            if most:
+                facts.drop(by_class(facts, np.flatnonzero(facts.split == split))[most:], "rows-limit")
+    told += _leaks(facts, data)
+    _too_long(facts, data, long)
+    for split, name, fix in (
+        (TRAIN, "train", "give more rows"),
+        (HELDOUT, "heldout", "data.heldout_files=[...] or a larger data.heldout_fraction"),
+    ):
+        if not (facts.split == split).any():
+            why = ", ".join(f"{n} {code}" for code, n in dropped(facts).items())
+            raise DataError("DATA-009", f"no {name} row is left of {len(facts)}", f"dropped: {why or 'none'}", fix)
+    return told
+
+
+def dropped(facts: Facts) -> dict[str, int]:
+    """Code -> rows, most frequent first."""
+    counts = Counter({facts.codes[i]: int(n) for i, n in enumerate(np.bincount(facts.code)) if i and n})
+    return dict(counts.most_common())
+
+
+def in_order(facts: Facts, split: int) -> Any:
+    """The rows of a split (indices) in the order in which they are written: a card's own, else of the files.
+
+    Where answers are choices, classes come in turn, and within a class variety first: a shorter list is a good one too.
+    """
+    rows = np.flatnonzero(facts.split == split)
+    if (facts.place[rows] >= 0).all():
+        return rows[np.argsort(facts.place[rows], kind="stable")]
+    return by_class(facts, rows) if (facts.label[rows] != facts.label[rows[0]]).any() else rows
+
+
+def by_class(facts: Facts, rows: Any) -> Any:
+    """Classes in turn; within a class one row of every group, then a second of every group, else by their hash."""
+    first = rows[np.lexsort((facts.order_key[rows], facts.further[rows]))]
+    various = first[np.lexsort((facts.order_key[first], rank(facts.group_key[first])))]
+    return various[np.lexsort((facts.label[various], rank(facts.label[various])))]
+
+
+def rank(keys: Any) -> Any:
+    """For each entry, how many equal ones stand before it."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    begins = np.concatenate(([True], ordered[1:] != ordered[:-1])) if len(keys) else np.zeros(0, bool)
+    start = np.maximum.accumulate(np.where(begins, np.arange(len(keys)), 0)) if len(keys) else np.zeros(0, int)
+    ranks = np.empty(len(keys), dtype=np.int64)
+    ranks[order] = np.arange(len(keys)) - start
+    return ranks
+
+
+def earlier(keys: Any) -> tuple[Any, Any]:
+    """(entries that equal an earlier one, the first entry of each)."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    origin = first[inverse]
+    late = np.flatnonzero(origin < np.arange(len(keys)))
+    return late, origin[late]
+
+
+def _same_ids(facts: Facts) -> list[str]:
+    rows = np.flatnonzero(facts.open)
+    late, first = earlier(facts.order_key[rows])
+    facts.drop(rows[late], "DATA-002", rows[first])
+    return []
+
+
+def _faults(facts: Facts, data: Data) -> list[str]:
+    """Raises for faulty rows, unless they may be dropped and are few."""
+    bad = np.isin(facts.code, [i for i, code in enumerate(facts.codes) if FAULT.fullmatch(code) and code != "MASK-001"])
+    count, lines = int(bad.sum()), len(facts)
+    if not count:
+        return []
+    fatal = np.isin(facts.code, [i for i, code in enumerate(facts.codes) if code == "DATA-014"])
+    share = count / lines
+    if data.on_bad_row == "drop" and share <= data.max_drop_fraction and not fatal.any():
+        return [f"{count} of {lines} rows have faults ({share:.1%}) and are dropped, as data.on_bad_row=drop says"]
+    shown = np.flatnonzero(fatal if fatal.any() else bad)
+    title = f"{len(shown)} of {lines} rows " + (
+        "contain an evaluation item" if fatal.any() else f"have faults ({share:.1%})"
+    )
+    if data.on_bad_row == "drop" and not fatal.any():
+        title += f", more than data.max_drop_fraction={data.max_drop_fraction:.1%}"
+    raise listed_rows(facts, shown, title)
+
+
+def listed_rows(facts: Facts, rows: Any, title: str) -> DataError:
+    """One error for many rows: the count by code, and the first 20 in full. Its id is that of the first."""
+    counts = Counter(facts.codes[facts.code[row]] for row in rows)
+    lines = []
+    for row in rows[:SHOWN]:
+        other, where = int(facts.other[row]), facts.where(int(row))
+        why = f"has the id of {facts.where(other)}" if other >= 0 else facts.why(int(row))
+        lines.append(f"  {facts.codes[facts.code[row]]} {where} {why}")
+    if len(rows) > SHOWN:
+        rest = ", ".join(f"{n} x {code}" for code, n in counts.most_common())
+        lines.append(f"  and {len(rows) - SHOWN} more; all: {rest}")
+    fix = "mend these rows, or data.on_bad_row=drop data.max_drop_fraction=0.05"
+    return DataError(facts.codes[facts.code[rows[0]]], "\n".join([f"{title}:", *lines]), "", fix)
+
+
+def _copies(facts: Facts, data: Data) -> None:
+    rows = np.flatnonzero(facts.open)
+    keys = facts.text_key[rows] ^ (facts.split[rows].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    late, first = earlier(keys)  # with files for both sides a copy across them is a leak, told as such
+    if data.duplicates == "drop":
+        facts.drop(rows[late], "copy", rows[first])
+    else:
+        facts.other[rows[late]] = rows[first]
+
+
+def _held_out(facts: Facts, data: Data) -> None:
+    """Whole groups are held out in the order of their hash, up to the fraction; or the newest rows, by `time_by`."""
+    rows = np.flatnonzero(facts.open)
+    wanted = round(data.heldout_fraction * len(rows))
+    if data.time_by:
+        newest = rows[np.argsort(times(facts)[rows], kind="stable")][::-1]
+        facts.split[rows] = TRAIN
+        facts.split[newest[:wanted]] = HELDOUT
+        old = np.isin(facts.group_key[rows], facts.group_key[newest[:wanted]]) & (facts.split[rows] == TRAIN)
+        facts.drop(rows[old], "group-held-out")
+        return
+    _, inverse, sizes = np.unique(facts.group_key[rows], return_inverse=True, return_counts=True)
+    sides = np.full(len(sizes), TRAIN, dtype=np.int8)
+    for group, size in enumerate(sizes):  # np.unique sorts by the hash
+        if size <= wanted:
+            sides[group], wanted = HELDOUT, wanted - size
+        if not wanted:
+            break
+    facts.split[rows] = sides[inverse]
+
+
+def times(facts: Facts) -> Any:
+    """Seconds or numbers by which rows are ordered in time."""
+    from pyarrow import parquet
+
+    found = []
+    for made in facts.parts:
+        texts = parquet.read_table(made.target.with_suffix(".facts"), columns=["time"])["time"].to_pylist()
+        found += [_time(text) for text in texts]
+    return np.array(found)
+
+
+def _time(text: str) -> float:
+    if re.fullmatch(r"\d+(\.\d+)?", text) and len(text) != 4:
+        return float(text)
+    try:
+        return float(np.datetime64(text.replace(" ", "T").removesuffix("Z"), "s").astype(np.int64)) if text else 0.0
+    except ValueError:
+        raise DataError(
+            "DATA-001", f"the time {text!r} is no date", "data.time_by names its column", "YYYY-MM-DD"
+        ) from None
+
+
+def _mix(facts: Facts, data: Data) -> None:
+    """Leaves out training rows until sources stand in the shares of `data.mixture`."""
+    if not data.mixture:
+        return
+    from finetune.data.files import sources
+
+    names = {entry: {s.name for s in sources([entry])} for entry in data.mixture}
+    train = facts.split == TRAIN
+    rows = {
+        entry: np.concatenate(
+            [np.flatnonzero(train[a:b]) + a for a, b, made in _spans(facts) if made.file in names[entry]]
+            or [np.zeros(0, int)]
+        )
+        for entry in data.mixture
+    }
+    whole = min(len(rows[entry]) / share for entry, share in data.mixture.items() if share > 0)
+    for entry, share in data.mixture.items():
+        facts.drop(by_class(facts, rows[entry])[round(whole * share + 1e-9) :], "mixture")
+
+
+def _spans(facts: Facts) -> Iterator[tuple[int, int, Made]]:
+    for i, made in enumerate(facts.parts):
+        yield int(facts.starts[i]), int(facts.starts[i + 1]), made
+
+
+def _leaks(facts: Facts, data: Data) -> list[str]:
+    train, held = np.flatnonzero(facts.split == TRAIN), np.flatnonzero(facts.split == HELDOUT)
+    both = train[np.isin(facts.prompt_key[train], facts.prompt_key[held])]
+    if not len(both):
+        return []
+    asked = {
+        int(facts.prompt_key[row]): int(row) for row in held[np.isin(facts.prompt_key[held], facts.prompt_key[both])]
+    }
+    if data.leakage == "drop":
+        facts.drop(both, "leak", [asked[int(facts.prompt_key[row])] for row in both])
+        return [f"{len(both)} training rows ask what is held out, and are dropped, as data.leakage=drop says"]
+    lines = [
+        f"  {facts.where(asked[int(facts.prompt_key[r])])} asks what {facts.where(int(r))} trains on"
+        for r in both[:SHOWN]
+    ]
+    more = [f"  and {len(both) - SHOWN} more"] if len(both) > SHOWN else []
+    title = f"{len(both)} training rows ask questions that are held out:"
+    raise DataError("DATA-013", "\n".join([title, *lines, *more]), "", "remove them, or data.leakage=drop")
+
+
+def _too_long(facts: Facts, data: Data, long: str) -> None:
+    """MASK-001 where a row that would be used does not fit, with the length that keeps all of them."""
+    if "MASK-001" not in facts.codes:
+        return
+    rows = np.flatnonzero(facts.code == facts.codes.index("MASK-001"))
+    if data.on_bad_row == "drop" and long == "cut" and len(rows) / len(facts) <= data.max_drop_fraction:
+        return
+    need = facts.need[rows]
+    raise DataError(
+        "MASK-001",
+        f"{len(rows)} of {len(facts)} rows would lose their answer to data.max_length={data.max_length}",
+        f"the first is {facts.where(int(rows[0]))}; the longest row has {int(need.max())} tokens"
+        if long != "cut"
+        else f"the first is {facts.where(int(rows[0]))}; {int(need.max())} tokens keep a part of every answer",
+        f"data.max_length={int(need.max())}, or data.too_long=drop",
+    )

@@ -1,0 +1,354 @@
+"""Every format becomes the same conversations, and every fault a row can have is named by file, line and field."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.data.files import LINE_LIMIT, blocks, sources
+from finetune.data.prepare import prepared
+from finetune.data.records import records
+from finetune.data.rows import Row
+from finetune.data.shape import FORMATS, conversation, detect
+from finetune.errors import DataError
+from finetune.recipe import Data, Recipe
+from tests.test_data import conversation as talk
+from tests.test_data import jsonl, qa
+
+USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
+def messages(*given: Any, **more: Any) -> bytes:
+    return json.dumps({"messages": list(given), **more}).encode()
+
+
+# What a line is -> its code and what must stand in its sentence. Good rows stand between them.
+FAULTS: list[tuple[bytes, str, str]] = [
+    (b"{not json", "DATA-022", "is not JSON"),
+    (b'{"messages": [', "DATA-022", "is not JSON"),
+    (b'["a"]', "DATA-001", "is list, expected an object"),
+    (b'"text"', "DATA-001", "is str, expected an object"),
+    (b"7", "DATA-001", "is int, expected an object"),
+    (b"null", "DATA-001", "is missing, expected an object"),
+    (b'{"messages": NaN}', "DATA-022", "NaN, which is not JSON"),
+    (b'\xff\xfe{"a": 1}', "DATA-021", "is not UTF-8 at byte 0"),
+    (messages(USER, ASSISTANT)[:-1] + b', "x": "\xe9"}', "DATA-021", "is not UTF-8 at byte"),
+    (b"\xef\xbb\xbf" + messages(USER, ASSISTANT), "DATA-021", "byte order mark"),
+    (messages(USER, ASSISTANT).replace(b"q", b"q\x00"), "DATA-021", "NUL byte"),
+    (messages(USER, ASSISTANT).replace(b'"q"', b'"\\ud800"'), "DATA-021", "half of a surrogate pair"),
+    (b'{"messages": [], "messages": []}', "DATA-023", "the key 'messages' twice"),
+    (b'{"mesages": []}', "DATA-026", "has no key 'messages', expected messages as in the rows before it, did you mean"),
+    (b'{"instruction": "q", "output": "a"}', "DATA-026", "is in the format alpaca"),
+    (b'{"messages": "text"}', "DATA-001", "messages is str, expected list"),
+    (b'{"messages": []}', "DATA-001", "messages is an empty list"),
+    (messages("hello"), "DATA-001", "messages[0] is str, expected dict"),
+    (messages({"content": "q"}, ASSISTANT), "DATA-001", "messages[0].role is missing"),
+    (messages({"role": "human", "content": "q"}, ASSISTANT), "DATA-001", "messages[0].role is 'human'"),
+    (messages({"role": 7, "content": "q"}, ASSISTANT), "DATA-001", "messages[0].role is int"),
+    (messages(USER, {"role": "assistant"}), "DATA-001", "messages[1].content is missing"),
+    (messages({"role": "user", "content": ["x"]}, ASSISTANT), "DATA-001", "messages[0].content is list, expected str"),
+    (messages(USER, {"role": "assistant", "content": {"a": 1}}), "DATA-001", "messages[1].content is dict"),
+    (messages(USER, {"role": "assistant", "content": " "}), "DATA-003", "messages[1].content is empty"),
+    (messages(USER), "DATA-003", "no assistant message at its end"),
+    (messages(USER, ASSISTANT, USER), "DATA-003", "no assistant message at its end"),
+    (messages(USER, USER, ASSISTANT), "DATA-004", "messages[1].role is user behind user, expected assistant"),
+    (messages(USER, ASSISTANT, ASSISTANT), "DATA-004", "messages[2].role is assistant behind assistant"),
+    (messages(ASSISTANT), "DATA-004", "messages[0].role is assistant at the beginning, expected user"),
+    (messages(USER, {"role": "system", "content": "s"}, ASSISTANT), "DATA-004", "messages[1].role is system"),
+    (messages(USER, ASSISTANT | {"labell": 1}), "DATA-002", "messages[1] has the unknown key 'labell'"),
+    (messages(USER, ASSISTANT | {"weight": 0.5}), "DATA-001", "messages[1].weight is float, expected 0 or 1"),
+    (messages(USER | {"weight": 1}, ASSISTANT), "DATA-001", "weight stands at user"),
+    (messages(USER, ASSISTANT | {"weight": 0}), "DATA-003", "every assistant message the weight 0"),
+    (messages(USER, ASSISTANT, id=True), "DATA-001", "id is bool, expected str or int"),
+    (messages(USER, ASSISTANT, group=[1]), "DATA-001", "group is list"),
+    (messages(USER, ASSISTANT, choice=["a"]), "DATA-002", "unknown key 'choice', did you mean 'choices'?"),
+    (messages(USER, ASSISTANT, choices="a"), "DATA-001", "choices is str, expected list of str"),
+    (messages(USER, ASSISTANT, choices=["b", "c"]), "DATA-010", "the answer is not one of its choices"),
+    (messages(USER, ASSISTANT, tools="["), "DATA-025", "tools is str, expected list"),
+    (messages(USER, ASSISTANT, tools=[{"type": "function"}]), "DATA-025", "tools[0].function.name is missing"),
+    (messages(USER, ASSISTANT | {"tool_calls": "x"}), "DATA-025", "messages[1].tool_calls is str"),
+    (
+        messages(USER, ASSISTANT | {"tool_calls": [{"function": {"name": "look", "arguments": "{"}}]}),
+        "DATA-025",
+        "messages[1].tool_calls[0].function.arguments is no JSON",
+    ),
+    (
+        messages(
+            USER, ASSISTANT | {"tool_calls": [CALL]}, {"role": "tool", "content": "3", "tool_call_id": "c9"}, ASSISTANT
+        ),
+        "DATA-025",
+        "messages[2].tool_call_id is no id of the calls before it",
+    ),
+    (
+        messages(USER, ASSISTANT | {"tool_calls": [CALL]}, tools=[TOOL | {"function": {"name": "other"}}]),
+        "DATA-025",
+        "messages[1].tool_calls[0].function.name is none of the row's tools",
+    ),
+    (messages(USER, ASSISTANT | {"tool_calls": [CALL]}, USER, ASSISTANT), "DATA-004", "is user behind assistant"),
+    (messages(USER | {"reasoning_content": "hm"}, ASSISTANT), "DATA-001", "reasoning_content is str at user"),
+    (messages({"role": "user", "content": "a<|im_end|>b"}, ASSISTANT), "DATA-005", "control token <|im_end|>"),
+    (messages(USER, ASSISTANT, id="twice"), "DATA-002", "has the id of"),
+]
+
+
+def prepare(tmp_path: Path, base: Path, *files: Path, **settings: Any) -> Path:
+    """The prepared set of some files; nothing is looked for but faults."""
+    usual = {"max_length": 4096, "privacy": "off", "quality": "off", "near_duplicates": "off"}
+    data = Data(train_files=[str(f) for f in files], **{**usual, **settings})
+    return prepared(Recipe(name="test", cache_dir=str(tmp_path / "cache"), data=data), base, tmp_path / "rejected")
+
+
+def ledger(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def faulty_file(tmp_path: Path) -> Path:
+    """Every fault, each behind a good row, and a good row that has the id first."""
+    lines = [messages({"role": "user", "content": "first"}, ASSISTANT, id="twice")]
+    for i, (line, _, _) in enumerate(FAULTS):
+        lines += [line, messages({"role": "user", "content": f"good {i}"}, ASSISTANT)]
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"\r\n".join(lines) + b"\n")
+    return path
+
+
+def test_there_are_at_least_forty_kinds_of_fault() -> None:
+    assert len({(code, told) for _, code, told in FAULTS}) >= 40
+    assert len({code for _, code, _ in FAULTS}) >= 11
+
+
+def test_every_fault_is_named_by_line_and_id_and_the_good_rows_are_kept(tmp_path: Path, base: Path) -> None:
+    folder = prepare(tmp_path, base, faulty_file(tmp_path), on_bad_row="drop", max_drop_fraction=0.9)
+    lines = {line["line"]: line for line in ledger(folder)}
+    assert len(lines) == 2 * len(FAULTS) + 1
+    for i, (_, code, told) in enumerate(FAULTS):
+        line = lines[2 * i + 2]
+        assert (line["code"], line["verdict"], line["tokens"]) == (code, "dropped", line["tokens"]), (i, line)
+        assert told in line["why"], (i, line["why"])
+        assert lines[2 * i + 3]["verdict"] == "kept"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["rows_read"] == 2 * len(FAULTS) + 1
+    assert report["kept"] == len(FAULTS) + 1
+    assert sum(report["verdicts"].values()) == report["kept"] + sum(report["dropped"].values()) == report["rows_read"]
+
+
+def test_faults_end_the_run_and_the_first_twenty_are_told_and_all_are_counted(tmp_path: Path, base: Path) -> None:
+    path = faulty_file(tmp_path)
+    with pytest.raises(DataError) as caught:
+        prepare(tmp_path, base, path)
+    text = caught.value.sentence()
+    assert caught.value.exit_code == 2
+    assert f"{len(FAULTS)} of {2 * len(FAULTS) + 1} rows have faults" in text
+    assert "DATA-022 train.jsonl:2 is not JSON" in text
+    assert f"and {len(FAULTS) - 20} more" in text
+    assert f"x {Counter(code for _, code, _ in FAULTS).most_common(1)[0][0]}" in text
+    lines = ledger(tmp_path / "rejected")
+    assert Counter(line["verdict"] for line in lines) == {"error": len(FAULTS), "kept": len(FAULTS) + 1}
+    assert not list((tmp_path / "cache" / "prepared").glob("*/report.json"))
+
+
+def test_more_faults_than_allowed_end_the_run_all_the_same(tmp_path: Path, base: Path) -> None:
+    rows = [qa(f"q{i}", "a") for i in range(99)]
+    path = jsonl(tmp_path / "rows.jsonl", *rows, {"messages": []})
+    prepare(tmp_path, base, path, on_bad_row="drop")
+    more = jsonl(tmp_path / "more.jsonl", *rows[:98], {"messages": []}, {"messages": 1})
+    with pytest.raises(DataError, match=r"more than data.max_drop_fraction=1.0%"):
+        prepare(tmp_path, base, more, on_bad_row="drop")
+
+
+def test_no_word_of_a_row_stands_in_an_error(tmp_path: Path, base: Path) -> None:
+    secret = {"role": "assistant", "content": "canary-4711"}
+    path = jsonl(tmp_path / "rows.jsonl", {"messages": [USER, secret, secret]}, {"messages": [secret]}, "canary-4711")
+    with pytest.raises(DataError) as caught:
+        prepare(tmp_path, base, path)
+    assert "canary" not in caught.value.sentence() + (tmp_path / "rejected" / "ledger.jsonl").read_text()
+
+
+def test_csv_and_parquet_have_the_same_faults_by_record(tmp_path: Path, base: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = [("q1", "a"), ("q2", ""), ("", "a"), ("q4", "a"), ("q5<|im_end|>", "a"), ("q6", "a")]
+    parquet.write_table(
+        pa.table({"prompt": [q or None for q, _ in rows], "completion": [a or None for _, a in rows]}),
+        tmp_path / "rows.parquet",
+    )
+    (tmp_path / "rows.csv").write_text(
+        "prompt,completion\n" + "".join(f"{q},{a}\n" for q, a in rows) + "one\n", "utf-8"
+    )
+    found = {}
+    for name in ("rows.parquet", "rows.csv"):
+        folder = prepare(
+            tmp_path, base, tmp_path / name, on_bad_row="drop", max_drop_fraction=0.9, heldout_fraction=0.34
+        )
+        found[name] = [(line["line"], line["code"]) for line in ledger(folder) if line["code"]]
+    assert found["rows.parquet"] == [(2, "DATA-001"), (3, "DATA-026"), (5, "DATA-005")]
+    assert found["rows.csv"] == [(3, "DATA-001"), (4, "DATA-026"), (6, "DATA-005"), (8, "DATA-027")]
+
+
+def test_a_quoted_cell_over_several_lines_does_not_move_the_line_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,completion\n"two\nlines",a\nq,b\n', encoding="utf-8")
+    found = [r for block in blocks(sources([str(path)])[0]) for r in records(block)]
+    assert [(r.line, r.value["completion"]) for r in found] == [(2, "a"), (4, "b")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("empty.jsonl", b"\n\n", "have no rows"),
+        ("wide.jsonl", "{}\n".encode("utf-16"), "UTF-16"),
+        ("cut.jsonl.gz", gzip.compress(json.dumps(qa("q", "a")).encode() * 9999)[:-40], "cannot be read"),
+        ("none.jsonl.gz", b"no gzip", "cannot be read"),
+        ("none.jsonl.zst", b"no zstd", "cannot be read"),
+        ("cut.parquet", b"PAR1 and nothing", "cannot be read"),
+        ("cut.arrow", b"ARROW1", "cannot be read"),
+        ("object.json", b'[{"a": 1}', "cannot be read"),
+        ("twice.csv", b"prompt,prompt\na,b\n", "names 'prompt' twice"),
+        ("open.csv", b'prompt,completion\n"a,b\n', "cannot be read"),
+        ("rows.xlsx", b"PK", "unknown kind"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_sentence(
+    tmp_path: Path, base: Path, name: str, content: bytes, told: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"DATA-006 .*{told}"):
+        prepare(tmp_path, base, tmp_path / name)
+
+
+def test_a_line_that_is_too_long_is_a_fault_and_the_next_one_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": "' + b"x" * (LINE_LIMIT + 5) + b'"}\n' + messages(USER, ASSISTANT) + b"\n")
+    found = [r for block in blocks(sources([str(path)])[0]) for r in records(block)]
+    assert [r.line for r in found] == [1, 2]
+    assert found[0].faults[0].startswith(f"DATA-024 @ has {LINE_LIMIT + 15:,} bytes")
+    assert not found[1].faults
+
+
+def test_a_file_that_ends_inside_a_row_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(messages(USER, ASSISTANT) + b"\n" + messages(USER, ASSISTANT)[:20])
+    found = [r for block in blocks(sources([str(path)])[0]) for r in records(block)]
+    assert found[1].faults[0].endswith("the file ends inside this row")
+
+
+def test_byte_order_mark_and_windows_line_ends_are_no_faults(tmp_path: Path, base: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(qa(f"q{i}", "a")).encode() for i in range(20)) + b"\r\n")
+    assert json.loads((prepare(tmp_path, base, path) / "report.json").read_text())["kept"] == 20
+
+
+# --- formats
+
+SAME = [{"role": "system", "content": "s"}, *talk("q", "a")]
+IN_EVERY_FORMAT: dict[str, dict[str, Any]] = {
+    "messages": {"messages": SAME},
+    "sharegpt": {
+        "conversations": [
+            {"from": "system", "value": "s"},
+            {"from": "human", "value": "q"},
+            {"from": "gpt", "value": "a"},
+        ]
+    },
+    "alpaca": {"instruction": "q", "input": "", "output": "a", "system": "s"},
+    "prompt_completion": {"prompt": "q", "completion": "a", "system": "s"},
+}
+
+
+def read(value: dict[str, Any], kind: str) -> Row:
+    row = Row(file="f", line=1, id="f:1", sha256="")
+    assert conversation(row, value, kind) == []
+    return row
+
+
+@pytest.mark.parametrize("kind", IN_EVERY_FORMAT)
+def test_every_format_of_conversations_is_detected_and_becomes_the_same(kind: str) -> None:
+    assert detect(IN_EVERY_FORMAT[kind]) == kind
+    assert read(IN_EVERY_FORMAT[kind], kind).messages == SAME
+
+
+def test_plain_text_and_tokens_are_formats_too() -> None:
+    assert set(FORMATS) == {*IN_EVERY_FORMAT, "text", "tokens"}
+    assert detect({"text": "x"}) == "text"
+    assert read({"text": "x"}, "text").text == "x"
+    row = read({"input_ids": [1, 2], "labels": [-100, 2]}, detect({"input_ids": [1, 2]}))
+    assert (row.input_ids, row.labels) == ([1, 2], [-100, 2])
+    for wrong in ({"input_ids": ["1"]}, {"input_ids": [1], "labels": [2]}, {"input_ids": [1, 2], "labels": [1]}):
+        assert conversation(Row(file="f", line=1, id="", sha256=""), wrong, "tokens")[0].startswith("DATA-028")
+
+
+def test_openai_tool_calls_become_what_templates_want() -> None:
+    turns = [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    row = read(
+        {"messages": [*turns, {"role": "tool", "content": "3", "tool_call_id": "c1"}, ASSISTANT], "tools": [TOOL]},
+        "messages",
+    )
+    assert row.messages[1]["tool_calls"][0]["function"] == {"name": "look", "arguments": {"at": 1}}
+    assert row.tools == [TOOL]
+    sharegpt = {
+        "conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "function_call", "value": '{"name": "look", "arguments": {"at": 1}}'},
+            {"from": "observation", "value": "3"},
+            {"from": "gpt", "value": "a"},
+        ],
+        "tools": json.dumps([TOOL["function"]]),
+    }
+    other = read(sharegpt, "sharegpt")
+    assert other.tools == [TOOL]
+    assert other.messages[1]["tool_calls"][0]["function"] == row.messages[1]["tool_calls"][0]["function"]
+
+
+def test_what_the_assistant_said_in_a_prompt_is_not_learnt() -> None:
+    row = read(
+        {"prompt": talk("q", "a", "q2"), "completion": [{"role": "assistant", "content": "b"}]}, "prompt_completion"
+    )
+    assert [m.get("weight") for m in row.messages if m["role"] == "assistant"] == [0, None]
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, base: Path) -> None:
+    import pyarrow as pa
+    import zstandard
+    from datasets import Dataset
+    from pyarrow import parquet
+
+    rows = [qa(f"question {i}", f"answer {i}") for i in range(12)]
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "a.jsonl").write_bytes(text)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(text))
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    (tmp_path / "e.json").write_bytes(text)
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "f.parquet")
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    with (tmp_path / "g.csv").open("w", encoding="utf-8") as handle:
+        import csv
+
+        writer = csv.writer(handle)
+        writer.writerow(["messages"])
+        writer.writerows([json.dumps(row["messages"])] for row in rows)
+    names = ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.json", "e.json", "f.parquet", "saved", "g.csv", "?.jsonl"]
+    seen = set()
+    for name in names:
+        folder = prepare(tmp_path, base, tmp_path / name)
+        report = json.loads((folder / "report.json").read_text())
+        assert report["kept"] == 12
+        seen.add((report["splits"]["train"]["tokens"], report["splits"]["train"]["trainable_tokens"]))
+    assert len(seen) == 1
+
+
+def test_the_user_can_name_the_format_and_the_columns(tmp_path: Path, base: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", *({"question": f"q{i}", "reply": "a", "source": "x"} for i in range(9)))
+    folder = prepare(tmp_path, base, path, columns={"question": "prompt", "reply": "completion"}, heldout_fraction=0.3)
+    notes = json.loads((folder / "report.json").read_text())["notes"]
+    assert notes == ["rows.jsonl: prompt_completion, by its keys", "columns without a meaning here: source"]
+    with pytest.raises(DataError, match=r"DATA-026 rows\.jsonl:1 has no key 'text', expected text"):
+        prepare(tmp_path, base, path, format="text")

@@ -1,0 +1,194 @@
+"""A prepared set is found again by its content, survives being killed, and is shared by processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.data import pool
+from finetune.data.part import Maker
+from finetune.data.prepare import prepared, store_of
+from finetune.data.store import explain
+from finetune.recipe import Data, Recipe
+from tests.test_data import jsonl, qa
+
+ROWS = 6000
+"""Enough for several blocks, so that worker processes are started."""
+
+
+def recipe(tmp_path: Path, path: Path, **settings: Any) -> Recipe:
+    usual = {"max_length": 512, "privacy": "off", "quality": "off", "near_duplicates": "off", "workers": 2}
+    data = Data(train_files=[str(path)], **{**usual, **settings})
+    return Recipe(name="test", cache_dir=str(tmp_path / "cache"), data=data)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: Any) -> Path:
+    path: Path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    return jsonl(path, *(qa(f"question {i}", f"answer {i}", group=i % 50) for i in range(ROWS)))
+
+
+def test_the_same_content_is_prepared_once_wherever_it_lies(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", *(qa(f"q{i}", "a") for i in range(20)))
+    first = prepared(recipe(tmp_path, path), base)
+    (tmp_path / "elsewhere").mkdir()
+    moved = shutil.copy(path, tmp_path / "elsewhere" / "rows.jsonl")
+    os.utime(moved, (1, 1))
+    elsewhere = shutil.copytree(base, tmp_path / "base")
+    monkeypatch.setattr(Maker, "make", None)
+    assert prepared(recipe(tmp_path, Path(moved), workers=1), elsewhere) == first
+
+
+@pytest.mark.parametrize("change", ["row", "setting", "template", "tokenizer", "version"])
+def test_whatever_changes_tokens_changes_the_address(
+    tmp_path: Path, base: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", *(qa(f"q{i}", "a") for i in range(20)))
+    own = shutil.copytree(base, tmp_path / "base")
+    before = store_of(recipe(tmp_path, path), own).key
+    settings: dict[str, Any] = {}
+    if change == "row":
+        path.write_bytes(path.read_bytes().replace(b"q3", b"Q3"))
+    elif change == "setting":
+        settings["max_length"] = 511
+    elif change == "template":
+        (own / "chat_template.jinja").write_text((own / "chat_template.jinja").read_text() + " ")
+    elif change == "tokenizer":
+        (own / "tokenizer.json").write_text((own / "tokenizer.json").read_text() + " ")
+    else:
+        monkeypatch.setattr("finetune.data.store.version", lambda name: f"{name} 0")
+    assert store_of(recipe(tmp_path, path, **settings), own).key != before
+    assert (
+        store_of(recipe(tmp_path, path, **settings, workers=7), own).key
+        == store_of(recipe(tmp_path, path, **settings), own).key
+    )
+
+
+def test_explain_says_what_differs(tmp_path: Path, base: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", *(qa(f"q{i}", "a") for i in range(20)))
+    store = store_of(recipe(tmp_path, path), base)
+    assert "has no set" in explain(store.root, store.address)[0]
+    folder = prepared(recipe(tmp_path, path), base)
+    assert explain(store.root, store.address)[0] == f"prepared before: {folder}"
+    other = store_of(recipe(tmp_path, path, max_length=99, turns="last"), base)
+    text = "\n".join(explain(other.root, other.address))
+    assert "settings.max_length: there 512, now 99" in text
+    assert 'settings.turns: there "all", now "last"' in text
+    assert "files" not in text.replace(str(tmp_path), "")
+
+
+def test_a_set_that_lost_a_byte_is_made_again(tmp_path: Path, base: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", *(qa(f"q{i}", "a") for i in range(20)))
+    folder = prepared(recipe(tmp_path, path), base)
+    before = content(folder)
+    (folder / "train.arrow").chmod(0o644)
+    (folder / "train.arrow").write_bytes(before["train.arrow"][:-1])
+    assert content(prepared(recipe(tmp_path, path), base)) == before
+
+
+def test_one_process_and_several_give_the_same_bytes(tmp_path: Path, base: Path, rows: Path) -> None:
+    several = content(prepared(recipe(tmp_path / "several", rows), base))
+    alone = content(prepared(recipe(tmp_path / "alone", rows, workers=1), base))
+    assert several.keys() >= {"train.arrow", "heldout.arrow", "ledger.jsonl", "report.json", "mask.txt"}
+    for name in several.keys() - {"seal.json", "report.json"}:
+        assert several[name] == alone[name], name
+    reports = [json.loads(c["report.json"]) for c in (several, alone)]
+    for report in reports:
+        report["settings"].pop("workers")
+    assert reports[0] == reports[1]
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from finetune.data.prepare import prepared
+from finetune.recipe import Data, Recipe
+if __name__ == "__main__":
+    rows, base, cache = sys.argv[1:]
+    data = Data(train_files=[rows], max_length=512, privacy="off", quality="off", near_duplicates="off", workers=2)
+    print(prepared(Recipe(name="test", cache_dir=cache, data=data), Path(base)))
+"""
+
+
+def start(tmp_path: Path, rows: Path, base: Path, cache: str) -> subprocess.Popen[str]:
+    script = tmp_path / "prepare.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(rows), str(base), str(tmp_path / cache)]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+    )
+
+
+@pytest.mark.slow
+def test_killed_preparation_goes_on_and_gives_the_same_bytes(tmp_path: Path, base: Path, rows: Path) -> None:
+    whole = content(prepared(recipe(tmp_path / "whole", rows), base))
+    killed = 0
+    for _ in range(6):
+        process = start(tmp_path, rows, base, "cache")
+        parts = tmp_path / "cache" / "prepared"
+        had = len(list(parts.glob(".parts-*/*.facts")))
+        deadline = time.monotonic() + 120
+        while (
+            process.poll() is None and len(list(parts.glob(".parts-*/*.facts"))) <= had and time.monotonic() < deadline
+        ):
+            time.sleep(0.02)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.communicate()
+    assert killed >= 2
+    done = start(tmp_path, rows, base, "cache")
+    out, err = done.communicate(timeout=300)
+    assert done.returncode == 0, err
+    assert content(Path(out.strip())) == whole
+    assert not list((tmp_path / "cache" / "prepared").glob(".parts-*"))
+
+
+def test_a_part_that_is_done_is_not_made_again(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", *(qa(f"q{i}", "a") for i in range(2500)))
+    wanted = recipe(tmp_path, path)
+    made: list[str] = []
+    real = Maker.make
+
+    def once(self: Maker, job: Any) -> None:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(job.target.name)
+        real(self, job)
+
+    monkeypatch.setattr(pool.Maker, "make", once)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(wanted, base)
+    monkeypatch.setattr(pool.Maker, "make", lambda self, job: (made.append(job.target.name), real(self, job))[1])
+    prepared(wanted, base)
+    assert made == ["000001", "000002", "000003"]
+
+
+@pytest.mark.slow
+def test_two_processes_that_prepare_the_same_do_not_harm_each_other(tmp_path: Path, base: Path, rows: Path) -> None:
+    both = [start(tmp_path, rows, base, "cache") for _ in range(2)]
+    answers = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], answers
+    assert answers[0][0] == answers[1][0]
+    assert sum("another process prepares the same rows" in err for _, err in answers) <= 1
+    whole = content(prepared(recipe(tmp_path / "whole", rows), base))
+    assert content(Path(answers[0][0].strip())) == whole
