@@ -206,6 +206,13 @@ def _data(recipe: Recipe) -> Iterator[str]:
         if Path(name).expanduser().resolve() in paths:
             yield f"DAT-004 {name} is both trained on and held out: scores would mean nothing. Give different files."
     yield from _cleaning(data)
+    if data.packing:
+        try:
+            family = sizes.family_of_card(recipe.model)
+        except RecipeError:
+            return  # said by _model
+        if not family.packs:
+            yield f"DAT-011 data.packing=true: rows of {family.key} would see each other. Set data.packing=false."
 
 
 def _cleaning(data: Data) -> Iterator[str]:

@@ -127,6 +127,9 @@ def test_settings_of_the_data_that_cannot_work_are_told(tmp_path: Path) -> None:
     assert "DAT-008 data.languages: english" in only(good(**own, data__languages=["english"]))
     assert "DAT-009 data.time_by" in only(good(**own, data__heldout_files=[str(tmp_path)], data__time_by="date"))
     assert "DAT-010 data.group_by" in only(good(data__group_by="document"))
+    packed = good(model__family="gpt_oss", model__config=dict(FAMILIES["gpt_oss"].tiny), data__packing=True)
+    assert "DAT-011 data.packing=true: rows of gpt_oss" in only(packed)
+    assert check.problems(good(data__packing=True)) == []
     assert "DAT-010 data.excerpt_words" in only(good(**own, data__excerpt_words=9))
 
 

@@ -29,6 +29,7 @@ def pack(source: Path, target: Path, length: int) -> dict[str, Any]:
         lambda row: {"position_ids": [i for size in row["seq_lengths"] for i in range(size)]},
         remove_columns=["seq_lengths"],
         cache_file_name=str(target),
+        new_fingerprint="packed",  # it is written into the file, and would be drawn at random
     )
     halfway.unlink()
     tokens = sum(map(len, made["input_ids"]))

@@ -111,6 +111,7 @@ FAMILY = Family(
     ),
     mixed_dtypes=True,
     licence="mit",
+    packs=False,
     tiny=shapes.TINY
     | {
         "model_type": "deepseek_v4",

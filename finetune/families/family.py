@@ -83,6 +83,9 @@ class Family:
     """Published files hold fused expert stacks where transformers would save one tensor per expert."""
     mixed_dtypes: bool = False
     """transformers keeps some weights in fp32, and a bf16 forward pass of the stock model fails outside autocast."""
+    packs: bool = True
+    """Several rows in one sequence stay apart by their positions. False where a layer carries a state along the
+    sequence, or compresses it, whatever the positions say."""
     text_config: str = ""
     """Key of the text part inside config.json for multimodal checkpoints, e.g. `text_config`."""
     licence: str = ""

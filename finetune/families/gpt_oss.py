@@ -37,6 +37,7 @@ FAMILY = Family(
     interleaved=True,
     router="mlp.router",
     licence="apache-2.0",
+    packs=False,
     tiny=shapes.TINY
     | {
         "model_type": "gpt_oss",

@@ -75,6 +75,7 @@ FAMILY = Family(
     published_fused=True,
     text_config="text_config",
     licence="apache-2.0",
+    packs=False,
     tiny=shapes.TINY
     | {
         "model_type": "qwen3_5_moe_text",
