@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -54,6 +53,12 @@ class Encoder:
         template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
         self.tagged = re.search(r"\{%-?\s*generation\b", template) is not None
         self._thought = next((k for k in ("reasoning_content", "thinking", "reasoning") if k in template), "")
+        # Special tokens that end what stands before them; one that eats white space around it does not.
+        added = tokenizer.added_tokens_decoder.items()
+        self._cutters = {i for i, t in added if t.special and not t.lstrip and not t.rstrip and t.content}
+        if tokenizer.is_fast:
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
         self._tail = lru_cache(maxsize=1000)(self._tokenize_one)
 
     def encode(self, rows: Sequence[Row]) -> list[Tokens | DataError]:
@@ -75,8 +80,8 @@ class Encoder:
             except DataError as error:
                 made[i] = error
         if drafts:
-            ids, offsets = self._tokenize([draft.text for draft in drafts.values()])
-            for (i, draft), tokens, places in zip(drafts.items(), ids, offsets, strict=True):
+            ids, encodings = self._tokenize([draft.text for draft in drafts.values()])
+            for (i, draft), tokens, places in zip(drafts.items(), ids, encodings, strict=True):
                 try:
                     made[i] = self._checked(rows[i], self._masked(rows[i], draft, tokens, places))
                 except DataError as error:
@@ -151,19 +156,18 @@ class Encoder:
             made[self._thought] = message["reasoning"]
         return made
 
-    def _masked(self, row: Row, draft: _Draft, ids: list[int], offsets: list[tuple[int, int]] | None) -> Tokens:
-        """The draft's spans as labels."""
+    def _masked(self, row: Row, draft: _Draft, ids: list[int], encoding: Any) -> Tokens:
+        """The draft's spans as labels. `encoding` knows which characters a token is from; None: it has to be found."""
         labels = [IGNORED] * len(ids)
         dark: list[str] = []
         shown = 0
-        starts = [start for start, _ in offsets] if offsets is not None else []
         for i, begin, end in draft.spans:
-            if offsets is None:
+            if encoding is None:
                 first, past = len(self._tail(draft.text[:begin])), len(self._tail(draft.text[:end]))
             else:
-                first, past = self._first_token(starts, offsets, begin), bisect_left(starts, end)
+                first, past = (_token_at(encoding, at, len(draft.text), len(ids)) for at in (begin, end))
             if not self.tagged:
-                self._refuse_other_tokens(row, draft, i, ids, first, begin)
+                self._refuse_other_tokens(row, draft.text[:begin], i, ids, first, encoding)
             last = i == draft.spans[-1][0]
             if not any(ids[k] in self.stop for k in range(first, past)) and (last or not self.tagged):
                 if past == len(ids) or ids[past] not in self.stop:  # where the next turn ends this one, that is learnt
@@ -177,36 +181,20 @@ class Encoder:
         self._refuse_unseen(row, "".join(dark))
         return Tokens(input_ids=ids, labels=labels)
 
-    @staticmethod
-    def _first_token(starts: list[int], offsets: list[tuple[int, int]], begin: int) -> int:
-        """The first token that has a character of the span; tokens without any (zero width) belong before it."""
-        first = bisect_left(starts, begin)
-        while first > 0 and offsets[first - 1][1] > begin:
-            first -= 1
-        return first
-
-    def _refuse_other_tokens(self, row: Row, draft: _Draft, i: int, ids: list[int], first: int, begin: int) -> None:
+    def _refuse_other_tokens(self, row: Row, prompt: str, i: int, ids: list[int], first: int, encoding: Any) -> None:
         """TPL-002 unless the prompt alone has the tokens with which the conversation begins.
 
         Texts between special tokens are tokenised apart, so the prompt's last piece decides; it is mostly the same one.
         """
-        head = draft.text[:begin]
-        tail = head
-        for special in self._cutters():
-            at = head.rfind(special)
-            if at >= 0 and len(head) - at < len(tail):
-                tail = head[at:]
+        tail = prompt
+        last = next((k for k in range(min(first, len(ids)) - 1, -1, -1) if ids[k] in self._cutters), -1)
+        if encoding is not None and last >= 0:
+            tail = prompt[encoding.token_to_chars(last)[0] :]
         alone = self._tail(tail)
         if list(ids[max(0, first - len(alone)) : first]) != list(alone):
             told = self.tokenizer.decode(ids[max(0, first - 4) : first + 4])
             asked = self.tokenizer.decode(alone[-4:])
             raise self._other_beginning(row, i, f"a server would send ...{asked!r}, training would see ...{told!r}")
-
-    @lru_cache(maxsize=1)  # noqa: B019  # one encoder per process
-    def _cutters(self) -> tuple[str, ...]:
-        """Special tokens that end what stands before them. One that eats white space around it does not."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        return tuple(t.content for t in added if t.special and not t.lstrip and not t.rstrip and t.content)
 
     def _refuse_other_beginning(self, row: Row, i: int, prefix: str, whole: str) -> None:
         if whole.startswith(prefix):
@@ -331,9 +319,10 @@ class Encoder:
         return texts[0], spans
 
     def _tokenize(self, texts: list[str]) -> tuple[list[list[int]], Iterable[Any]]:
+        """Ids of each text, and what tells the characters of each token (None where the tokenizer does not know)."""
         if self.tokenizer.is_fast:
-            made = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-            return made["input_ids"], made["offset_mapping"]
+            made = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+            return [encoding.ids for encoding in made], made
         return [list(self._tokenize_one(text)) for text in texts], [None] * len(texts)
 
     def _tokenize_one(self, text: str) -> tuple[int, ...]:
@@ -357,6 +346,15 @@ class _Draft:
     text: str
     spans: list[tuple[int, int, int]]
     """(message, first character, past the last character) of every trained turn."""
+
+
+def _token_at(encoding: Any, at: int, end: int, tokens: int) -> int:
+    """The token with the character `at`, or with the first one behind it that belongs to a token."""
+    for place in range(at, end):
+        token = encoding.char_to_token(place)
+        if token is not None:
+            return int(token)
+    return tokens
 
 
 def _as_json(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

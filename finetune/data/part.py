@@ -269,4 +269,4 @@ def _write(target: Path, values: list[dict[str, Any]], schema: Any) -> None:
 
     with _partial(target) as partial:
         table = pa.Table.from_pylist(values, schema=schema)
-        parquet.write_table(table, partial, compression="zstd", write_page_checksum=True)
+        parquet.write_table(table, partial, compression="lz4", write_page_checksum=True)

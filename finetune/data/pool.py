@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -87,6 +88,7 @@ def _start(work: Work, parent: int) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     _MAKER.append(Maker(work))
+    gc.freeze()  # what is there now stays: collecting need not look at it again and again
 
 
 def _make(job: Job) -> None:
