@@ -122,7 +122,7 @@ class Data:
     """Rows whose words are those of an earlier row on their side, whatever case and punctuation."""
     near_duplicates: str = one_of("report", "drop", "off")
     """Rows that share most five-word runs with an earlier row or a held-out one (MinHash; see `near_share`)."""
-    near_share: float = 0.8
+    near_share: float = 0.7
     """Share of five-word runs in common (Jaccard) from which two rows are near duplicates."""
     leakage: str = one_of("error", "drop")
     """A held-out question that is also trained on: the run ends, or the training row is dropped."""
