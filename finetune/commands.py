@@ -140,7 +140,8 @@ def index(request: Request) -> int:
     from pathlib import Path
 
     from finetune.data.benchmarks import items_of_card
-    from finetune.data.contamination import build, read_items
+    from finetune.data.contamination import build
+    from finetune.data.items import read_items
 
     words = dict(word.split("=", 1) for word in request.settings)
     usage = (

@@ -66,7 +66,7 @@ def _rows(recipe: Recipe, prepared: Path | None) -> Figure:
     """Training rows: counted in prepared data or the user's files, else the limit of recipe or card, else assumed."""
     name, unit, data = "training rows", "rows", recipe.data
     if report := _report(prepared):
-        return given(name, report["splits"]["train"]["rows"], unit, "the prepared data of this run")
+        return given(name, _sequences(report), unit, "the prepared data of this run")
     files = [Path(f).expanduser() for f in data.train_files]
     if files and all(f.is_file() and f.suffix == ".jsonl" for f in files):
         lines = sum(_lines(f) for f in files)
@@ -95,9 +95,15 @@ def _card_rows(recipe: Recipe) -> int:
 def _tokens_per_row(recipe: Recipe, prepared: Path | None) -> Figure:
     name, unit = "tokens per row", "tokens"
     if report := _report(prepared):
-        mean = report["splits"]["train"]["tokens"] / report["splits"]["train"]["rows"]
+        mean = report["splits"]["train"]["tokens"] / _sequences(report)
         return given(name, mean, unit, "mean of the prepared data of this run")
     return assumed(name, recipe.data.max_length, unit, "every row as long as data.max_length allows")
+
+
+def _sequences(report: dict[str, Any]) -> int:
+    """Training sequences of prepared data: its rows, or what they are packed into."""
+    count: int = report["packing"]["sequences"] if "packing" in report else report["splits"]["train"]["rows"]
+    return count
 
 
 def _report(prepared: Path | None) -> dict[str, Any]:

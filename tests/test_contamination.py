@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from finetune.data import contamination
-from finetune.data.contamination import Hit, Index, Indexes, Item, build, code_tokens, load, read_items, words
+from finetune.data.contamination import Hit, Index, Indexes, build, load
+from finetune.data.items import Item, code_tokens, read_items, words
 from finetune.errors import DataError
 
 FERRY = (

@@ -94,7 +94,7 @@ def test_every_package_that_we_import_is_a_dependency_and_the_other_way_round() 
     declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["project"]["dependencies"]}
     # Not imported by name: accelerate carries TRL's trainer, transformers asks for tensorboard when it logs, and
     # huggingface-hub is imported in the text of a child process (finetune/fetch/hub.py), and detectors of secrets and
-    # of identity numbers by the name of what was seen (finetune/data/privacy.py).
+    # of identity numbers by the name of what was seen (finetune/data/credentials.py, privacy.py).
     by_others = {"accelerate", "tensorboard", "huggingface-hub", "detect-secrets", "python-stdnum"}
     assert ours <= declared, f"not declared: {ours - declared}"
     assert declared <= ours | by_others, f"not used: {declared - ours - by_others}"

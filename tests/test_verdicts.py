@@ -190,7 +190,8 @@ def test_quality_flags_are_counted_or_drop_the_row(tmp_path: Path, base: Path) -
 
 @pytest.mark.parametrize("policy", ["fail", "drop", "report"])
 def test_items_of_an_evaluation_set_are_found_in_training_rows(tmp_path: Path, base: Path, policy: str) -> None:
-    from finetune.data.contamination import build, read_items
+    from finetune.data.contamination import build
+    from finetune.data.items import read_items
 
     items = [{"id": f"item-{i}", "question": words(16), "answer": words(3)} for i in range(30)]
     build(read_items(jsonl(tmp_path / "items.jsonl", *items)), "exam", "text").save(tmp_path / "exam.index")

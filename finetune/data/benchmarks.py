@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune.data.card import Card, read_card
-from finetune.data.contamination import Item
+from finetune.data.items import Item
 from finetune.data.readers import read_package
 from finetune.data.rows import Row
 from finetune.data.wording import wheel_of, word

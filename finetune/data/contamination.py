@@ -17,8 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-import unicodedata
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -30,52 +28,23 @@ from typing import Any
 
 import numpy as np
 
+from finetune.data.items import RUN, Item, code_tokens, weight, words
 from finetune.errors import DataError
 from finetune.rundir import TEMPORARY
 
 FORMAT = 1
 """Raised whenever the same items would give other hashes or another file."""
 
-RUN, LONG, SHORT, CODE = 8, 13, 4, 13
-"""Words of a run, of an n-gram and of the shortest item; tokens of a run of code."""
+LONG, SHORT, CODE = 13, 4, 13
+"""Words of an n-gram and of the shortest item; tokens of a run of code."""
 
 HOW = ("exact", "code", "ngram", "run")
 """Kinds of hits, the strongest first."""
-
-TEXTS, ANSWERS = ("text", "question", "prompt"), ("answer", "completion", "canonical_solution", "solution")
-"""Keys of evaluation files; the first that a record has is used."""
 
 _ENTRY = np.dtype([("text", "<u4"), ("place", "<u4")])
 _TEXT = np.dtype([("item", "<u4"), ("length", "<u4"), ("kept", "<u4"), ("whole", "<u8")])
 """An indexed question or answer: of which item, how many words, how many entries, and the hash of all of it."""
 _ANCHOR = 1 << 31  # in a place: the whole text is compared from here, but no run is made of it
-
-_PLAIN = "".join(chr(i).lower() if chr(i).isalnum() else " " for i in range(128))
-_INVISIBLE = re.compile("[\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]+")
-_MARKS = "".join(c for c in map(chr, range(0x300, 0x2000)) if unicodedata.category(c)[0] == "M")
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_CHARACTER = re.compile(f"[{_UNSPACED}][{_MARKS}]*")
-_WORD = re.compile(f"{_CHARACTER.pattern}|[^\\W_{_UNSPACED}]+(?:[{_MARKS}]+[^\\W_{_UNSPACED}]*)*")
-# Comments are bounded: each beginning without an end would else be searched to the end of the text.
-_TOKEN = re.compile(
-    r'''(?P<comment>"""(?:\\.|[^\\]){0,2999}?"""|\'\'\'(?:\\.|[^\\]){0,2999}?\'\'\'|/\*.{0,2999}?\*/|<!--.{0,2999}?-->'''
-    r"""|(?<![^\s;{}])\#[^\n]*|(?:^|(?<=[;{},]))[ \t]*//[^\n]*|(?<!\S)--\s[^\n]*|\\\n)"""
-    r"""|(?P<string>"[^"\\\n]*(?:\\.[^"\\\n]*)*"|'[^'\\\n]*(?:\\.[^'\\\n]*)*')"""
-    r"""|\d+\.\d+|\w+|[=!<>+\-*/%&|^]=|->|=>|\*\*|//|&&|\|\||::|<<|>>|[^\w\s]""",
-    re.DOTALL | re.MULTILINE,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One question of an evaluation set."""
-
-    id: str
-    """What reports call it. It stands in the index as it is, so it must not tell the text."""
-    text: str
-    """What the model is asked."""
-    answer: str = ""
-    """What it should say. Looked for from 8 words, or behind a question below 4 words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,49 +59,6 @@ class Hit:
     """Words of it that were found; for `code` tokens."""
     share: float
     """Share of the question or answer that was found: of its words or tokens; for `ngram` of its 13-word runs."""
-
-
-def words(text: str) -> list[str]:
-    """The words of a text without case, punctuation, invisible characters and differences of encoding (NFKC).
-
-    In scripts without spaces (Chinese, Japanese, Thai and others) every character is one; it counts as half a word.
-    """
-    if text.isascii():
-        return text.translate(_PLAIN).split()
-    text = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)).casefold()
-    return _WORD.findall(unicodedata.normalize("NFKC", text))
-
-
-def code_tokens(text: str) -> list[str]:
-    """The tokens of code in any usual language, without layout, kinds of quotes, comments and triple-quoted strings."""
-    found = _TOKEN.finditer(unicodedata.normalize("NFKC", text))
-    return [f'"{"".join(m[0][1:-1].split())}"' if m["string"] else m[0] for m in found if not m["comment"]]
-
-
-def read_items(path: Path) -> list[Item]:
-    """The items of an evaluation file, of any kind that training files have. Raises DataError with all faults by line.
-
-    A record has one of TEXTS or `messages` (user turns, last answer); it may have `choices`, an `id` or `task_id`, and
-    one of ANSWERS, which may be the letter or the number, from 0, of a choice. Choices join a question below 8 words.
-    """
-    from finetune.data.files import blocks, sources
-    from finetune.data.records import records
-    from finetune.data.rows import listed
-
-    items, problems = dict[str, Item](), list[str]()
-    (source,) = sources([str(path)])
-    for record in (record for block in blocks(source) for record in records(block)):
-        made = record.faults[0] if record.faults else _item(record.value, f"{path.name}:{record.line}")
-        if isinstance(made, Item) and made.id not in items:
-            items[made.id] = made
-        else:
-            fault = made if isinstance(made, str) else "DATA-002 @ has the id of an earlier item"
-            problems.append(fault.replace("@", f"{path}:{record.line}", 1))
-    if problems:
-        raise listed(problems, f"faults in {path}")
-    if not items:
-        raise DataError("DATA-006", f"{path} has no items", "it is empty", "another file")
-    return list(items.values())
 
 
 def build(items: Iterable[Item], name: str, kind: str) -> Index:
@@ -285,7 +211,7 @@ class Index:
                 return
             for first, count in () if anchor else _steps(places):
                 run = count + size - 1
-                if _weight(tokens[first + shift : first + shift + run]) >= size:
+                if weight(tokens[first + shift : first + shift + run]) >= size:
                     longest = max(longest, run)
                     grams |= set(range(first, first + run - LONG + 1))
         if grams and how == "run":
@@ -316,38 +242,9 @@ def _texts(item: Item, kind: str) -> list[list[str]]:
     if kind == "code":
         return [tokens for text in (item.text, item.answer) if len(tokens := code_tokens(text)) >= CODE]
     question, answer = words(item.text), words(item.answer)
-    if _weight(question) < SHORT:
+    if weight(question) < SHORT:
         question, answer = question + answer, []
-    return [tokens for tokens, least in ((question, SHORT), (answer, RUN)) if _weight(tokens) >= least]
-
-
-def _item(value: Any, name: str) -> Item | str:
-    """The item of one record, or its fault."""
-    key = next((key for key in (*TEXTS, "messages") if key in value), "") if isinstance(value, dict) else ""
-    if not key:
-        return f"DATA-001 @ is {type(value).__name__}, expected an object with {', '.join(TEXTS)} or messages"
-    text, answer = value[key], next((value[key] for key in ANSWERS if key in value), "")
-    if isinstance(text, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in text):
-        answer = text[-1]["content"] if text and text[-1]["role"] == "assistant" else answer
-        text = "\n".join(str(m["content"]) for m in text if m["role"] == "user")
-    if not isinstance(text, str):
-        return f"DATA-001 @ {key} is {type(text).__name__}, expected str or list of messages with role and content"
-    if not words(text) and not code_tokens(text):
-        return f"DATA-003 @ {key} is empty"
-    choices = value["choices"] if "choices" in value else []
-    if isinstance(choices, dict):
-        choices = choices["text"] if "text" in choices else list(choices.values())
-    if not isinstance(choices, list) or not isinstance(answer, str | int | float | None):
-        return "DATA-001 @ has an answer that is no text, or choices that are no list"
-    named: dict[Any, Any] = dict(enumerate(choices)) | dict(zip("ABCDEFGHIJ", choices, strict=False))
-    answer = named[answer] if answer in named else "" if answer is None else answer
-    text = "\n".join(map(str, [text, *choices])) if len(words(text)) < RUN else text
-    return Item(str(next((value[key] for key in ("id", "task_id") if key in value), name)), text, str(answer))
-
-
-def _weight(tokens: list[str]) -> float:
-    """How many words these are: a character of a script without spaces is half a word."""
-    return len(tokens) - sum(1 for word in tokens if word[0] > "\u0dff" and _CHARACTER.match(word)) / 2
+    return [tokens for tokens, least in ((question, SHORT), (answer, RUN)) if weight(tokens) >= least]
 
 
 def _own(common: np.ndarray, size: int) -> np.ndarray:

@@ -15,21 +15,9 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from ipaddress import ip_address
-from typing import Any
 
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One value that should not be trained on, without the value."""
-
-    kind: str
-    """One of KINDS."""
-    start: int
-    """Its first character in the text."""
-    end: int
-    """Past its last character."""
+from finetune.data.credentials import CREDENTIALS, LABEL, Finding, secrets
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,32 +63,8 @@ _IDS = (
     _Id("curp", "Mexican CURP: date, state, check digit", "mx.curp"),
 )  # fmt: skip
 
-_TOKENS = {
-    # kind: what it is, how it begins, the class in detect_secrets.plugins, a pattern for what that class lacks
-    "aws_key": ("AWS access key", "AKIA ASIA ABIA ACCA A3T", "aws.AWSKey", ""),
-    "github_token": ("GitHub token", "ghp_ gho_ ghu_ ghs_ ghr_ github_pat_", "github_token.GitHubToken",
-        r"github_pat_\w{60,}"),
-    "gitlab_token": ("GitLab token", "glpat- gldt- glft- glsoat- glrt- GR1348941 glcbt- glimt- glptt- glagent- gloas-",
-        "gitlab_token.GitLabToken", ""),
-    "slack_token": ("Slack token or hook", "xox xapp- https://hooks.slack", "slack.Slack", r"x(?:app|ox.)-[\w-]{20,}"),
-    "stripe_key": ("Stripe key", "sk_live_ rk_live_ sk_test_ rk_test_", "stripe.Stripe", r"[rs]k_test_\w{24,}"),
-    "huggingface_token": ("Hugging Face token", "hf_", "", r"hf_[A-Za-z0-9]{34,}"),
-    "openai_key": ("OpenAI key or alike", "sk-", "openai.OpenAI", r"sk-(?=[\w-]*[0-9])(?=[\w-]*[A-Z])[\w-]{32,}"),
-    "google_key": ("Google key or OAuth secret", "AIza GOCSPX-", "", r"AIza[\w-]{35}|GOCSPX-[\w-]{28}"),
-    "twilio_key": ("Twilio account or key", "AC SK", "twilio.TwilioKey", ""),
-    # the plugin for npm takes the rest of the line
-    "npm_token": ("npm token", "npm_ _authToken=", "", r"npm_[A-Za-z0-9]{36}|_authToken=(?P<value>[\w-]{36,})"),
-    "pypi_token": ("PyPI token", "pypi-AgE", "pypi_token.PypiToken", ""),
-    "jwt": ("JSON web token whose parts decode", "eyJ", "jwt.JwtToken", ""),
-}  # fmt: skip
-_ANCHORS = [(anchor, kind) for kind, (_, anchors, _, _) in _TOKENS.items() for anchor in anchors.split()]
-
 KINDS = {
-    "private_key": "PEM block of a private key that has a body",
-    "url_password": "user:password@ in a URL",
-    **{kind: says for kind, (says, _, _, _) in _TOKENS.items()},
-    "aws_secret": "40 characters assigned to a name with aws and key or secret",
-    "password": "value of letters and digits assigned to a password, secret, key or token",
+    **CREDENTIALS,
     "email": "address with a domain that has a dot",
     "ip": "public IPv4 or IPv6 address: not private, not for documentation, first number of two digits or more",
     **{id.kind: id.says for id in _IDS},
@@ -108,13 +72,10 @@ KINDS = {
 """Kind of finding -> what is checked."""
 
 _MODULES = {id.kind: id.module for id in _IDS}
-_SECRETS = {*_TOKENS, "private_key", "url_password", "aws_secret", "password"}
 _NEAR = 40  # characters before a number in which its word must stand
-_LONGEST = 4096  # characters of a token that are looked at: bounds the work on hostile text
 _RUN = re.compile(r"[0-9][0-9 .\-/()\u00a0\u202f]{5,}[0-9]")
 _SHAPE = {ord(c): "9" for c in "012345678"} | {0xA0: " ", 0x202F: " "}
 _STOP = re.compile(r"[.)/](?= )|(?<= )\(")
-_LABEL = re.compile(r"\[([A-Z_]{2,20})\]")
 _WORDS = {id.kind: re.compile(rf"\b(?:{id.words})\b", re.IGNORECASE) for id in _IDS}
 _FORMS: dict[str, list[tuple[str, _Id]]] = {}
 for _form, _id in sorted(((f, id) for id in _IDS for f in (*id.alone, *id.near)), key=lambda form: -len(form[0])):
@@ -145,27 +106,11 @@ _IPV4 = re.compile(r"[0-9][0-9]{0,2}(?:\.[0-9]{1,3}){3}(?!\w|\.[0-9])")
 _IPV6 = re.compile(r"[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?![\w:])")
 _VERSION = re.compile(r"\b(?:versions?|release|build|firmware|driver|section|v)\W{0,3}$", re.IGNORECASE)
 
-_PEM = re.compile(r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----")
-_BASE64 = re.compile(r"(?:\s|\\[nr])*(?:[A-Za-z0-9+/=]{20,}(?:\s|\\[nr])*)+")
-_ASSIGN = r"[\"'\]]{0,2}(?:[ \t]{0,3}(?::=|=>|={1,3}|:)[ \t]{0,3}"
-_AWS = re.compile(rf"(?i)aws[\w .-]{{0,30}}(?:key|secret)\w{{0,20}}{_ASSIGN})[\"']?([a-z0-9/+]{{40}})(?![\w/+=])")
-_PASSWORD = re.compile(
-    r"(?i)(?:passw(?:or)?d|passwort|passphrase|pwd|kennwort|contraseña|de passe|secret|key|token)(?:[_-]\w{1,20})?"
-    rf"{_ASSIGN}| is )"
-    r"(?:\"(?P<double>[^\"\s]{6,200})\"|'(?P<single>[^'\s]{6,200})'|(?P<bare>[^\s\"'`,;(){}\[\]<>]{6,200})(?![(\[]))"
-)
-_PASSWORD_WORDS = ("passw", "passphrase", "pwd", "kennwort", "contrase", "de passe", "secret", "key", "token")
-_KEY_OF = re.compile(r"(?i)(?:api|access|auth|account|private|client|service|bearer|refresh|secret)[ _-]?$")
-_DUMMY = re.compile(
-    r"(?i)[\[<{$%*(]|(?:your|my|the|some|new|old|example|insert|enter)[-_]?\w*$|change|placeholder|redacted"
-    r"|\w*(?:pass(?:word)?|secret|token|key)\d{0,3}$|[a-z_]\w*(?:\.[a-z_]\w*)+$|https?:"
-)
-
 
 def find(text: str) -> list[Finding]:
     """Personal data and secrets, in order, not overlapping: of two that do a secret wins, else the longer one."""
     numbers = _numbers(text) if re.search("[0-9]", text) else ()
-    found = _settled([*_secrets(text), *_emails(text), *numbers])
+    found = _settled([*secrets(text), *_emails(text), *numbers])
     return _named(text, found) if _RUN.search(text) else found
 
 
@@ -184,87 +129,11 @@ def _replaced(text: str, findings: list[Finding], by: Callable[[Finding], str]) 
 
 def _settled(found: list[Finding]) -> list[Finding]:
     kept: list[Finding] = []
-    for one in sorted(found, key=lambda f: (f.kind not in _SECRETS, f.start - f.end, f.start)):
+    for one in sorted(found, key=lambda f: (f.kind not in CREDENTIALS, f.start - f.end, f.start)):
         i = bisect_left(kept, one.start, key=lambda f: f.start)
         if (i == 0 or kept[i - 1].end <= one.start) and (i == len(kept) or one.end <= kept[i].start):
             kept.insert(i, one)
     return kept
-
-
-def _secrets(text: str) -> Iterator[Finding]:
-    if "-----BEGIN" in text:
-        yield from _private_keys(text)
-    if "://" in text and "@" in text:
-        (pattern,) = _plugin("basic_auth.BasicAuth").denylist
-        matches = (match for match in pattern.finditer(text) if match[0][3] not in "<{")
-        yield from (Finding("url_password", match.start() + 3, match.end(1)) for match in matches)
-    lower = text.lower()
-    if max(map(len, text.split()), default=0) >= 20:  # no token is shorter
-        for anchor, kind in _ANCHORS:
-            if anchor in text:
-                yield from _tokens(text, kind, anchor)
-        if "aws" in lower:
-            yield from (Finding("aws_secret", *m.span(1)) for m in _AWS.finditer(text))
-    for word in _PASSWORD_WORDS:
-        if word in lower:
-            yield from _passwords(text, lower if len(lower) == len(text) else text, word)
-
-
-def _private_keys(text: str) -> Iterator[Finding]:
-    for head in _PEM.finditer(text):
-        tail = text.find("-----END", head.end(), head.end() + 8 * _LONGEST)
-        body = _BASE64.match(text, head.end())
-        end = text.find("-----", tail + 8) + 5 if tail >= 0 else body.end() if body else 0
-        if end > head.end() + 40:
-            yield Finding("private_key", head.start(), end)
-
-
-def _tokens(text: str, kind: str, anchor: str) -> Iterator[Finding]:
-    """Each value that begins with the anchor, to its last character, which some of the patterns stop short of."""
-    patterns, valid = _patterns(kind)
-    at = text.find(anchor)
-    while at >= 0:
-        end = at + len(anchor)
-        inside = at > 0 and (text[at - 1].isalnum() or text[at - 1] in "_-")
-        matches = [] if inside else [pattern.match(text, at, at + _LONGEST) for pattern in patterns]
-        match = next((m for m in matches if m and valid(m[0])), None)
-        if match and len(set(match[0][len(anchor) :])) > 5:
-            end = match.end()
-            while end < len(text) and (text[end].isalnum() or text[end] in "_-"):
-                end += 1
-            yield Finding(kind, match.start("value") if "value" in match.re.groupindex and match["value"] else at, end)
-        at = text.find(anchor, end)
-
-
-@lru_cache
-def _patterns(kind: str) -> tuple[list[re.Pattern[str]], Callable[[str], Any]]:
-    """Patterns of a kind, and a check of what they match. For some kinds `analyze_string` gives the prefix only."""
-    _, _, plugin, extra = _TOKENS[kind]
-    patterns = [re.compile(extra, re.ASCII)] if extra else []
-    if plugin:
-        patterns = [*_plugin(plugin).denylist, *patterns]
-    return patterns, _plugin(plugin).is_formally_valid if kind == "jwt" else bool
-
-
-@lru_cache
-def _plugin(name: str) -> Any:
-    """A plugin of detect-secrets, of which we take the patterns: it reads, sends and logs nothing."""
-    module, _, kind = name.partition(".")
-    return vars(importlib.import_module(f"detect_secrets.plugins.{module}"))[f"{kind}Detector"]()
-
-
-def _passwords(text: str, lower: str, word: str) -> Iterator[Finding]:
-    at = lower.find(word)
-    while at >= 0:
-        match = None if _LABEL.match(text, max(0, at - 1)) else _PASSWORD.match(text, at)
-        if match and (word not in ("key", "token") or _KEY_OF.search(text, max(0, at - 8), at)):
-            group = match.lastgroup or ""
-            value = match[group].rstrip(".!?:") if group == "bare" else match[group]
-            letters, digits = re.search("[A-Za-z]", value), re.search("[0-9]", value)
-            mixed = group != "bare" and re.search("[a-z]", value) and re.search(r"[A-Z]|[^\w-]", value)
-            if letters and (digits or mixed) and len(value) > 5 and len(set(value)) > 4 and not _DUMMY.match(value):
-                yield Finding("password", match.start(group), match.start(group) + len(value))
-        at = lower.find(word, at + 1)
 
 
 def _emails(text: str) -> Iterator[Finding]:
@@ -327,7 +196,7 @@ def _forms(text: str) -> Iterator[tuple[int, int, str, _Id]]:
 
 def _named(text: str, found: list[Finding]) -> list[Finding]:
     """Adds numbers behind a word that names them. What is found, or is a label already, ends the reach of a word."""
-    labels = [Finding(m[1].lower(), *m.span()) for m in _LABEL.finditer(text) if m[1].lower() in KINDS]
+    labels = [Finding(m[1].lower(), *m.span()) for m in LABEL.finditer(text) if m[1].lower() in KINDS]
     for candidates in (_named_ids, _named_phones):
         marks = _settled([*found, *labels])
         hidden = _replaced(text, marks, lambda mark: "\0" * (mark.end - mark.start))
