@@ -10,7 +10,8 @@ from finetune.data.tokens import Tokens, pieces
 from finetune.rundir import write_text
 
 STYLE = """\
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; color: #1b1b1b; background: #fff }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem; max-width: 60rem }
+body { color: #1b1b1b; background: #fff }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #ccc; border-radius: 4px; padding: 0.8rem }
 mark { background: #bfe8c6; color: #12331a; border-radius: 2px }
 i { font-style: normal; border-right: 1px solid #0002 }

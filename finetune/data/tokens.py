@@ -26,8 +26,8 @@ class Tokens:
 
     @property
     def prompt_length(self) -> int:
-        """Tokens before the first trained one."""
-        return next((i for i, label in enumerate(self.labels) if label != IGNORED), len(self.labels))
+        """Tokens before the first trained one; 1 where that is the first, which nothing can predict."""
+        return max(1, next((i for i, label in enumerate(self.labels) if label != IGNORED), len(self.labels)))
 
     @property
     def trainable(self) -> int:
