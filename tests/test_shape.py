@@ -193,6 +193,71 @@ def test_csv_and_parquet_have_the_same_faults_by_record(tmp_path: Path, base: Pa
     assert found["rows.csv"] == [(3, "DATA-001"), (4, "DATA-026"), (6, "DATA-005"), (8, "DATA-027")]
 
 
+def parsed_faults() -> list[tuple[dict[str, Any], str, str]]:
+    """The faults that are more than bytes: those whose line is an object."""
+    found = []
+    for line, code, told in FAULTS:
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except ValueError:
+            continue
+        if isinstance(value, dict) and code not in ("DATA-021", "DATA-022", "DATA-023"):
+            found.append((value, code, told))
+    return found
+
+
+def codes(folder: Path) -> list[str]:
+    return [line["code"] for line in ledger(folder)]
+
+
+def test_messages_in_csv_cells_have_the_same_faults(tmp_path: Path, base: Path) -> None:
+    import csv
+
+    # A cell is text: a column of another type is a fault that CSV cannot have.
+    usual = ("messages", "tools", "choices")
+    able = [
+        (value, code, told)
+        for value, code, told in parsed_faults()
+        if all(isinstance(item, list) if key in usual else isinstance(item, str) for key, item in value.items())
+    ]
+    assert len(able) >= 25
+    able.insert(0, ({"messages": [USER, ASSISTANT], "id": "twice"}, "", ""))
+    names = sorted({key for value, _, _ in able for key in value})
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as handle:
+        writer = csv.DictWriter(handle, names)
+        writer.writeheader()
+        for value, _, _ in able:
+            writer.writerow({k: json.dumps(item) if isinstance(item, list) else item for k, item in value.items()})
+    other = [{"messages": [USER | {"content": f"good {i}"}, ASSISTANT]} for i in range(9)]
+    good = jsonl(tmp_path / "good.jsonl", *other)
+    folder = prepare(tmp_path, base, tmp_path / "rows.csv", good, on_bad_row="drop", max_drop_fraction=0.95)
+    assert codes(folder)[: len(able)] == [code for _, code, _ in able]
+
+
+def test_messages_in_parquet_have_the_same_faults(tmp_path: Path, base: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    # All rows of a Parquet file have one type, so only faults of that type can exist: roles, contents, order, tools.
+    plain = {"role", "content", "tool_calls", "tool_call_id"}
+    able = []
+    for value, code, told in parsed_faults():
+        found = value["messages"] if "messages" in value else None
+        rows = isinstance(found, list) and all(isinstance(m, dict) and set(m) <= plain for m in found)
+        if not rows or set(value) - {"messages", "id"} or isinstance(value.get("id"), bool):
+            continue
+        if all(isinstance(item, str) for m in found for key, item in m.items() if key != "tool_calls") and not any(
+            isinstance(m.get("tool_calls"), str) for m in found
+        ):
+            able.append((value, code, told))
+    assert len(able) >= 12
+    able.insert(0, ({"messages": [USER, ASSISTANT], "id": "twice"}, "", ""))
+    other = [{"messages": [USER | {"content": f"good {i}"}, ASSISTANT]} for i in range(9)]
+    parquet.write_table(pa.Table.from_pylist([*(value for value, _, _ in able), *other]), tmp_path / "rows.parquet")
+    folder = prepare(tmp_path, base, tmp_path / "rows.parquet", on_bad_row="drop", max_drop_fraction=0.95)
+    assert codes(folder)[: len(able)] == [code for _, code, _ in able]
+
+
 def test_a_quoted_cell_over_several_lines_does_not_move_the_line_numbers(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text('prompt,completion\n"two\nlines",a\nq,b\n', encoding="utf-8")
