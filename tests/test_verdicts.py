@@ -170,11 +170,13 @@ def test_short_and_foreign_rows_are_dropped_with_a_line(tmp_path: Path, base: Pa
 def test_personal_data_is_reported_redacted_or_its_row_dropped(tmp_path: Path, base: Path, policy: str) -> None:
     rows = [qa(f"question {i}", "answer") for i in range(20)]
     rows[4] = qa("My address is jane.roe@example.org, my card 4111 1111 1111 1111.", "Thank you, jane.roe@example.org.")
+    reply = "Ask jane.roe@example.org"
+    rows[7] = qa("Whom?", reply, choices=[reply, "Nobody"])
     folder = prepare(tmp_path, base, jsonl(tmp_path / "rows.jsonl", *rows), privacy=policy)
     line = ledger(folder)[4]
     assert line["verdict"] == ("dropped" if policy == "drop" else "kept")
     assert Counter(line["privacy"].split(",")) == {"email": 2, "card": 1}
-    assert report(folder)["found"] == {"card": 1, "email": 2}
+    assert report(folder)["found"] == {"card": 1, "email": 3}
     written = b"".join(path.read_bytes() for path in folder.iterdir())
     assert (b"jane.roe" in written) == (policy == "report")
     assert (b"[EMAIL]" in written) == (policy == "redact")
