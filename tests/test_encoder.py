@@ -202,6 +202,65 @@ CALLS = CHATML.replace(
 )
 
 
+# How families for which TRL has none write a conversation, in our own words: (template, stop token, what follows it).
+ROLES = "{% for m in messages %}"
+OTHERS = {
+    "llama4": (
+        "<|begin_of_text|>" + ROLES + "<|header_start|>{{ m.role }}<|header_end|>\n\n{{ m.content }}<|eot|>{% endfor %}"
+        "{% if add_generation_prompt %}<|header_start|>assistant<|header_end|>\n\n{{ '' }}{% endif %}",
+        "<|eot|>",
+        "",
+    ),
+    "mistral": (
+        "<s>" + ROLES + "{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}[/SYSTEM_PROMPT]"
+        "{% elif m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}",
+        "</s>",
+        "",
+    ),
+    "mixtral": (
+        "<s>" + ROLES + "{% if m.role == 'user' %} [INST] {{ m.content }} [/INST]{% elif m.role == 'assistant' %}"
+        " {{ m.content }}</s>{% else %} [INST] {{ m.content }} [/INST]{% endif %}{% endfor %}",
+        "</s>",
+        "",
+    ),
+    "granite": (
+        ROLES + "<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}<|end_of_text|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}",
+        "<|end_of_text|>",
+        "\n",
+    ),
+    "olmoe": (
+        "<|endoftext|>" + ROLES + "<|{{ m.role }}|>\n{{ m.content }}"
+        "{% if m.role == 'assistant' %}<|endoftext|>{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{{ '' }}{% endif %}",
+        "<|endoftext|>",
+        "\n",
+    ),
+    "deepseek": (
+        "<|begin|>" + ROLES + "{% if m.role == 'user' %}<|User|>{{ m.content }}<|Assistant|></think>"
+        "{% elif m.role == 'assistant' %}{{ m.content }}<|end|>{% else %}{{ m.content }}{% endif %}{% endfor %}",
+        "<|end|>",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ["single", "system", "multi"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_templates_of_other_families_train_the_answers_and_their_ends_alone(name: str, what: str) -> None:
+    text, stop, behind = OTHERS[name]
+    made = encode(text, [stop], CONVERSATIONS[what])
+    answers = [m["content"] for m in CONVERSATIONS[what]["messages"] if m["role"] == "assistant"]
+    lead = " " if name == "mixtral" else ""
+    assert trained(made, text, [stop]) == "".join(f"{lead}{answer}{stop}{behind}" for answer in answers)
+    assert isinstance(made, Tokens)
+    asked = CONVERSATIONS[what]["messages"][: 2 if what == "system" else 1]
+    sent = tokenizer_for(text, (stop,)).apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert (
+        made.input_ids[: made.prompt_length] == tokenizer_for(text, (stop,))(sent, add_special_tokens=False).input_ids
+    )
+
+
 def test_a_message_of_weight_zero_is_read_and_not_trained() -> None:
     value = {"messages": [ASK, ANSWER | {"weight": 0}, *MORE]}
     assert trained(encode(CHATML, STOP, value), CHATML, STOP) == "So.<|im_end|>\n"
