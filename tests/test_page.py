@@ -90,7 +90,10 @@ def test_an_index_is_made_from_a_file_and_its_words_are_not_in_it(
     assert "not detected: " in out
     assert b"planets" not in (tmp_path / "exam.index").read_bytes()
     assert main(["data", "index", "fil=exam.jsonl"]) == 2
-    assert "CFG-012 data index: fil is not known here. Type: python -m finetune data index file=" in capsys.readouterr().err
+    assert (
+        "CFG-012 data index: fil is not known here. Type: python -m finetune data index file="
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
@@ -112,3 +115,21 @@ def test_preview_and_explain_work_as_typed(
     assert main(["data", "explain", *words]) == 0
     assert "prepared before" in capsys.readouterr().out
     assert main(["data", "preview", *words, "--rows", "none"]) == 2
+
+
+@pytest.mark.data
+def test_an_index_is_made_from_an_evaluation_card_and_finds_its_questions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.data.benchmarks import items_of_card
+    from finetune.data.contamination import load
+    from finetune.recipe import Recipe
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "index", "card=general_openbookqa", "network=true"]) == 0
+    assert "general_openbookqa.index: 500 items of general_openbookqa" in capsys.readouterr().out
+    index, items = load(tmp_path / "general_openbookqa.index"), items_of_card("general_openbookqa", Recipe())
+    assert len(items) == 500
+    found = [any(hit.item == item.id for hit in index.hits(f"Please answer: {item.text}")) for item in items]
+    assert sum(found) >= 475  # the others are shorter than what is looked for, or nearly equal to an earlier one
+    assert main(["data", "index", "card=legal_licences"]) == 2
