@@ -203,6 +203,8 @@ def listed_rows(facts: Facts, rows: Any, title: str) -> DataError:
         rest = ", ".join(f"{n} x {code}" for code, n in counts.most_common())
         lines.append(f"  and {len(rows) - SHOWN} more; all: {rest}")
     fix = "mend these rows, or data.on_bad_row=drop data.max_drop_fraction=0.05"
+    if facts.codes[facts.code[rows[0]]] == "DATA-014":
+        fix = "remove these rows, or data.benchmarks={INDEX: drop}"
     return DataError(facts.codes[facts.code[rows[0]]], "\n".join([f"{title}:", *lines]), "", fix)
 
 
