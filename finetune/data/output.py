@@ -71,7 +71,7 @@ def report_of(facts: Facts, data: Data, told: Told, counts: Counter[str]) -> dic
     codes = dropped(facts)
     return {
         "source": told.source,
-        "rows_read": len(facts),
+        "rows_read": len(facts) - int(facts.further.sum()),
         "further_excerpts": int(facts.further.sum()),
         "kept": counts["kept"],
         "dropped": codes,

@@ -26,10 +26,11 @@ def show_report(report: dict[str, Any], console: Any) -> None:
     """Prints what came in, what was kept, why the rest was not, and what was found."""
     from rich.table import Table
 
-    table = Table(title=f"{report['rows_read']:,} rows read")
+    further = f", {report['further_excerpts']:,} further excerpts of them" if report["further_excerpts"] else ""
+    table = Table(title=f"{report['rows_read']:,} rows read{further}")
     for column in ("", "rows", "share"):
         table.add_column(column, justify="left" if not column else "right")
-    whole = max(1, report["rows_read"])
+    whole = max(1, report["rows_read"] + report["further_excerpts"])
     for name, split in report["splits"].items():
         table.add_row(f"kept: {name}", f"{split['rows']:,}", f"{split['rows'] / whole:.1%}")
     for code, count in report["dropped"].items():
