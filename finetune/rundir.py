@@ -190,20 +190,25 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def write_text(target: Path, text: str) -> None:
-    """Writes `text` to `target` in one step: readers see the old file or the new one."""
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """A temporary path that becomes `target` when the block ends without an error, and vanishes otherwise."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f"{TEMPORARY}{target.name}-{uuid.uuid4().hex[:8]}"
     try:
-        with partial.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
+        yield partial
+        _fsync(partial)
         partial.rename(target)
         _fsync(target.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_text(target: Path, text: str) -> None:
+    """Writes `text` to `target` in one step: readers see the old file or the new one."""
+    with atomic_file(target) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(target: Path, value: Any) -> None:

@@ -18,6 +18,7 @@ from finetune.data import pool
 from finetune.data.part import Maker
 from finetune.data.prepare import prepared, store_of
 from finetune.data.store import explain
+from finetune.errors import DataError
 from finetune.recipe import Data, Recipe
 from tests.test_data import jsonl, qa
 
@@ -181,6 +182,22 @@ def test_a_part_that_is_done_is_not_made_again(tmp_path: Path, base: Path, monke
     monkeypatch.setattr(pool.Maker, "make", lambda self, job: (made.append(job.target.name), real(self, job))[1])
     prepared(wanted, base)
     assert made == ["000001", "000002", "000003"]
+
+
+def test_what_a_worker_cannot_start_with_is_said_and_nothing_is_left(tmp_path: Path, base: Path, rows: Path) -> None:
+    bare = shutil.copytree(base, tmp_path / "base")
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(DataError, match="TPL-001"):
+        prepared(recipe(tmp_path, rows), bare)
+    assert not list((tmp_path / "cache" / "prepared").glob(".parts-*"))
+
+
+def test_parts_of_rows_that_are_refused_do_not_stay(tmp_path: Path, base: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", *(qa(f"q{i}", "a") for i in range(20)), {"messages": []})
+    with pytest.raises(DataError, match="DATA-001"):
+        prepared(recipe(tmp_path, path), base, tmp_path / "rejected")
+    assert not list((tmp_path / "cache" / "prepared").glob(".parts-*"))
+    assert len((tmp_path / "rejected" / "ledger.jsonl").read_text().splitlines()) == 21
 
 
 @pytest.mark.slow

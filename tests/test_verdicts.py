@@ -213,3 +213,15 @@ def test_items_of_an_evaluation_set_are_found_in_training_rows(tmp_path: Path, b
     assert line["code"] == ("benchmark" if policy == "drop" else "")
     assert json.loads(line["benchmarks"])[0][:2] == ["exam", "item-3"]
     assert any("paraphras" in limit for limit in report(folder)["not_detected"])
+
+
+def test_two_indexes_of_one_name_are_refused(tmp_path: Path, base: Path) -> None:
+    from finetune.data.contamination import build
+    from finetune.data.items import Item
+
+    for name in ("one", "two"):
+        build([Item(id="i", text=words(16))], "exam", "text").save(tmp_path / f"{name}.index")
+    path = jsonl(tmp_path / "rows.jsonl", *(qa(words(9), words(9)) for _ in range(20)))
+    policies = {str(tmp_path / "one.index"): "fail", str(tmp_path / "two.index"): "report"}
+    with pytest.raises(DataError, match=r"DATA-020 two indexes of data\.benchmarks are called exam"):
+        prepare(tmp_path, base, path, benchmarks=policies)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.rows import Row
+from finetune.errors import DataError
 from finetune.recipe import Data
 
 
@@ -19,7 +20,13 @@ class Cleaner:
         if data.benchmarks:
             from finetune.data.contamination import Indexes, load
 
-            self.indexes = Indexes([load(Path(path).expanduser()) for path in data.benchmarks])
+            loaded = [load(Path(path).expanduser()) for path in data.benchmarks]
+            names = [index.name for index in loaded]
+            if twice := next((name for name in names if names.count(name) > 1), ""):
+                why = "hits are told by the name, and each has its own policy"
+                fix = "data index file=FILE name=ANOTHER"
+                raise DataError("DATA-020", f"two indexes of data.benchmarks are called {twice}", why, fix)
+            self.indexes = Indexes(loaded)
 
     def clean(self, row: Row, fact: dict[str, Any]) -> None:
         """Looks at the words of a good row; may drop or redact it."""

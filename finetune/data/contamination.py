@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ import numpy as np
 
 from finetune.data.items import RUN, Item, code_tokens, weight, words
 from finetune.errors import DataError
-from finetune.rundir import TEMPORARY
+from finetune.rundir import atomic_file
 
 FORMAT = 1
 """Raised whenever the same items would give other hashes or another file."""
@@ -141,17 +139,9 @@ class Index:
         """Writes the index to `path` in one step, as .npz without pickles. Equal items give equal bytes."""
         arrays = self._keys, self._entries, self._texts
         facts = json.dumps(self._facts | {"sha256": _sha256(*arrays)})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.parent / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}"
-        try:
-            with partial.open("wb") as handle:
-                about = np.frombuffer(facts.encode(), np.uint8)
-                np.savez(handle, allow_pickle=False, facts=about, keys=arrays[0], entries=arrays[1], texts=arrays[2])
-                handle.flush()
-                os.fsync(handle.fileno())
-            partial.rename(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        about = np.frombuffer(facts.encode(), np.uint8)
+        with atomic_file(path) as partial, partial.open("wb") as handle:
+            np.savez(handle, allow_pickle=False, facts=about, keys=arrays[0], entries=arrays[1], texts=arrays[2])
 
     def limits(self) -> list[str]:
         """What is not detected, for the report."""

@@ -19,16 +19,13 @@ from finetune.data.rows import Row
 from finetune.data.tokens import IGNORED, Tokens
 from finetune.errors import DataError
 
-TURNS = ("all", "last")
-"""Which assistant turns are trained."""
-
 
 class Encoder:
     """Turns rows into tokens with one tokenizer.
 
-    `turns` is one of TURNS. `reasoning`: `keep` it (an error where the template drops it), `strip` it, or leave it to
-    the `template`. `end_of_turn` is a token to write behind a last answer that the template does not end. `vocabulary`
-    is the number of rows of the embedding: no id may reach it.
+    `turns`: `all` answers are trained, or the `last` one. `reasoning`: `keep` it (an error where the template drops it),
+    `strip` it, or leave it to the `template`. `end_of_turn` is a token to write behind a last answer that the template
+    does not end. `vocabulary` is the number of rows of the embedding: no id may reach it.
     """
 
     def __init__(

@@ -78,7 +78,10 @@ def sources(patterns: list[str]) -> list[Source]:
         paths = _expand(pattern)
         if not paths:
             raise DataError(
-                "DATA-006", f"{pattern} names no file", f"files end in {', '.join(KINDS)}, also with .gz or .zst", ""
+                "DATA-006",
+                f"{pattern} names no file",
+                f"files end in {', '.join(KINDS)}, also with .gz or .zst",
+                "a file, a folder",
             )
         for path in paths:
             suffixes = [s.lower() for s in path.suffixes]

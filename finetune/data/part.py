@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from finetune.data.shape import conversation, grouped, renamed
 from finetune.data.tokens import Tokens, cut, load_tokenizer, stop_tokens, vocabulary_rows, windows
 from finetune.errors import DataError
 from finetune.recipe import Data
+from finetune.rundir import atomic_file
 
 FACTS: dict[str, str] = {
     "line": "int64",
@@ -198,7 +198,7 @@ class Maker:
 
         from finetune.data.near import signature
 
-        with _partial(path) as partial, partial.open("wb") as handle:
+        with atomic_file(path) as partial, partial.open("wb") as handle:
             numpy.save(handle, numpy.stack([signature("\n".join(texts(r)) if not r.code else "") for r in rows]))
 
 
@@ -246,27 +246,10 @@ def _fact(row: Row) -> dict[str, Any]:
     return fact
 
 
-class _partial:
-    """A temporary path that becomes `target` when the block ends well."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        self.partial = target.with_name(f".partial-{target.name}-{uuid.uuid4().hex[:8]}")
-
-    def __enter__(self) -> Path:
-        return self.partial
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        if kind is None:
-            self.partial.replace(self.target)
-        else:
-            self.partial.unlink(missing_ok=True)
-
-
 def _write(target: Path, values: list[dict[str, Any]], schema: Any) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    with _partial(target) as partial:
+    with atomic_file(target) as partial:
         table = pa.Table.from_pylist(values, schema=schema)
         parquet.write_table(table, partial, compression="lz4", write_page_checksum=True)

@@ -17,12 +17,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from finetune.data.part import Job, Made, Maker, Work
+from finetune.errors import FinetuneError
 
 ALONE = 4
 """So few blocks are done by the parent itself: starting a process takes longer."""
 
-_MAKER: list[Maker] = []
-"""What a worker process works with; one entry, made when it starts."""
+_MAKER: list[Maker | FinetuneError] = []
+"""What a worker process works with, or why it cannot; one entry, made when it starts."""
 
 
 def make_all(work: Work, jobs: Iterable[Job], workers: int) -> list[Made]:
@@ -87,11 +88,16 @@ def _start(work: Work, parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    _MAKER.append(Maker(work))
+    try:
+        _MAKER.append(Maker(work))
+    except FinetuneError as error:  # raised here it would only break the pool; `_make` says it
+        _MAKER.append(error)
     gc.freeze()  # what is there now stays: collecting need not look at it again and again
 
 
 def _make(job: Job) -> None:
+    if isinstance(_MAKER[0], FinetuneError):
+        raise _MAKER[0]
     _MAKER[0].make(job)
 
 

@@ -89,7 +89,11 @@ def prepared(recipe: Recipe, base: Path, rejected: Path | None = None) -> Path:
     with store.lock():
         if not store.is_ready():
             told = Told(source=found.source, address=store.address, notes=[], limits=[])
-            _make(recipe, base, found, store, told, rejected)
+            try:
+                _make(recipe, base, found, store, told, rejected)
+            except DataError:
+                store.sweep()  # mended rows have another address: these parts would never be used
+                raise
     return store.folder
 
 

@@ -236,7 +236,9 @@ def _named_phones(text: str, marks: list[Finding]) -> Iterator[Finding]:
                 break
             insort(marks, Finding("phone", at, at + length), key=lambda f: f.end)
             yield Finding("phone", at, at + length)
-            at += length + len(re.match(r"[ ./\-\u00a0]*", text[at + length : stop])[0])  # type: ignore[index]
+            at += length
+            while at < stop and text[at] in " ./-\u00a0":
+                at += 1
 
 
 def _phone_length(text: str, region: str) -> int:

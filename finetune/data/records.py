@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -72,8 +73,7 @@ def _parse(line: int, raw: bytes) -> Record:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(items)
         if len(made) < len(items):
-            seen: set[str] = set()
-            twice.extend(k for k, _ in items if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+            twice.extend(name for name, count in Counter(name for name, _ in items).items() if count > 1)
         return made
 
     try:

@@ -97,8 +97,9 @@ def decide(facts: Facts, data: Data, *, given: bool, long: str, near: Callable[[
 
     `given`: a card has split the rows already. `near` finds near duplicates and drops them if it is told to.
     """
-    told = _same_ids(facts) if not given else []
-    told += _faults(facts, data)
+    if not given:
+        _same_ids(facts)
+    told = _faults(facts, data)
     if not given:
         _copies(facts, data)
         if not data.heldout_files:
@@ -165,11 +166,10 @@ def earlier(keys: Any) -> tuple[Any, Any]:
     return late, origin[late]
 
 
-def _same_ids(facts: Facts) -> list[str]:
+def _same_ids(facts: Facts) -> None:
     rows = np.flatnonzero(facts.open)
     late, first = earlier(facts.order_key[rows])
     facts.drop(rows[late], "DATA-002", rows[first])
-    return []
 
 
 def _faults(facts: Facts, data: Data) -> list[str]:
