@@ -23,7 +23,7 @@ from finetune.errors import DataError
 class Encoder:
     """Turns rows into tokens with one tokenizer.
 
-    `turns`: `all` answers are trained, or the `last` one. `reasoning`: `keep` it (an error where the template drops it),
+    `turns`: `all` answers train, or the `last` one. `reasoning`: `keep` it (an error where the template drops it),
     `strip` it, or leave it to the `template`. `end_of_turn` is a token to write behind a last answer that the template
     does not end. `vocabulary` is the number of rows of the embedding: no id may reach it.
     """
