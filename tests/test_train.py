@@ -12,7 +12,8 @@ from finetune.progress import Guard, TrainingProgress
 from finetune.recipe import Adapter, Train
 from finetune.run import run
 from finetune.rundir import read_json
-from finetune.train import arithmetic, loss_type, planned_steps, unlearnt
+from finetune.train.learnt import unlearnt
+from finetune.train.settings import arithmetic, loss_type, planned_steps
 from tests.tiny_models import adapted, some_ids
 
 
