@@ -37,6 +37,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.near_share": (0.3, 1),
     "data.workers": (0, 1024),
     "train.max_steps": (0, math.inf),
+    "train.save_steps": (0, math.inf),
+    "train.keep_checkpoints": (1, 1000),
     "train.batch_size": (1, math.inf),
     "train.accumulation": (1, math.inf),
     "train.checkpointed_layers": (0, math.inf),
@@ -68,6 +70,9 @@ ABOVE_ZERO: dict[str, float] = {
     "costs.utilisation": 1.0,
 }
 """Dotted key -> largest value, for settings that must be above zero."""
+
+CHANGEABLE = ("base", "data", "world_size", "distribution", "precision", "seed", "settings", "versions")
+"""What `train.allow_changed` may name."""
 
 BELOW_ONE = ("adapter.dropout", "evaluate.confidence")
 """Settings from 0 up to, but not including, 1."""
@@ -244,8 +249,9 @@ def _cleaning(data: Data) -> Iterator[str]:
 def _launch(recipe: Recipe) -> Iterator[str]:
     if recipe.launch.kind == "slurm":
         yield "LCH-001 launch.kind=slurm is not available yet. Set launch.kind=local and start it inside your own job."
-    if recipe.launch.devices > 1:
-        yield f"LCH-002 launch.devices={recipe.launch.devices}: more than 1 is not available yet. Set launch.devices=1."
+    wrong = sorted(set(recipe.train.allow_changed) - set(CHANGEABLE))
+    if wrong:
+        yield f"LCH-003 train.allow_changed: {', '.join(wrong)} is none of {', '.join(CHANGEABLE)}. Choose of them."
 
 
 def _export(recipe: Recipe) -> Iterator[str]:

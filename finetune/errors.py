@@ -74,3 +74,17 @@ class GateError(FinetuneError):
     """A finished stage whose result is below what the recipe demands."""
 
     exit_code = 4
+
+
+class Preempted(FinetuneError):
+    """Training stopped early on request, with a checkpoint. Exit code 75: the same command again goes on."""
+
+    exit_code = 75
+
+    def __init__(self, signal: str, step: int, steps: int) -> None:
+        self.signal, self.step, self.steps = signal, step, steps
+        super().__init__("TRN-005", f"stopped by {signal} after step {step} of {steps}", "the checkpoint is whole", "")
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """So that it comes whole out of a worker process."""
+        return type(self), (self.signal, self.step, self.steps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -32,7 +31,7 @@ class TrainingProgress(TrainerCallback):
             self._bar.start()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Notes one step's numbers. Raises NumbersError (NUM-001) when loss or gradient is not finite."""
+        """Notes one step's numbers."""
         if not logs or "loss" not in logs:
             return
         now = time.monotonic()
@@ -44,20 +43,20 @@ class TrainingProgress(TrainerCallback):
             "seconds": round(now - self._last, 3),
         }
         self._last = now
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(step[name]):
-                raise NumbersError(
-                    "NUM-001",
-                    f"{name} is {step[name]} at step {state.global_step}",
-                    "training cannot go on",
-                    "train.lr=1e-5",
-                )
         self.steps.append(step)
         note = f"loss {step['loss']:.3f}  {step['seconds']:.1f} s/step"
         if self._bar:
             self._bar.update(self._task, completed=state.global_step, note=note)
         elif state.global_step % max(1, self.total // 10) == 0 or state.global_step in (1, self.total):
             self.console.print(f"step {state.global_step}/{self.total}  {note}")
+
+    def memory(self) -> list[dict[str, float]]:
+        """The steps, for a checkpoint."""
+        return list(self.steps)
+
+    def remember(self, memory: list[dict[str, float]]) -> None:
+        """Takes up the steps of a checkpoint."""
+        self.steps = list(memory)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stops the bar."""

@@ -181,6 +181,13 @@ class Train:
     """Weight of the load-balancing loss. 0 because the router is frozen; TRL's own default would add it."""
     tensorboard: bool = True
     """Write a TensorBoard log into the run folder."""
+    save_steps: int = 0
+    """Updates between checkpoints; 0 means a tenth of the run, at most 100. A run that is stopped saves then too."""
+    keep_checkpoints: int = 2
+    """How many checkpoints to keep, the newest ones."""
+    allow_changed: list[str] = field(default_factory=list)
+    """What may differ from the checkpoint that a run goes on from: base, data, world_size, distribution, precision,
+    seed, settings, versions. It may be given beside run=, and the record keeps it."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -189,8 +196,13 @@ class Launch:
 
     kind: str = one_of("local", "slurm")
     """`local` runs here. `slurm` is not available yet and is refused."""
+    nodes: int = 1
+    """Machines that train together."""
     devices: int = 1
-    """Processes that train together. Only 1 is available yet."""
+    """Processes per machine that train together, one per device."""
+    distribution: str = one_of("ddp", "fsdp2")
+    """With several devices: `ddp` gives each the whole base and its share of the rows; `fsdp2` also splits the base's
+    weights among them (GPUs only)."""
     cpu_threads: int = 0
     """Threads for CPU arithmetic; 0 means one per core."""
 

@@ -73,11 +73,13 @@ def content(run_dir: RunDir, recipe: Recipe, base: Path) -> dict[str, Any]:
 
 
 def output_names(run_dir: RunDir) -> list[str]:
-    """Paths in the run folder that the record covers: all but itself, logs, the lock and unfinished files."""
+    """Paths in the run folder that the record covers: not itself, logs, checkpoints, the lock, unfinished files."""
     names = []
     for path in run_dir.path.rglob("*"):
         left_out = (
-            path in (run_dir.record, run_dir.path / ".lock") or run_dir.logs in path.parents or path.suffix == ".log"
+            path in (run_dir.record, run_dir.path / ".lock", run_dir.requeue)
+            or not {run_dir.logs, run_dir.checkpoints}.isdisjoint(path.parents)
+            or path.suffix == ".log"
         )
         unfinished = any(part.startswith(TEMPORARY) for part in path.relative_to(run_dir.path).parts)
         if path.is_file() and not left_out and not unfinished:

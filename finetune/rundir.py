@@ -56,6 +56,16 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def requeue(self) -> Path:
+        """Its existence means: training stopped early on request, start it again."""
+        return self.path / "REQUEUE"
+
+    @property
+    def allowed(self) -> Path:
+        """Changes that the user has allowed since the run began, by name and date."""
+        return self.path / "allowed.json"
+
+    @property
     def logs(self) -> Path:
         """TensorBoard event files."""
         return self.path / "logs"

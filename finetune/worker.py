@@ -1,14 +1,24 @@
-"""What another process executes: `python -m finetune.worker STAGE RUN` carries out one stage of an existing run."""
+"""What another process executes: `python -m finetune.worker STAGE RUN` carries out one stage of an existing run.
+
+A training of several processes is this command once per device, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT in the environment. It ends with 0 when the stage is done, and also when training stopped early on request:
+then the run folder has a file REQUEUE.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 
-from finetune.errors import RunError
+from finetune.errors import Preempted, RunError
+from finetune.ranks import expected
 from finetune.rundir import RunDir, open_run
+from finetune.stop import listen
 
 STAGES = {
     "data": "finetune.data:prepare",
@@ -24,12 +34,15 @@ STAGES = {
 def work(stage: str, run_dir: RunDir, cpu_threads: int = 0) -> None:
     """Carries out one stage with the run's lock held; leftovers of a killed process are removed first.
 
-    Raises RunError when another process holds the run, and what the stage raises.
+    Of several processes the first holds the lock. Raises RunError when another process holds the run, and what the
+    stage raises.
     """
     function = stage_function(stage)
     _set_threads(cpu_threads)
-    with run_dir.lock():
-        run_dir.sweep()
+    first = expected()[0] == 0
+    with run_dir.lock() if first else nullcontext():
+        if first:
+            run_dir.sweep()
         function(run_dir)
 
 
@@ -58,6 +71,9 @@ def main(words: list[str]) -> int:
     from finetune.failures import explain
 
     run_dir = None
+    if words[:1] == ["train"]:
+        listen()  # a warning that comes while the base is loading counts too
+    _end_with_parent()
     try:
         if len(words) != 2:
             raise RunError(
@@ -68,9 +84,30 @@ def main(words: list[str]) -> int:
             )
         run_dir = open_run(words[1])
         work(words[0], run_dir, read_recipe(run_dir.recipe).launch.cpu_threads)
+    except Preempted as stopped:
+        if expected()[0] == 0:
+            print(stopped.sentence(), file=sys.stderr, flush=True)
     except BaseException as error:
         return explain(error, run_dir)
+    finally:
+        _leave()
     return 0
+
+
+def _end_with_parent() -> None:
+    """One of several processes ends when the one that started it does, however that ends (Linux: prctl)."""
+    if expected()[1] > 1 and hasattr(libc := ctypes.CDLL(None), "prctl"):
+        parent_death_signal = 1
+        libc.prctl(parent_death_signal, signal.SIGKILL)
+
+
+def _leave() -> None:
+    """Ends this process' part in a group, if it is in one."""
+    if "torch.distributed" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

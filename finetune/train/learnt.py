@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import torch
 
 from finetune.errors import NumbersError
 
+UPDATE = ".lora_B.default.weight"
+"""End of the name of the factor that is zero before training."""
 
-def unlearnt(model: Any) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+
+class Heard:
+    """How many rows with a gradient each expert got on this rank, as `Counted` wants it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        """Path of an experts module -> counts (E,)."""
+        found = {}
+        for name, module in self._modules():
+            counts = getattr(module, "finetune_heard", None)
+            if counts is not None:
+                found[name] = counts
+        return found
+
+    def add(self, memory: dict[str, torch.Tensor]) -> None:
+        """Adds counts to those of the modules."""
+        for name, module in self._modules():
+            if name in memory:
+                before = getattr(module, "finetune_heard", None)
+                saved = memory[name].to(next(module.parameters()).device)
+                module.finetune_heard = saved if before is None else before + saved
+
+    def _modules(self) -> Iterator[tuple[str, Any]]:
+        from finetune.experts import ExpertsLora
+
+        adapted = {id(m.get_base_layer()) for m in self.model.modules() if isinstance(m, ExpertsLora)}
+        return ((name, module) for name, module in self.model.named_modules() if id(module) in adapted)
+
+
+def unlearnt(model: Any, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     """(stack -> experts whose update is still zero, experts module -> rows with a gradient that each expert got).
 
-    An expert that no such row reached is the one honest reason for an update of zero. Raises NumbersError: TRN-002 when
-    a weight that every token uses did not change, TRN-004 when an expert that was reached did not.
+    `weights` are the trained parameters by name, whole. An expert that no row with a gradient reached is the one honest
+    reason for an update of zero. Raises NumbersError: TRN-002 when a weight that every token uses did not change,
+    TRN-004 when an expert that was reached did not.
     """
     from finetune.experts import ExpertsLora
 
@@ -19,11 +56,9 @@ def unlearnt(model: Any) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     heard: dict[str, list[int]] = {}
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, ExpertsLora)}
     dead = [
-        name.removesuffix(".lora_B.default.weight")
-        for name, parameter in model.named_parameters()
-        if name.endswith(".lora_B.default.weight")
-        and name.removesuffix(".lora_B.default.weight") not in stacks
-        and not bool(parameter.detach().any())
+        name.removesuffix(UPDATE)
+        for name, weight in weights.items()
+        if name.endswith(UPDATE) and name.removesuffix(UPDATE) not in stacks and not bool(weight.any())
     ]
     if dead:
         raise NumbersError(
@@ -31,7 +66,7 @@ def unlearnt(model: Any) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
         )
     for name, module in stacks.items():
         rows = module.rows_with_a_gradient()
-        silent = module.experts_without_update("default")
+        silent = module.experts_without_update(weights[name + UPDATE])
         wrong = [expert for expert in silent if rows[expert]]
         if wrong:
             raise NumbersError(

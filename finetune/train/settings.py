@@ -5,23 +5,31 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from finetune.families import Family
 from finetune.recipe import Recipe, Train
+from finetune.train.distribute import is_sharded, sharding
 
 
-def planned_steps(settings: Train, rows: int) -> int:
+def planned_steps(settings: Train, rows: int, devices: int = 1) -> int:
     """Optimizer updates of a run over `rows` training rows."""
     if settings.max_steps > 0:
         return settings.max_steps
-    per_update = settings.batch_size * settings.accumulation
+    per_update = settings.batch_size * settings.accumulation * devices
     return max(1, math.ceil(rows * settings.epochs / per_update))
 
 
-def arithmetic(settings: Train, rows: int, steps: int) -> str:
+def save_every(settings: Train, steps: int) -> int:
+    """Updates between two checkpoints."""
+    return settings.save_steps or max(1, min(100, steps // 10))
+
+
+def arithmetic(settings: Train, rows: int, steps: int, devices: int = 1) -> str:
     """The size of the run as a sum a person can check."""
-    per_update = settings.batch_size * settings.accumulation
+    per_update = settings.batch_size * settings.accumulation * devices
+    seen, plural = steps * per_update, "s" if devices > 1 else ""
     return (
-        f"1 device x {settings.batch_size} rows x {settings.accumulation} accumulated = {per_update} rows per update; "
-        f"{steps} updates x {per_update} = {steps * per_update} rows, {steps * per_update / rows:.2f} x {rows}"
+        f"{devices} device{plural} x {settings.batch_size} rows x {settings.accumulation} accumulated = {per_update} "
+        f"rows per update; {steps} updates x {per_update} = {seen} rows, {seen / rows:.2f} x {rows}"
     )
 
 
@@ -34,15 +42,17 @@ def loss_type(model: Any) -> str:
     return "chunked_nll" if model.base_model is not model else "nll"
 
 
-def trainer_settings(recipe: Recipe, output_dir: str, logging_dir: str, steps: int, loss: str) -> Any:
-    """TRL's settings for a recipe."""
+def trainer_settings(
+    recipe: Recipe, output_dir: str, logging_dir: str, steps: int, every: int, loss: str, family: Family
+) -> Any:
+    """TRL's settings for a recipe: `steps` updates with a checkpoint after `every` of them."""
     import os
 
     import torch
     from trl import SFTConfig
 
     settings = recipe.train
-    on_gpu = torch.cuda.is_available()
+    on_gpu, sharded = torch.cuda.is_available(), is_sharded(recipe)
     os.environ["TENSORBOARD_LOGGING_DIR"] = logging_dir
     return SFTConfig(
         output_dir=output_dir,
@@ -65,10 +75,14 @@ def trainer_settings(recipe: Recipe, output_dir: str, logging_dir: str, steps: i
         remove_unused_columns=False,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=every,
         report_to=["tensorboard"] if settings.tensorboard else [],
         disable_tqdm=True,
-        use_cpu=not on_gpu,
+        use_cpu=not on_gpu and not sharded,
+        ddp_find_unused_parameters=False,
+        fsdp=sharded,
+        fsdp_config=sharding(family) if sharded else None,
         dataloader_pin_memory=on_gpu,
         seed=recipe.seed,
         data_seed=recipe.seed,

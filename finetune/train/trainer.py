@@ -1,0 +1,232 @@
+"""TRL's trainer with checkpoints that are whole or absent, known batches, and stops that all ranks agree on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import TrainerCallback, TrainerState
+from trl import SFTTrainer
+
+from finetune import checkpoints
+from finetune.errors import NumbersError, Preempted
+from finetune.ranks import Ranks
+from finetune.stop import Request
+from finetune.train import state as states
+from finetune.train.batch import DIGEST, NUMBER, hex_of
+
+
+class Kept(Protocol):
+    """Something whose memory goes into checkpoints."""
+
+    def memory(self) -> Any:
+        """What must be remembered, as JSON can hold it."""
+
+    def remember(self, memory: Any) -> None:
+        """Takes up what `memory` gave."""
+
+
+class Counted(Protocol):
+    """Something that every rank counts for itself, and whose sum is what matters."""
+
+    def memory(self) -> Any:
+        """The counts, as nested dicts of tensors."""
+
+    def add(self, memory: Any) -> None:
+        """Adds what `memory` gave, of this rank or of another that is gone."""
+
+
+@dataclasses.dataclass(slots=True)
+class Keeping:
+    """Where checkpoints go and what goes into them beside the trainer's own."""
+
+    root: Path
+    """Folder of the checkpoints."""
+    newest: int
+    """How many to keep."""
+    about: dict[str, Any]
+    """What the run is, for `identity.changes`."""
+    kept: dict[str, Kept]
+    """Name -> what is remembered by the first rank."""
+    counted: dict[str, Counted]
+    """Name -> what every rank counts for itself."""
+
+
+class Trainer(SFTTrainer):
+    """SFTTrainer that writes and reads `finetune.checkpoints`.
+
+    It replaces what Trainer calls to save and to load a state (transformers 5.17.0): `_save_checkpoint`,
+    `_load_from_checkpoint`, `_load_optimizer_and_scheduler`, `_load_rng_state`. None of transformers' own files remain.
+    """
+
+    def __init__(self, *, keeping: Keeping, ranks: Ranks, **kwargs: Any) -> None:
+        self.keeping, self.ranks = keeping, ranks
+        self.update: list[dict[str, torch.Tensor]] = []
+        """Numbers and digests of the batches since the last update."""
+        super().__init__(**kwargs)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One forward and backward pass; notes which rows it is of."""
+        self.update.append({name: inputs.pop(name) for name in (NUMBER, DIGEST)})
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes a checkpoint together with the other ranks. Raises on all of them what one of them raises."""
+        self.store_flos()
+        parameters = states.trainable(self.model)
+        weights = {name: states.whole(p.detach()) for name, p in parameters.items()}
+        optimizer = states.optimizer_state(self.optimizer)
+        need = sum(t.numel() * t.element_size() for t in weights.values()) * 3
+        staging = self._together(lambda: checkpoints.stage(self.keeping.root, self.state.global_step, need))
+        counts = {name: counted.memory() for name, counted in self.keeping.counted.items()}
+        mine = {"random": states.drawn(), "counts": counts}
+        files: dict[str, Any] = {rank_file(self.ranks.rank): mine}
+        if self.ranks.first:
+            memory = {name: kept.memory() for name, kept in self.keeping.kept.items()}
+            files |= {"weights.safetensors": weights, "optimizer.safetensors": optimizer}
+            files |= {"trainer_state.json": dataclasses.asdict(self.state), "memory.json": memory}
+            files["scheduler.json"] = self.lr_scheduler.state_dict()
+        entries, error = [], None
+        try:
+            for name, value in files.items():
+                data = states.to_bytes(value) if name.endswith(".safetensors") else _json(value)
+                entries.append(checkpoints.put(Path(staging), name, data))
+        except BaseException as raised:
+            error = raised
+        self.ranks.agree(error)
+        written = [checkpoints.Entry(*entry) for rank in self.ranks.gather(_plain(entries)) for entry in rank]
+        self._together(lambda: self._publish(Path(staging), written))
+
+    def _publish(self, staging: Path, entries: list[checkpoints.Entry]) -> str:
+        path = checkpoints.publish(staging, self.state.global_step, entries, self.keeping.about)
+        best = [self.state.best_global_step] if self.state.best_global_step else []
+        checkpoints.retain(self.keeping.root, self.keeping.newest, best)
+        return path.name
+
+    def _together(self, work: Callable[[], Any]) -> str:
+        """What the first rank's work gives, as a text on all ranks; its failure is the failure of all."""
+        made, error = "", None
+        if self.ranks.first:
+            try:
+                made = str(work())
+            except BaseException as raised:
+                error = raised
+        self.ranks.agree(error)
+        text: str = self.ranks.share(made)
+        return text
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Puts a checkpoint's weights into the adapter, and takes up what was remembered beside them."""
+        folder = Path(resume_from_checkpoint)
+        saved = states.from_file(folder / "weights.safetensors")
+        parameters = states.trainable(self.model if model is None else model)
+        if saved.keys() != parameters.keys():
+            odd = sorted(saved.keys() ^ parameters.keys())
+            raise NumbersError("CKP-003", f"{folder} is of another adapter, e.g. {odd[0]}", "", "a new run")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(states.like(saved[name], parameter))
+        memory = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
+        for name, kept in self.keeping.kept.items():
+            kept.remember(memory[name])
+
+    def restore(self, folder: Path) -> None:
+        """Takes up a checkpoint after the last update, when there is nothing left to train."""
+        self._load_from_checkpoint(str(folder))
+        self._load_rng_state(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Puts a checkpoint's state into optimizer and schedule."""
+        if checkpoint is None:
+            return
+        states.restore_optimizer(self.optimizer, states.from_file(Path(checkpoint) / "optimizer.safetensors"))
+        schedule = json.loads((Path(checkpoint) / "scheduler.json").read_text(encoding="utf-8"))
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Goes on drawing where this rank stopped. With fewer ranks than then, the first adds the others' counts."""
+        if checkpoint is None:
+            return
+        files = sorted(Path(checkpoint).glob(rank_file("*")))
+        for number, path in enumerate(files):
+            if number == self.ranks.rank or (self.ranks.first and number >= self.ranks.world):
+                saved = states.from_file(path)
+                for name, counted in self.keeping.counted.items():
+                    counted.add(saved["counts"][name])
+                if number == self.ranks.rank:
+                    states.draw_on(saved["random"])
+
+
+class Boundary(TrainerCallback):
+    """What all ranks do at the end of an update: say which rows it was of, refuse odd numbers, agree to stop.
+
+    `names` turns row numbers into what a person can look up.
+    """
+
+    def __init__(self, ranks: Ranks, request: Request, names: Callable[[list[int]], list[str]]) -> None:
+        self.ranks, self.request, self.names = ranks, request, names
+        self.trainer: Trainer | None = None
+        self.digests: list[str] = []
+        self.stopped_by = ""
+        self._rows: list[list[int]] = []
+
+    def memory(self) -> list[str]:
+        """The digest of every update's batches."""
+        return list(self.digests)
+
+    def remember(self, memory: list[str]) -> None:
+        """Takes up the digests of a checkpoint."""
+        self.digests = list(memory)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raises Preempted when a signal came while the base was loading: there is nothing new to save."""
+        if signal := next(filter(None, self.ranks.gather(self.request.signal)), ""):
+            self.stopped_by = signal
+            raise Preempted(signal, state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Exchanges digests and signals; on a signal every rank saves and stops at this update."""
+        assert self.trainer is not None
+        update, self.trainer.update = self.trainer.update, []
+        self._rows = [batch[NUMBER].tolist() for batch in update]
+        told = self.ranks.gather([self.request.signal, [batch[DIGEST].tolist() for batch in update]])
+        self.digests.append(hex_of([one for _, digests in told for one in digests]))
+        signal = next((name for name, _ in told if name), "")
+        if signal and state.global_step < state.max_steps:
+            self.stopped_by = signal
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Raises NumbersError (NUM-001), on all ranks and before anything is saved, when a number is not finite."""
+        odd = [name for name in ("loss", "grad_norm") if logs and name in logs and not math.isfinite(logs[name])]
+        if not odd or logs is None:
+            return
+        numbers = [n for rank in self.ranks.gather(self._rows) for batch in rank for n in batch]
+        names = self.names(numbers)
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        raise NumbersError(
+            "NUM-001",
+            f"{odd[0]} is {logs[odd[0]]} at step {state.global_step}, of rows {', '.join(names[:8])}{more}",
+            "training cannot go on; earlier checkpoints are kept",
+            "looking at these rows, or a lower train.lr in a new run",
+        )
+
+
+def rank_file(rank: int | str) -> str:
+    """Name of the file that one rank writes."""
+    return f"rank-{rank:04d}.safetensors" if isinstance(rank, int) else f"rank-{rank}.safetensors"
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _plain(entries: list[checkpoints.Entry]) -> list[list[Any]]:
+    return [[entry.name, entry.size, entry.sha256] for entry in entries]
