@@ -61,12 +61,15 @@ class Base:
         return nullcontext()
 
 
-def load_base(folder: Path, *, load_in_4bit: bool, precision: str, double_quantisation: bool = False) -> Base:
+def load_base(
+    folder: Path, *, load_in_4bit: bool, precision: str, double_quantisation: bool = False, sharded: bool = False
+) -> Base:
     """The model in `folder`, frozen: linear maps and expert stacks in NF4, or everything in `precision`.
 
     `precision` is `bf16` or `fp32`, the type of the arithmetic. `double_quantisation` stores the maxima of NF4 in 8
-    bits. Checkpoints in bf16, fp16, fp32, fp8 and mxfp4 are read. Raises WeightsError when files are missing, damaged,
-    or do not fit the config.
+    bits; `sharded` keeps the packed bits of linear maps under a floating type, which is what FSDP2 splits. Checkpoints
+    in bf16, fp16, fp32, fp8 and mxfp4 are read. Raises WeightsError when files are missing, damaged, or do not fit the
+    config.
     """
     import torch
     from transformers import AutoTokenizer
@@ -83,9 +86,9 @@ def load_base(folder: Path, *, load_in_4bit: bool, precision: str, double_quanti
     weights = weights_of(folder, quantisation_of(config.to_dict()), mapped=not load_in_4bit)
     forget_quantisation(config)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    nf4 = Nf4Config(family, weights, compute_dtype=dtype, double_quantisation=double_quantisation)
+    nf4 = Nf4Config(family, weights, compute_dtype=dtype, double_quantisation=double_quantisation, sharded=sharded)
     quantisation = {"quantization_config": nf4} if load_in_4bit else {}
-    place = {"device_map": {"": "cuda"}} if torch.cuda.is_available() else {}
+    place = {"device_map": {"": torch.cuda.current_device()}} if torch.cuda.is_available() else {}
     kind, config = model_class(family, config)
     before = resident_gib()
     try:

@@ -9,6 +9,9 @@ from finetune.errors import RecipeError
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir, open_run
 
+ALLOW = "train.allow_changed="
+"""The one setting that may stand beside run=."""
+
 
 @dataclass(kw_only=True, slots=True)
 class Request:
@@ -203,11 +206,28 @@ def _recipe(request: Request) -> Recipe:
 
     if not request.run:
         return compose(request.settings, request.config_dir)
-    if request.settings:
-        words = " ".join(request.settings)
-        raise RecipeError([f"CFG-010 {words}: a run keeps its settings. Leave out run= to start a new run with them."])
+    if words := [word for word in request.settings if not word.startswith(ALLOW)]:
+        sentence = f"CFG-010 {' '.join(words)}: a run keeps its settings. Leave out run= to start a new run with them."
+        raise RecipeError([sentence])
     request.run_dir = open_run(request.run)
+    if request.settings:
+        _allow(request.run_dir, request.settings)
     return read_recipe(request.run_dir.recipe)
+
+
+def _allow(run_dir: RunDir, words: list[str]) -> None:
+    """Notes in the run folder what may differ from its checkpoint: the one setting that goes with run=."""
+    import time
+
+    from finetune.check import CHANGEABLE
+    from finetune.rundir import read_json, write_json
+
+    names = [n.strip() for word in words for n in word.removeprefix(ALLOW).strip("[]").split(",") if n.strip()]
+    if wrong := sorted(set(names) - set(CHANGEABLE)):
+        raise RecipeError([f"LCH-003 {ALLOW[:-1]}: {', '.join(wrong)} is none of {', '.join(CHANGEABLE)}."])
+    earlier = read_json(run_dir.allowed) if run_dir.allowed.exists() else []
+    now = {"when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "names": names}
+    write_json(run_dir.allowed, [*earlier, now])
 
 
 def _run_dir(request: Request) -> RunDir:

@@ -21,7 +21,7 @@ class Recompute(TrainerCallback):
         """Switches recomputing off in the layers that need not: `gradient_checkpointing` is a layer's own switch."""
         if not args.gradient_checkpointing:
             return
-        layers = [module for module in kwargs["model"].modules() if type(module).__name__ == self.block_class]
+        layers = [module for module in kwargs["model"].modules() if self._is_layer(module)]
         wanted, why = self.recipe.train.checkpointed_layers, "train.checkpointed_layers"
         if not wanted:
             free = free_gib()
@@ -30,6 +30,10 @@ class Recompute(TrainerCallback):
         for layer in layers[wanted:]:
             layer.gradient_checkpointing = False
         self.console.print(f"recomputing activations in {min(wanted, len(layers))} of {len(layers)} layers: {why}")
+
+    def _is_layer(self, module: Any) -> bool:
+        """FSDP2 gives a module a class of its own, below the one it had."""
+        return any(kind.__name__ == self.block_class for kind in type(module).__mro__)
 
 
 def free_gib() -> float:

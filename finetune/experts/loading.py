@@ -50,7 +50,10 @@ KNOWN_CHAINS: tuple[list[type], ...] = ([MergeModulelist], [MergeModulelist, Con
 
 @register_quantization_config(METHOD)
 class Nf4Config(BitsAndBytesConfig):
-    """NF4, block 64, for linear maps and for expert stacks; `double_quantisation` stores its maxima in 8 bits."""
+    """NF4, block 64, for linear maps and for expert stacks; `double_quantisation` stores its maxima in 8 bits.
+
+    `sharded` stores the bits of linear maps under bf16: Accelerate leaves uint8 ones out of FSDP2 (accelerate 1.15.0).
+    """
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class Nf4Config(BitsAndBytesConfig):
         weights: Mapping[str, Weight] | None = None,
         compute_dtype: torch.dtype = torch.bfloat16,
         double_quantisation: bool = False,
+        sharded: bool = False,
         **kwargs: Any,
     ) -> None:
         kwargs.pop("quant_method", None)
@@ -66,6 +70,7 @@ class Nf4Config(BitsAndBytesConfig):
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=double_quantisation,
             bnb_4bit_compute_dtype=compute_dtype,
+            bnb_4bit_quant_storage=torch.bfloat16 if sharded else torch.uint8,
         )
         self.quant_method = METHOD
         self.family, self.weights = family, weights
@@ -243,7 +248,9 @@ def packed_linear(module: Any, weight: torch.Tensor) -> Any:
     known = {key: value for key, value in vars(old).items() if key not in ("quant_state", "bnb_quantized")}
     module.quant_state = state
     module._is_hf_initialized = True
-    return Params4bit(packed.unsqueeze(1), requires_grad=False, quant_state=state, bnb_quantized=True, **known)
+    return Params4bit(
+        packed.view(old.quant_storage).unsqueeze(1), requires_grad=False, quant_state=state, bnb_quantized=True, **known
+    )
 
 
 def refuse_shape(config: Nf4Config, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:

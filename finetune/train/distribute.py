@@ -50,6 +50,16 @@ def sharding(family: Family) -> dict[str, Any]:
     }
 
 
+def as_stored(trainer: Any) -> None:
+    """Parts of weights travel in the type they are stored in: maxima and adapter stay fp32, gradients are summed so.
+
+    Accelerate would cast everything to bf16, and the loss too; autocast casts where it does with one process.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+
 def require_ranks(trainer: Any, recipe: Recipe, ranks: Ranks) -> None:
     """Nothing, or RunError (LCH-005) when trainer and accelerator do not train together as the recipe says.
 

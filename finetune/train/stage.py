@@ -83,7 +83,8 @@ def _prepare(recipe: Recipe, run_dir: RunDir, scratch: str, console: Any, reques
     from finetune.progress import Guard, TrainingProgress
     from finetune.recompute import Recompute
     from finetune.source import base_folder
-    from finetune.train.distribute import join, require_ranks
+    from finetune.train.distribute import as_stored, is_sharded, join, require_ranks
+    from finetune.train.order import Order
     from finetune.train.trainer import Boundary, Keeping, Trainer
 
     ranks = join(recipe)
@@ -95,6 +96,7 @@ def _prepare(recipe: Recipe, run_dir: RunDir, scratch: str, console: Any, reques
         load_in_4bit=recipe.adapter.load_in_4bit,
         precision=recipe.train.precision,
         double_quantisation=recipe.adapter.double_quantisation,
+        sharded=is_sharded(recipe),
     )
     console.print(base.loading())
     set_seed(recipe.seed)  # TRL 1.14.2 seeds after the adapter is made; the same seed would give another LoRA
@@ -115,10 +117,13 @@ def _prepare(recipe: Recipe, run_dir: RunDir, scratch: str, console: Any, reques
         kept={"progress": progress, "batches": boundary, "resumed": resumed},
         counted={"heard": heard},
     )
+    lengths = [len(ids) for ids in rows["input_ids"]] if recipe.train.group_by_length else None
+    per_update = recipe.train.batch_size * recipe.train.accumulation * ranks.world
     every = save_every(recipe.train, steps)
     trainer = Trainer(
         keeping=keeping,
         ranks=ranks,
+        order=Order(len(rows), recipe.seed, lengths, per_update),
         model=model,
         args=trainer_settings(recipe, scratch, str(run_dir.logs), steps, every, loss_type(base.model), base.family),
         train_dataset=_numbered(rows, packed is not None),
@@ -130,6 +135,8 @@ def _prepare(recipe: Recipe, run_dir: RunDir, scratch: str, console: Any, reques
     trainer.remove_callback(PrinterCallback)  # prints each log as a dict; ours says the same in words
     to_fp32(trainer.model)  # TRL casts the adapter of a 4-bit model to bf16
     require_ranks(trainer, recipe, ranks)
+    if is_sharded(recipe):
+        as_stored(trainer)
     return _Job(recipe, run_dir, ranks, base, trainer, rows, steps, table, progress, boundary, heard, resumed, console)
 
 

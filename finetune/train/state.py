@@ -112,12 +112,12 @@ def trainable(model: Any) -> dict[str, torch.Tensor]:
 
 def optimizer_state(optimizer: Any) -> dict[str, Any]:
     """An optimizer's state_dict with whole tensors. Every process must call it."""
-    state = optimizer.state_dict()
-    for values in state["state"].values():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                values[name] = whole(value)
-    return dict(state)
+    state: dict[str, Any] = dict(optimizer.state_dict())  # what is nested in it is the optimizer's own
+    state["state"] = {
+        number: {name: whole(value) if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    return state
 
 
 def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file, save
 from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
@@ -19,6 +20,10 @@ from finetune.ranks import Ranks
 from finetune.stop import Request
 from finetune.train import state as states
 from finetune.train.batch import DIGEST, NUMBER, hex_of
+from finetune.train.order import Order
+
+WEIGHTS = "weights.safetensors"
+"""File of a checkpoint with the trained parameters by their names in the model, whole."""
 
 
 class Kept(Protocol):
@@ -64,17 +69,28 @@ class Trainer(SFTTrainer):
     `_load_from_checkpoint`, `_load_optimizer_and_scheduler`, `_load_rng_state`. None of transformers' own files remain.
     """
 
-    def __init__(self, *, keeping: Keeping, ranks: Ranks, **kwargs: Any) -> None:
-        self.keeping, self.ranks = keeping, ranks
+    def __init__(self, *, keeping: Keeping, ranks: Ranks, order: Order, **kwargs: Any) -> None:
+        self.keeping, self.ranks, self.order = keeping, ranks, order
         self.update: list[dict[str, torch.Tensor]] = []
         """Numbers and digests of the batches since the last update."""
         super().__init__(**kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        """Rows in an order that a resumed run finds again."""
+        return self.order
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass; notes which rows it is of."""
         self.update.append({name: inputs.pop(name) for name in (NUMBER, DIGEST)})
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
+
+    def compute_loss_context_manager(self) -> Any:
+        """Under FSDP2 Accelerate (1.15.0) leaves autocast out, which it applies in every other case."""
+        stack = super().compute_loss_context_manager()
+        if self.is_fsdp_enabled and self.args.bf16:
+            stack.enter_context(torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=False))
+        return stack
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes a checkpoint together with the other ranks. Raises on all of them what one of them raises."""
@@ -89,13 +105,13 @@ class Trainer(SFTTrainer):
         files: dict[str, Any] = {rank_file(self.ranks.rank): mine}
         if self.ranks.first:
             memory = {name: kept.memory() for name, kept in self.keeping.kept.items()}
-            files |= {"weights.safetensors": weights, "optimizer.safetensors": optimizer}
+            files |= {WEIGHTS: weights, "optimizer.safetensors": optimizer}
             files |= {"trainer_state.json": dataclasses.asdict(self.state), "memory.json": memory}
             files["scheduler.json"] = self.lr_scheduler.state_dict()
         entries, error = [], None
         try:
             for name, value in files.items():
-                data = states.to_bytes(value) if name.endswith(".safetensors") else _json(value)
+                data = _bytes(name, value)
                 entries.append(checkpoints.put(Path(staging), name, data))
         except BaseException as raised:
             error = raised
@@ -124,7 +140,7 @@ class Trainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Puts a checkpoint's weights into the adapter, and takes up what was remembered beside them."""
         folder = Path(resume_from_checkpoint)
-        saved = states.from_file(folder / "weights.safetensors")
+        saved = load_file(folder / WEIGHTS)
         parameters = states.trainable(self.model if model is None else model)
         if saved.keys() != parameters.keys():
             odd = sorted(saved.keys() ^ parameters.keys())
@@ -191,6 +207,11 @@ class Boundary(TrainerCallback):
             self.stopped_by = signal
             raise Preempted(signal, state.global_step, state.max_steps)
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Says which epoch's order it is; a resumed run begins within one."""
+        assert self.trainer is not None
+        self.trainer.order.epoch = int(state.epoch + 1e-6)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Exchanges digests and signals; on a signal every rank saves and stops at this update."""
         assert self.trainer is not None
@@ -224,7 +245,11 @@ def rank_file(rank: int | str) -> str:
     return f"rank-{rank:04d}.safetensors" if isinstance(rank, int) else f"rank-{rank}.safetensors"
 
 
-def _json(value: Any) -> bytes:
+def _bytes(name: str, value: Any) -> bytes:
+    if name == WEIGHTS:
+        return save({key: tensor.cpu().contiguous() for key, tensor in value.items()})
+    if name.endswith(".safetensors"):
+        return states.to_bytes(value)
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 

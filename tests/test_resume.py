@@ -1,0 +1,165 @@
+"""A run that was killed, stopped or damaged goes on as if nothing had happened, or says why it cannot."""
+
+import os
+import random
+import signal
+
+import pytest
+from safetensors.torch import load_file
+
+from finetune.checkpoints import newest
+from finetune.rundir import read_json
+from finetune.stop import SIGNALS, asked_to_stop
+from tests.trained import ADAPTER, begun, ended, kill_after, prepared, told, wait_for
+
+LORA = ("adapter=lora", "adapter.targets=attention", "adapter.dropout=0.1", "data.packing=true", "train.precision=fp32")
+TWICE = ("launch.devices=2", "train.batch_size=1")
+CASES = {
+    "lora": (LORA, "finetune", 1),
+    "qlora": (("train.accumulation=2",), "finetune", 1),
+    "ddp": (TWICE, "finetune", 2),
+    "fsdp2": ((*TWICE, "launch.distribution=fsdp2"), "tests.fsdp_on_cpu", 2),
+}
+STEPS = 40
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forty_steps_killed_and_resumed_are_bit_identical(tmp_path, case):
+    words, module, processes = CASES[case]
+    words = (*words, f"train.max_steps={STEPS}", "train.save_steps=3")
+    straight, killed = prepared(tmp_path, *words), prepared(tmp_path, *words)
+    code, said = ended(begun(straight, module, processes))
+    assert code == 0, said
+    draw = random.Random()
+    step, more = draw.randrange(3, STEPS - 8), draw.random() / 2
+    kill_after(begun(killed, module, processes), killed, step, more)
+    assert not killed.train.exists(), f"killed too late: after step {step} and {more} s"
+    at = newest(killed.checkpoints).checkpoint.step
+    code, said = ended(begun(killed, module, processes))
+    assert code == 0, said
+    assert f"going on after step {at} of {STEPS}" in said
+    assert told(killed) == told(straight)
+    assert len(told(killed)) == STEPS
+    assert (killed.adapter / ADAPTER).read_bytes() == (straight.adapter / ADAPTER).read_bytes()
+    a, b = (read_json(run.train) for run in (killed, straight))
+    assert a["expert_rows_with_a_gradient"] == b["expert_rows_with_a_gradient"]
+    assert [r["after_step"] for r in a["resumed"]] == [at]
+    assert b["resumed"] == []
+
+
+def test_a_signal_saves_and_stops_and_the_same_command_goes_on(tmp_path):
+    words = ("train.max_steps=30", "train.save_steps=3")
+    straight, stopped = prepared(tmp_path, *words), prepared(tmp_path, *words)
+    code, said = ended(begun(straight))
+    assert code == 0, said
+    process = begun(stopped)
+    wait_for(process, stopped, 3)
+    os.kill(process.pid, signal.SIGTERM)
+    code, said = ended(process)
+    assert code == 75, said
+    assert "TRN-005 stopped by SIGTERM after step " in said
+    assert stopped.requeue.read_text().startswith("SIGTERM after step ")
+    assert not stopped.adapter.exists()
+    assert "Traceback" not in said
+    code, said = ended(begun(stopped))
+    assert code == 0, said
+    assert not stopped.requeue.exists()
+    assert told(stopped) == told(straight)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_each_signal_is_noted_and_a_second_ctrl_c_does_not_wait(number, capsys):
+    before = signal.getsignal(number)
+    with asked_to_stop() as request:
+        os.kill(os.getpid(), number)
+        assert request.signal == signal.Signals(number).name
+        assert f"{request.signal}: a checkpoint follows at the end of this update" in capsys.readouterr().err
+        if number == signal.SIGINT:
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+        else:
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
+
+
+def test_two_processes_stop_together_when_one_is_asked(tmp_path):
+    run_dir = prepared(tmp_path, *TWICE, "train.max_steps=200", "train.save_steps=2")
+    process = begun(run_dir)
+    wait_for(process, run_dir, 2)
+    ranks = _children(process.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGTERM)
+    code, said = ended(process)
+    assert code == 75, said
+    step = newest(run_dir.checkpoints).checkpoint.step
+    assert f"stopped by SIGTERM after step {step} of 200" in said
+    assert not any(_alive(pid) for pid in ranks)
+
+
+def test_processes_of_a_killed_training_do_not_live_on(tmp_path):
+    run_dir = prepared(tmp_path, *TWICE, "train.max_steps=400", "train.save_steps=2")
+    process = begun(run_dir)
+    wait_for(process, run_dir, 2)
+    ranks = _children(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    for _ in range(100):
+        if not any(_alive(pid) for pid in ranks):
+            break
+        signal.sigtimedwait([], 0.05)
+    assert not any(_alive(pid) for pid in ranks)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
+    run_dir = prepared(tmp_path, "train.max_steps=12", "train.save_steps=2")
+    process = begun(run_dir)
+    kill_after(process, run_dir, 6)
+    step = newest(run_dir.checkpoints).checkpoint.step
+    file = run_dir.checkpoints / f"step-{step:06d}" / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 4
+    file.write_bytes(data)
+    code, said = ended(begun(run_dir))
+    assert code == 0, said
+    assert f"checkpoint passed over: step-{step:06d}: optimizer.safetensors has other bytes than were written" in said
+    assert read_json(run_dir.train)["resumed"][0]["after_step"] < step
+
+
+def test_other_settings_are_refused_by_name_unless_they_are_allowed(tmp_path):
+    run_dir = prepared(tmp_path, "train.max_steps=12", "train.save_steps=2")
+    kill_after(begun(run_dir), run_dir, 4)
+    text = run_dir.recipe.read_text()
+    assert text.count("lr: 0.001") == 1
+    run_dir.recipe.write_text(text.replace("lr: 0.001", "lr: 0.002"))
+    code, said = ended(begun(run_dir))
+    assert code == 3
+    assert "CKP-002 this run cannot go on as it was begun: settings: other content" in said
+    assert "train.allow_changed=[settings]" in said
+    assert not run_dir.adapter.exists()
+    code, said = ended(begun(run_dir, more=["train.allow_changed=[settings]"]))
+    assert code == 0, said
+    assert "; allowed: settings: other content" in said
+    assert read_json(run_dir.train)["resumed"][0]["changed"] == {"settings": "other content"}
+    assert read_json(run_dir.allowed)[0]["names"] == ["settings"]
+
+
+def test_weights_of_the_saved_adapter_are_those_of_the_last_checkpoint(tmp_path):
+    run_dir = prepared(tmp_path, "train.max_steps=4", "train.save_steps=2")
+    code, said = ended(begun(run_dir))
+    assert code == 0, said
+    saved = load_file(run_dir.checkpoints / "step-000004" / "weights.safetensors")
+    adapter = load_file(run_dir.adapter / ADAPTER)
+    assert {name.replace(".default", "") for name in saved} == set(adapter)
+    assert all((adapter[name.replace(".default", "")] == tensor).all() for name, tensor in saved.items())
+
+
+def _children(pid):
+    return [int(p) for p in open(f"/proc/{pid}/task/{pid}/children").read().split()]  # noqa: PTH123
+
+
+def _alive(pid):
+    try:
+        with open(f"/proc/{pid}/status") as file:  # noqa: PTH123
+            return not any(line.startswith("State:\tZ") for line in file)
+    except FileNotFoundError:
+        return False
