@@ -45,7 +45,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.warmup_fraction": (0, 1),
     "train.weight_decay": (0, math.inf),
     "train.router_aux_loss_coef": (0, math.inf),
-    "launch.devices": (1, math.inf),
+    "launch.nodes": (1, 100_000),
+    "launch.devices": (1, 1024),
     "launch.cpu_threads": (0, 4096),
     "evaluate.rows": (0, math.inf),
     "evaluate.batch_size": (1, math.inf),
@@ -249,6 +250,11 @@ def _cleaning(data: Data) -> Iterator[str]:
 def _launch(recipe: Recipe) -> Iterator[str]:
     if recipe.launch.kind == "slurm":
         yield "LCH-001 launch.kind=slurm is not available yet. Set launch.kind=local and start it inside your own job."
+    if recipe.launch.nodes > 1 and recipe.launch.kind == "local":
+        yield (
+            f"LCH-009 launch.nodes={recipe.launch.nodes}: launch.kind=local starts processes on this machine only. "
+            "Set launch=slurm, or launch.nodes=1."
+        )
     wrong = sorted(set(recipe.train.allow_changed) - set(CHANGEABLE))
     if wrong:
         yield f"LCH-003 train.allow_changed: {', '.join(wrong)} is none of {', '.join(CHANGEABLE)}. Choose of them."

@@ -46,6 +46,31 @@ def environment_problems() -> list[str]:
     return found
 
 
+def launch_problems(recipe: Recipe) -> list[str]:
+    """A sentence for everything about this machine that does not fit how the recipe trains here."""
+    launch, gpus = recipe.launch, gpu_count()
+    on_cpu = "ACCELERATE_TORCH_DEVICE" in os.environ and os.environ["ACCELERATE_TORCH_DEVICE"] == "cpu"
+    if launch.kind != "local":
+        return []
+    found = []
+    if launch.distribution == "fsdp2" and launch.devices > 1 and not gpus and not on_cpu:
+        found.append(
+            "LCH-007 launch.distribution=fsdp2 needs NVIDIA GPUs, and there are none: Accelerate would hold the whole "
+            "base in every process. Set launch.distribution=ddp."
+        )
+    if 0 < gpus < launch.devices:
+        found.append(
+            f"LCH-008 launch.devices={launch.devices} is more than the {gpus} GPUs here. Set launch.devices={gpus}."
+        )
+    return found
+
+
+def gpu_count() -> int:
+    """NVIDIA GPUs of this machine, by its driver."""
+    folder = Path("/proc/driver/nvidia/gpus")
+    return sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
+
+
 def settled(recipe: Recipe) -> Recipe:
     """The recipe with what depends on this machine decided: `train.precision=auto`."""
     if recipe.train.precision != "auto":
@@ -57,7 +82,7 @@ def multiplies_bf16() -> bool:
     """Whether there is an NVIDIA GPU or a CPU with instructions for products in bf16."""
     cpu = Path("/proc/cpuinfo")
     flags = set(cpu.read_text(encoding="utf-8").split()) if cpu.is_file() else set()
-    return Path("/proc/driver/nvidia/gpus").is_dir() or bool(flags & {"avx512_bf16", "amx_bf16"})
+    return gpu_count() > 0 or bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 def available_gib() -> float:

@@ -56,7 +56,8 @@ def test_a_good_recipe_has_no_problems() -> None:
         ("data__card", "", "DAT-001 there are no training rows"),
         ("data__heldout_files", ["tests"], "DAT-003 a data card has its own held-out rows"),
         ("launch__kind", "slurm", "LCH-001 launch.kind=slurm is not available yet"),
-        ("launch__devices", 2, "LCH-002 launch.devices=2: more than 1 is not available yet"),
+        ("launch__nodes", 2, "LCH-009 launch.nodes=2: launch.kind=local starts processes on this machine only"),
+        ("train__allow_changed", ["seed", "sed"], "LCH-003 train.allow_changed: sed is none of base, data, world_size"),
         ("export__formats", ["hf", "onnx"], "EXP-001 export.formats=[hf,onnx]"),
         ("export__formats", [], "EXP-001 export.formats=[]"),
     ],
@@ -89,8 +90,8 @@ def test_a_dense_family_has_no_experts_and_no_router_to_adapt() -> None:
 
 
 def test_all_problems_are_told_at_once() -> None:
-    recipe = good(adapter__rank=0, train__lr=-1.0, launch__devices=4, data__card="", export__formats=["onnx"])
-    assert [p[:7] for p in check.problems(recipe)] == ["CHK-002", "CHK-002", "DAT-001", "LCH-002", "EXP-001"]
+    recipe = good(adapter__rank=0, train__lr=-1.0, launch__nodes=4, data__card="", export__formats=["onnx"])
+    assert [p[:7] for p in check.problems(recipe)] == ["CHK-002", "CHK-002", "DAT-001", "LCH-009", "EXP-001"]
 
 
 def test_own_rows_need_files_that_exist_and_held_out_rows(tmp_path: Path) -> None:

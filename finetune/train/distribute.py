@@ -25,12 +25,14 @@ def join(recipe: Recipe) -> Ranks:
     if world == 1:
         return Ranks()
     import torch
-    from accelerate import PartialState
+    from accelerate import DistributedType, PartialState
 
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    PartialState(cpu=not on_gpu and not is_sharded(recipe))
+    state = PartialState(cpu=not on_gpu and not is_sharded(recipe))
+    if state.num_processes != world or (is_sharded(recipe) and state.distributed_type != DistributedType.MULTI_GPU):
+        raise _apart(world, (world, state.num_processes), state.distributed_type)
     return Ranks.here()
 
 
@@ -73,9 +75,13 @@ def require_ranks(trainer: Any, recipe: Recipe, ranks: Ranks) -> None:
     wanted = {DistributedType.FSDP} if is_sharded(recipe) else plain
     kind = trainer.accelerator.distributed_type
     if set(seen) != {ranks.world} or kind not in wanted:
-        raise RunError(
-            "LCH-005",
-            f"{ranks.world} processes were to train together; environment, trainer and accelerator say {seen}, {kind}",
-            "they would train apart, or hold the whole base each",
-            "launch.devices=1, or a report of this with the versions in train.json",
-        )
+        raise _apart(ranks.world, seen, kind)
+
+
+def _apart(world: int, seen: tuple[int, ...], kind: Any) -> RunError:
+    return RunError(
+        "LCH-005",
+        f"{world} processes were to train together; environment and libraries say {seen}, {kind}",
+        "they would train apart, or hold the whole base each",
+        "launch.devices=1, or launch.distribution=ddp",
+    )

@@ -144,7 +144,7 @@ def _run(job: _Job) -> None:
     """Trains to the last step, or raises Preempted with a checkpoint written."""
     found = checkpoints.newest(job.run_dir.checkpoints)
     for sentence in found.passed_over:
-        job.console.print(f"checkpoint passed over: {sentence}", markup=False, highlight=False)
+        job.console.print(f"checkpoint passed over: {sentence}", markup=False, highlight=False, soft_wrap=True)
     trainer, start = job.trainer, found.checkpoint
     steps = job.ranks.gather(start.step if start else 0)
     if len(set(steps)) > 1:
@@ -161,6 +161,7 @@ def _run(job: _Job) -> None:
             + "".join(f"; allowed: {name}: {what}" for name, what in changed.items()),
             markup=False,
             highlight=False,
+            soft_wrap=True,
         )
         job.resumed.now = {"after_step": start.step, "passed_over": found.passed_over, "changed": changed}
         if start.step < job.steps:

@@ -1,0 +1,55 @@
+"""`python -m tests.fsdp_bytes RUN OUT`: one of several processes that notes the bytes of 4-bit weights it holds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import tests.fsdp_on_cpu  # noqa: F401  # FSDP2 over gloo on a CPU
+from finetune.compose import read_recipe
+from finetune.rundir import RunDir
+
+
+def main(run: str, out: str) -> None:
+    import torch
+    from rich.console import Console
+
+    from finetune.ranks import expected
+    from finetune.stop import Request
+    from finetune.train.stage import _prepare
+
+    run_dir = RunDir(Path(run))
+    job = _prepare(read_recipe(run_dir.recipe), run_dir, out + "-scratch", Console(quiet=True), Request())
+    trainer = job.trainer
+    before = _bytes(trainer.model, whole=True)
+    trainer.create_optimizer()
+    trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    after, whole = _bytes(trainer.model, whole=False), _bytes(trainer.model, whole=True)
+    assert whole == before
+    held = {"mine": sum(after), "whole": sum(whole), "experts_mine": after[0], "experts_whole": whole[0]}
+    Path(f"{out}-{expected()[0]}").write_text(json.dumps(held))
+    torch.distributed.destroy_process_group()
+
+
+def _bytes(model, *, whole):
+    """(bytes of packed expert stacks and their maxima, bytes of packed linear maps and theirs)."""
+    experts = linears = 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            continue
+        local = parameter if whole or not hasattr(parameter, "to_local") else parameter.to_local()
+        size = local.numel() * local.element_size()
+        if ".experts." in name and "lora" not in name:
+            experts += size
+        elif name.endswith("base_layer.weight"):
+            linears += size
+    for module in model.modules():
+        state = getattr(module, "quant_state", None)
+        if state is not None:
+            linears += state.absmax.numel() * state.absmax.element_size()
+    return experts, linears
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

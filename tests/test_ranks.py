@@ -1,0 +1,149 @@
+"""Several processes of one training: what they compute together, what each holds, and how one's failure ends all."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from finetune import machine
+from finetune.check import problems
+from finetune.errors import RunError
+from finetune.launch import free_port, together
+from finetune.rundir import read_json
+from tests.job import good
+from tests.trained import ADAPTER, ROOT, begun, ended, prepared, told
+
+SAME = ("train.precision=fp32", "train.max_steps=6", "train.save_steps=6")
+TWO = ("launch.devices=2", "train.batch_size=2")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    run_dir = prepared(tmp_path_factory.mktemp("alone"), *SAME, "train.batch_size=4")
+    code, said = ended(begun(run_dir))
+    assert code == 0, said
+    return run_dir
+
+
+@pytest.mark.parametrize(("distribution", "module"), [("ddp", "finetune"), ("fsdp2", "tests.fsdp_on_cpu")])
+def test_two_processes_with_the_same_rows_learn_what_one_does(tmp_path, alone, distribution, module, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
+    run_dir = prepared(tmp_path, *SAME, *TWO, f"launch.distribution={distribution}")
+    code, said = ended(begun(run_dir, module, 2))
+    assert code == 0, said
+    assert "2 devices x 2 rows x 1 accumulated = 4 rows per update" in said
+    for a, b in zip(told(run_dir), told(alone), strict=True):
+        assert a[1] == pytest.approx(b[1], abs=1e-6)
+        assert a[2] == pytest.approx(b[2], abs=1e-5)
+    one, two = (load_file(r.adapter / ADAPTER) for r in (alone, run_dir))
+    assert one.keys() == two.keys()
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+    written = read_json(run_dir.train)
+    assert (written["processes"], written["distribution"]) == (2, distribution)
+    assert written["expert_rows_with_a_gradient"] == read_json(alone.train)["expert_rows_with_a_gradient"]
+
+
+def test_fsdp2_gives_each_process_half_of_the_4_bit_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
+    run_dir = prepared(tmp_path, *SAME, *TWO, "launch.distribution=fsdp2", recipe="qwen3_30b_legal")
+    out = tmp_path / "bytes"
+    command = [sys.executable, "-m", "tests.fsdp_bytes", str(run_dir.path), str(out)]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    together(command, 2, 1)
+    for rank in (0, 1):
+        held = json.loads((out.parent / f"bytes-{rank}").read_text())
+        assert held["whole"] > 0
+        assert held["mine"] / held["whole"] <= 0.55, held
+        assert held["experts_mine"] / held["experts_whole"] == pytest.approx(0.5)
+
+
+def test_a_failure_of_one_process_ends_all_with_what_it_says(tmp_path):
+    run_dir = prepared(tmp_path, *SAME, *TWO)
+    code = "import os, sys, time; sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(600)"
+    with pytest.raises(RunError, match="LCH-006 process 1 of 2 ended with exit code 3"), _patience(1.0):
+        together([sys.executable, "-c", code], 2)
+    (run_dir.data / "train.arrow").unlink()
+    code, said = ended(begun(run_dir))
+    assert code == 3
+    assert "LCH-006 process " in said
+    assert "Traceback" not in said
+
+
+def _patience(seconds):
+    from unittest.mock import patch
+
+    return patch("finetune.launch.PATIENCE_SECONDS", seconds)
+
+
+def test_processes_tell_each_other_of_a_failure_and_share_values(tmp_path):
+    code = """
+import os, json, torch.distributed as dist
+from finetune.errors import DataError
+from finetune.ranks import Ranks
+dist.init_process_group('gloo')
+ranks = Ranks.here()
+assert ranks.gather({'rank': ranks.rank, 'text': 'x' * ranks.rank}) == [
+    {'rank': 0, 'text': ''}, {'rank': 1, 'text': 'x'}]
+assert ranks.share('from ' + str(ranks.rank)) == 'from 0'
+ranks.agree()
+said = ''
+try:
+    ranks.agree(DataError('DAT-9', 'bad rows', 'why', 'fix') if ranks.rank else None)
+except Exception as error:
+    said = type(error).__name__ + ' ' + str(error)
+open(os.environ['OUT'] + str(ranks.rank), 'w').write(said)
+dist.destroy_process_group()
+"""
+    os.environ["OUT"] = str(tmp_path / "said-")
+    together([sys.executable, "-c", code], 2, 1)
+    assert (tmp_path / "said-0").read_text() == "RunError DAT-9 bad rows: why. Try: fix"
+    assert (tmp_path / "said-1").read_text() == "DataError DAT-9 bad rows: why. Try: fix"
+
+
+def test_one_process_where_two_were_planned_is_refused(tmp_path):
+    run_dir = prepared(tmp_path, *SAME, *TWO)
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune.worker", "train", str(run_dir.path)],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 3
+    assert "LCH-004 1 processes were started, launch.nodes x launch.devices is 2" in done.stderr
+
+
+def test_processes_that_accelerate_does_not_distribute_are_refused(tmp_path):
+    """FSDP2 on a CPU is silently DDP in accelerate 1.15.0."""
+    environment = {"ACCELERATE_TORCH_DEVICE": "cpu"}
+    os.environ.update(environment)
+    try:
+        run_dir = prepared(tmp_path, *SAME, *TWO, "launch.distribution=fsdp2")
+        code, said = ended(begun(run_dir, "finetune.worker", 2))
+    finally:
+        os.environ.pop("ACCELERATE_TORCH_DEVICE")
+    assert code != 0
+    assert "LCH-005 2 processes were to train together" in said
+    assert not run_dir.adapter.exists()
+
+
+def test_a_second_process_on_the_same_run_is_refused(tmp_path):
+    run_dir = prepared(tmp_path, *SAME)
+    with run_dir.lock():
+        code, said = ended(begun(run_dir))
+    assert code == 3
+    assert "RUN-003" in said
+
+
+def test_what_does_not_fit_this_machine_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(machine, "gpu_count", lambda: 0)
+    assert machine.launch_problems(good(launch__devices=2)) == []
+    sentence = machine.launch_problems(good(launch__devices=2, launch__distribution="fsdp2"))[0]
+    assert sentence.startswith("LCH-007 launch.distribution=fsdp2 needs NVIDIA GPUs")
+    monkeypatch.setattr(machine, "gpu_count", lambda: 4)
+    assert machine.launch_problems(good(launch__devices=8))[0].startswith("LCH-008 launch.devices=8 is more than the 4")
+    assert any(p.startswith("LCH-009 launch.nodes=2") for p in problems(good(launch__nodes=2)))
+
+
+def test_a_port_is_free():
+    assert 1024 < free_port() < 65536
