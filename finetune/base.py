@@ -13,6 +13,7 @@ from typing import Any
 
 from finetune.errors import WeightsError
 from finetune.families import Family, family_of
+from finetune.ranks import Part
 from finetune.shards import check_shards as check_shards  # for merge
 from finetune.shards import quantisation_of, weights_of
 
@@ -62,14 +63,14 @@ class Base:
 
 
 def load_base(
-    folder: Path, *, load_in_4bit: bool, precision: str, double_quantisation: bool = False, sharded: bool = False
+    folder: Path, *, load_in_4bit: bool, precision: str, double_quantisation: bool = False, part: Part | None = None
 ) -> Base:
     """The model in `folder`, frozen: linear maps and expert stacks in NF4, or everything in `precision`.
 
     `precision` is `bf16` or `fp32`, the type of the arithmetic. `double_quantisation` stores the maxima of NF4 in 8
-    bits; `sharded` keeps the packed bits of linear maps under a floating type, which is what FSDP2 splits. Checkpoints
-    in bf16, fp16, fp32, fp8 and mxfp4 are read. Raises WeightsError when files are missing, damaged, or do not fit the
-    config.
+    bits; `part` reads only that part of each expert stack, for FSDP2 (`train.distribute` puts it in its place), and
+    keeps the packed bits of linear maps under a floating type, which is what FSDP2 splits. Checkpoints in bf16, fp16,
+    fp32, fp8 and mxfp4 are read. Raises WeightsError when files are missing, damaged, or do not fit the config.
     """
     import torch
     from transformers import AutoTokenizer
@@ -86,7 +87,7 @@ def load_base(
     weights = weights_of(folder, quantisation_of(config.to_dict()), mapped=not load_in_4bit)
     forget_quantisation(config)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    nf4 = Nf4Config(family, weights, compute_dtype=dtype, double_quantisation=double_quantisation, sharded=sharded)
+    nf4 = Nf4Config(family, weights, compute_dtype=dtype, double_quantisation=double_quantisation, part=part)
     quantisation = {"quantization_config": nf4} if load_in_4bit else {}
     place = {"device_map": {"": torch.cuda.current_device()}} if torch.cuda.is_available() else {}
     kind, config = model_class(family, config)

@@ -46,6 +46,10 @@ def memory(recipe: Recipe) -> list[Figure]:
         stored, kept = tokens * per_token, "every layer"
     stacked = sum(m.rows * m.columns * m.experts for m in packed)
     scratch = max(stacked, max((m.rows * m.columns for m in packed), default=0)) * plain
+    share = shards(recipe)
+    beside = packed_bytes - 0.5  # maxima of linear maps stay whole in every process
+    if share > 1:
+        scratch += 2 * stacked * packed_bytes + vocabulary * hidden * plain
 
     def part(name: str, size: float, how: str) -> Figure:
         return computed(name, size / sizes.GIB, "GiB", how)
@@ -53,17 +57,38 @@ def memory(recipe: Recipe) -> list[Figure]:
     def guess(name: str, size: float, how: str) -> Figure:
         return assumed(name, size / sizes.GIB, "GiB", how)
 
+    split = f" / {share} devices" if share > 1 else ""
+    gathered = "; two layers as they come from the other devices" if share > 1 else ""
     shape = f"{train.batch_size} rows x {recipe.data.max_length:,} tokens"
     return [
-        part("expert stacks, 4-bit", stacks * packed_bytes, f"{stacks:,} x {packed_bytes} B"),
-        part("other linear maps, 4-bit", linear * packed_bytes, f"{linear:,} x {packed_bytes} B"),
-        part(f"weights kept in {train.precision}", rest * plain, f"{rest:,} x {plain} B"),
-        part("adapter, gradients, AdamW", trainable * LORA_BYTES, f"{trainable:,} x (4 + 4 + 8) B"),
+        part("expert stacks, 4-bit", stacks * packed_bytes / share, f"{stacks:,} x {packed_bytes} B{split}"),
+        part("other linear maps, 4-bit", linear * (0.5 / share + beside), f"{linear:,} x {packed_bytes} B{split}"),
+        part(f"weights kept in {train.precision}", rest * plain / share, f"{rest:,} x {plain} B{split}"),
+        part("adapter, gradients, AdamW", trainable * LORA_BYTES / share, f"{trainable:,} x (4 + 4 + 8) B{split}"),
         guess("activations", stored, f"{shape}, inputs and outputs of the linear maps of {kept}, {plain} B each"),
         guess("logits", tokens * vocabulary * LOGIT_BYTES, f"{shape} x {vocabulary:,} x (2 + 4 + 4) B"),
-        guess("unpacked weights", scratch, f"the largest map, or all stacks of one layer, {plain} B per parameter"),
+        guess(
+            "unpacked weights",
+            scratch,
+            f"the largest map, or all stacks of one layer, {plain} B per parameter{gathered}",
+        ),
         guess("reserve", RESERVE_GIB * sizes.GIB, "libraries and fragmentation"),
     ]
+
+
+def shards(recipe: Recipe) -> int:
+    """How many devices share the weights of the base."""
+    launch = recipe.launch
+    return launch.nodes * launch.devices if launch.distribution == "fsdp2" else 1
+
+
+def devices_that_fit(recipe: Recipe) -> int:
+    """The smallest power of two of devices that share the base's weights (FSDP2) and on which it fits; 0 for none."""
+    for count in (2**n for n in range(1, 11)):
+        launch = replace(recipe.launch, nodes=1, devices=count, distribution="fsdp2")
+        if needed_gib(replace(recipe, launch=launch)) <= recipe.costs.device_gib:
+            return count
+    return 0
 
 
 def _kept_per_token(matrix: Matrix, family: Family) -> int:

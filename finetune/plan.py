@@ -7,7 +7,6 @@ assumption. None is measured.
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,9 @@ from finetune.figure import Figure, assumed, computed, given
 from finetune.licences import find_licence
 from finetune.recipe import Recipe
 from finetune.work import work
+
+NODE = 8
+"""Devices of one machine that a sentence about several machines assumes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +103,7 @@ def plan(recipe: Recipe, *, prepared: Path | None = None) -> Plan:
 
 def run_folder_gib(figures: Plan) -> float:
     """What the run folder will hold, in GiB."""
-    return sum(figures.figure(name).value for name in ("merged", "export", "adapter"))
+    return sum(figures.figure(name).value for name in ("merged", "export", "adapter", "checkpoints"))
 
 
 def cache_gib(figures: Plan) -> float:
@@ -128,7 +130,8 @@ def _disk(recipe: Recipe) -> tuple[Figure, ...]:
     model, merged = recipe.model, sizes.merged_gib(recipe.model)
     weights, family = sizes.matrices(model), sizes.family_of_card(model)
     adapter = sizes.lora_parameters(weights, family, recipe.adapter) * sizes.FP32_BYTES / sizes.GIB
-    published = sizes.weights_gib(model)
+    train, published = recipe.train, sizes.weights_gib(model)
+    saved = (train.keep_checkpoints + 1) * 3 * adapter  # values and two moments of AdamW
     if model.tiny:
         download = given("download", 0.0, "GiB", "nothing is fetched, the model is made here")
     elif model.download_gib > 0:
@@ -143,13 +146,14 @@ def _disk(recipe: Recipe) -> tuple[Figure, ...]:
         download,
         computed("cache", fetched + made, "GiB", "what is fetched or made once, for all runs"),
         computed("adapter", adapter, "GiB", "trainable parameters x 4 B"),
+        computed("checkpoints", saved, "GiB", f"{train.keep_checkpoints} and one in the making, x 3 adapters"),
         computed("merged", merged, "GiB", "all parameters x 2 B"),
         computed("export", export, "GiB", f"formats {', '.join(recipe.export.formats)}"),
     )
 
 
 def _cost(recipe: Recipe, effort: tuple[Figure, ...]) -> tuple[Figure, ...]:
-    costs, devices = recipe.costs, recipe.launch.devices
+    costs, devices = recipe.costs, recipe.launch.nodes * recipe.launch.devices
     flops = sum(f.value for f in effort if f.unit == "FLOP")
     hours = flops / (costs.device_tflops * 1e12 * costs.utilisation) / 3600
     speed = f"{costs.device_tflops:g} TFLOP/s x {costs.utilisation:.0%}"
@@ -164,12 +168,14 @@ def _cost(recipe: Recipe, effort: tuple[Figure, ...]) -> tuple[Figure, ...]:
 
 def _verdict(recipe: Recipe, need: float, change: tuple[str, ...]) -> str:
     device, limit = recipe.costs.device, recipe.costs.device_gib
-    of = f"{need:,.1f} GiB of {limit:,.1f} GiB on one {device}"
+    on = f"each of {share} devices" if (share := memory.shards(recipe)) > 1 else "one device"
+    of = f"{need:,.1f} GiB of {limit:,.1f} GiB on {'each' if share > 1 else 'one'} {device}"
     if need <= limit:
         return f"Fits: {of}."
     if change:
         return f"Does not fit: {of}. It fits with {' '.join(change)}."
-    return (
-        f"Does not fit: {of}, and no setting for one device changes that: it needs {math.ceil(need / limit)} or more. "
-        "Several devices are not available yet; scale=rehearsal runs the chain on a tiny model."
-    )
+    count = memory.devices_that_fit(recipe)
+    nodes, devices = (count // NODE, NODE) if count > NODE else (1, count)
+    several = f" launch.nodes={nodes} launch.kind=slurm" if nodes > 1 else ""
+    way = f"it fits with launch=fsdp2 launch.devices={devices}{several}" if count else "more devices do not help"
+    return f"Does not fit: {of}, and no setting for {on} changes that; {way}. scale=rehearsal runs it on a tiny model."

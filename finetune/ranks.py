@@ -13,6 +13,21 @@ from typing import Any
 from finetune.errors import FinetuneError, RunError
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of several parts of something that is split as FSDP2 splits it: in equal pieces, the last shorter."""
+
+    number: int
+    """From 0."""
+    of: int
+    """How many parts there are."""
+
+    def indices(self, size: int) -> range:
+        """Which of `size` indices this part has."""
+        piece = -(-size // self.of)
+        return range(min(self.number * piece, size), min((self.number + 1) * piece, size))
+
+
 @dataclass(slots=True)
 class Ranks:
     """This process among `world`; every method but `first` is called by all of them at the same point."""

@@ -21,7 +21,7 @@ def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
     Forward 2, backward through frozen weights 2, adapter 6 (forward, backward, its own gradients) FLOPs per parameter
     and token; a token counts its own experts only.
     """
-    train, devices = recipe.train, recipe.launch.devices
+    train, devices = recipe.train, recipe.launch.nodes * recipe.launch.devices
     weights, family = sizes.matrices(recipe.model), sizes.family_of_card(recipe.model)
     rows, length = _rows(recipe, prepared), _tokens_per_row(recipe, prepared)
     per_update = train.batch_size * train.accumulation * devices
@@ -44,7 +44,7 @@ def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
             "rows per update",
             per_update,
             "rows",
-            f"{devices} device x {train.batch_size} rows x {train.accumulation} accumulated",
+            f"{devices} device{'s' if devices > 1 else ''} x {train.batch_size} rows x {train.accumulation} accumulated",
         ),
         counted("steps", steps, "updates", "train.max_steps" if train.max_steps else f"{seen:,} rows / {per_update}"),
         counted("tokens", tokens, "tokens", f"{seen:,} rows x {length.value:,.0f}"),

@@ -36,6 +36,7 @@ from finetune.experts.grouped import experts_forward
 from finetune.experts.repeated import take_over
 from finetune.experts.stack import set_layout
 from finetune.families.family import Family
+from finetune.ranks import Part
 from finetune.shards import Weight
 
 METHOD = "finetune_nf4"
@@ -52,7 +53,8 @@ KNOWN_CHAINS: tuple[list[type], ...] = ([MergeModulelist], [MergeModulelist, Con
 class Nf4Config(BitsAndBytesConfig):
     """NF4, block 64, for linear maps and for expert stacks; `double_quantisation` stores its maxima in 8 bits.
 
-    `sharded` stores the bits of linear maps under bf16: Accelerate leaves uint8 ones out of FSDP2 (accelerate 1.15.0).
+    With `part` only that part of each stack is read and packed, and the bits of linear maps are stored under bf16:
+    Accelerate leaves uint8 ones out of FSDP2 (accelerate 1.15.0).
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Nf4Config(BitsAndBytesConfig):
         weights: Mapping[str, Weight] | None = None,
         compute_dtype: torch.dtype = torch.bfloat16,
         double_quantisation: bool = False,
-        sharded: bool = False,
+        part: Part | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs.pop("quant_method", None)
@@ -70,17 +72,17 @@ class Nf4Config(BitsAndBytesConfig):
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=double_quantisation,
             bnb_4bit_compute_dtype=compute_dtype,
-            bnb_4bit_quant_storage=torch.bfloat16 if sharded else torch.uint8,
+            bnb_4bit_quant_storage=torch.uint8 if part is None else torch.bfloat16,
         )
         self.quant_method = METHOD
-        self.family, self.weights = family, weights
+        self.family, self.weights, self.part = family, weights, part
         self.largest_group = 0  # bytes on disk of the largest group of tensors that make one parameter
         self.problems: list[str] = []  # transformers swallows what a conversion raises; the loader reads it here
 
     def to_dict(self) -> dict[str, Any]:
         """Without what is ours: transformers writes this as JSON."""
         values: dict[str, Any] = super().to_dict()
-        for ours in ("family", "weights", "largest_group", "problems"):
+        for ours in ("family", "weights", "part", "largest_group", "problems"):
             values.pop(ours, None)
         return values
 
@@ -235,8 +237,9 @@ class Pack(Bnb4bitQuantize):
                 continue
             shape = module.finetune_layout.shapes[leaf]
             refuse_shape(settings, name, tuple(source.shape), shape)
-            for suffix, part in nf4.pack(source, shape, settings.bnb_4bit_use_double_quant).items():
-                result[name + suffix] = nn.Parameter(part, requires_grad=False)
+            mine = None if settings.part is None else settings.part.indices(shape[0])
+            for suffix, tensor in nf4.pack(source, shape, settings.bnb_4bit_use_double_quant, mine).items():
+                result[name + suffix] = nn.Parameter(tensor, requires_grad=False)
         return result
 
 

@@ -63,23 +63,24 @@ def placeholders(shape: tuple[int, int, int], double: bool = False) -> dict[str,
     return found
 
 
-def pack(stack_EOI: Any, shape: tuple[int, int, int] | None = None, double: bool = False) -> dict[str, torch.Tensor]:
-    """Suffix -> tensor of a packed stack: "" for the values, and one per entry of `placeholders`.
+def pack(
+    stack_EOI: Any, shape: tuple[int, int, int] | None = None, double: bool = False, experts: range | None = None
+) -> dict[str, torch.Tensor]:
+    """Suffix -> tensor of a packed stack, or of those `experts` of it: "" for the values, and one per placeholder.
 
     `stack_EOI[e]` gives the (O, I) matrix of expert e in floating point; it is asked for one at a time, so that a stack
     on disk is never in memory as a whole. Raises ValueError when O*I is not a multiple of 64.
     """
-    experts, rows, columns = shape or tuple(stack_EOI.shape)
-    if not can_pack((experts, rows, columns)):
-        raise ValueError(
-            f"a stack of shape {(experts, rows, columns)} does not split into blocks of {BLOCK} per expert"
-        )
+    total, rows, columns = shape or tuple(stack_EOI.shape)
+    if not can_pack((total, rows, columns)):
+        raise ValueError(f"a stack of shape {(total, rows, columns)} does not split into blocks of {BLOCK} per expert")
+    wanted = range(total) if experts is None else experts
     made: dict[str, torch.Tensor] = {}
-    for e in range(experts):
-        matrix = stack_EOI[e].contiguous()
+    for e, expert in enumerate(wanted):
+        matrix = stack_EOI[expert].contiguous()
         if not made:
-            made = {"": torch.empty(experts, rows * columns // 2, dtype=torch.uint8, device=matrix.device)}
-            for suffix, like in placeholders((experts, rows, columns), double).items():
+            made = {"": torch.empty(len(wanted), rows * columns // 2, dtype=torch.uint8, device=matrix.device)}
+            for suffix, like in placeholders((len(wanted), rows, columns), double).items():
                 made[suffix] = torch.empty_like(like, device=matrix.device)
         values, absmax = quantise(matrix)
         made[""][e] = values

@@ -13,7 +13,7 @@ from typing import Any
 from finetune import checkpoints
 from finetune.compose import read_recipe
 from finetune.errors import Preempted, RunError
-from finetune.ranks import Ranks, expected
+from finetune.ranks import Part, Ranks, expected
 from finetune.recipe import Recipe
 from finetune.record import versions
 from finetune.rundir import RunDir, atomic_folder, read_json, write_json, write_text
@@ -83,7 +83,7 @@ def _prepare(recipe: Recipe, run_dir: RunDir, scratch: str, console: Any, reques
     from finetune.progress import Guard, TrainingProgress
     from finetune.recompute import Recompute
     from finetune.source import base_folder
-    from finetune.train.distribute import as_stored, is_sharded, join, require_ranks
+    from finetune.train.distribute import Parts, as_stored, is_sharded, join, require_ranks
     from finetune.train.order import Order
     from finetune.train.trainer import Boundary, Keeping, Trainer
 
@@ -96,7 +96,7 @@ def _prepare(recipe: Recipe, run_dir: RunDir, scratch: str, console: Any, reques
         load_in_4bit=recipe.adapter.load_in_4bit,
         precision=recipe.train.precision,
         double_quantisation=recipe.adapter.double_quantisation,
-        sharded=is_sharded(recipe),
+        part=Part(ranks.rank, ranks.world) if is_sharded(recipe) else None,
     )
     console.print(base.loading())
     set_seed(recipe.seed)  # TRL 1.14.2 seeds after the adapter is made; the same seed would give another LoRA
@@ -137,6 +137,7 @@ def _prepare(recipe: Recipe, run_dir: RunDir, scratch: str, console: Any, reques
     require_ranks(trainer, recipe, ranks)
     if is_sharded(recipe):
         as_stored(trainer)
+        trainer.add_callback(Parts(model))
     return _Job(recipe, run_dir, ranks, base, trainer, rows, steps, table, progress, boundary, heard, resumed, console)
 
 
