@@ -45,7 +45,7 @@ def memory(recipe: Recipe) -> list[Figure]:
     else:
         stored, kept = tokens * per_token, "every layer"
     stacked = sum(m.rows * m.columns * m.experts for m in packed)
-    scratch = max(stacked, max((m.rows * m.columns for m in packed), default=0)) * plain
+    scratch = float(max(stacked, max((m.rows * m.columns for m in packed), default=0)) * plain)
     share = shards(recipe)
     beside = packed_bytes - 0.5  # maxima of linear maps stay whole in every process
     if share > 1:
@@ -67,11 +67,7 @@ def memory(recipe: Recipe) -> list[Figure]:
         part("adapter, gradients, AdamW", trainable * LORA_BYTES / share, f"{trainable:,} x (4 + 4 + 8) B{split}"),
         guess("activations", stored, f"{shape}, inputs and outputs of the linear maps of {kept}, {plain} B each"),
         guess("logits", tokens * vocabulary * LOGIT_BYTES, f"{shape} x {vocabulary:,} x (2 + 4 + 4) B"),
-        guess(
-            "unpacked weights",
-            scratch,
-            f"the largest map, or all stacks of one layer, {plain} B per parameter{gathered}",
-        ),
+        guess("unpacked weights", scratch, f"largest map or all stacks of a layer, {plain} B per parameter{gathered}"),
         guess("reserve", RESERVE_GIB * sizes.GIB, "libraries and fragmentation"),
     ]
 

@@ -176,6 +176,6 @@ def _verdict(recipe: Recipe, need: float, change: tuple[str, ...]) -> str:
         return f"Does not fit: {of}. It fits with {' '.join(change)}."
     count = memory.devices_that_fit(recipe)
     nodes, devices = (count // NODE, NODE) if count > NODE else (1, count)
-    several = f" launch.nodes={nodes} launch.kind=slurm" if nodes > 1 else ""
-    way = f"it fits with launch=fsdp2 launch.devices={devices}{several}" if count else "more devices do not help"
+    where = f"launch=slurm launch.distribution=fsdp2 launch.nodes={nodes}" if nodes > 1 else "launch=fsdp2"
+    way = f"it fits with {where} launch.devices={devices}" if count else "more devices do not help"
     return f"Does not fit: {of}, and no setting for {on} changes that; {way}. scale=rehearsal runs it on a tiny model."

@@ -24,7 +24,7 @@ def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
     train, devices = recipe.train, recipe.launch.nodes * recipe.launch.devices
     weights, family = sizes.matrices(recipe.model), sizes.family_of_card(recipe.model)
     rows, length = _rows(recipe, prepared), _tokens_per_row(recipe, prepared)
-    per_update = train.batch_size * train.accumulation * devices
+    per_update, plural = train.batch_size * train.accumulation * devices, "s" if devices > 1 else ""
     seen = train.max_steps * per_update if train.max_steps else math.ceil(rows.value * train.epochs)
     steps = train.max_steps or math.ceil(seen / per_update)
     tokens = seen * length.value
@@ -44,7 +44,7 @@ def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
             "rows per update",
             per_update,
             "rows",
-            f"{devices} device{'s' if devices > 1 else ''} x {train.batch_size} rows x {train.accumulation} accumulated",
+            f"{devices} device{plural} x {train.batch_size} rows x {train.accumulation} accumulated",
         ),
         counted("steps", steps, "updates", "train.max_steps" if train.max_steps else f"{seen:,} rows / {per_update}"),
         counted("tokens", tokens, "tokens", f"{seen:,} rows x {length.value:,.0f}"),

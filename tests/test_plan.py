@@ -203,7 +203,20 @@ def test_what_fits_fits_and_the_smallest_change_makes_the_rest_fit() -> None:
 def test_a_model_larger_than_any_setting_says_so() -> None:
     figures = plan(load_recipe("deepseek_v3_finance"))
     assert not figures.fits and figures.change == ()
-    assert "Several devices are not available yet; scale=rehearsal" in figures.verdict
+    words = "launch.distribution=fsdp2", "launch.nodes=2", "launch.devices=8"
+    assert f"it fits with launch=slurm {' '.join(words)}. scale=rehearsal" in figures.verdict
+    spread = load_recipe("deepseek_v3_finance", *words, "launch.kind=slurm")
+    assert memory.needed_gib(spread) <= spread.costs.device_gib < memory.needed_gib(load_recipe("deepseek_v3_finance"))
+    assert memory.shards(spread) == 16
+
+
+def test_devices_that_share_a_base_hold_their_part_of_it() -> None:
+    one, four = load_recipe("qwen3_30b_legal"), load_recipe("qwen3_30b_legal", "launch=fsdp2", "launch.devices=4")
+    parts = [{part.name: part.value for part in memory.memory(recipe)} for recipe in (one, four)]
+    assert parts[1]["expert stacks, 4-bit"] == parts[0]["expert stacks, 4-bit"] / 4
+    assert parts[1]["other linear maps, 4-bit"] > parts[0]["other linear maps, 4-bit"] / 4
+    assert parts[1]["unpacked weights"] > parts[0]["unpacked weights"]
+    assert parts[1]["activations"] == parts[0]["activations"]
 
 
 def test_every_recipe_plans_at_full_scale_and_as_a_rehearsal() -> None:
