@@ -39,6 +39,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.max_steps": (0, math.inf),
     "train.save_steps": (0, math.inf),
     "train.keep_checkpoints": (1, 1000),
+    "train.evaluate_steps": (0, math.inf),
     "train.batch_size": (1, math.inf),
     "train.accumulation": (1, math.inf),
     "train.checkpointed_layers": (0, math.inf),
@@ -81,7 +82,7 @@ BELOW_ONE = ("adapter.dropout", "evaluate.confidence")
 
 def problems(recipe: Recipe) -> list[str]:
     """A sentence for every setting that cannot work: id, `key=value`, why, what to type. Empty when all is well."""
-    rules = (_choices, _ranges, _names, _model, _adapter, _data, _launch, _export, _licence)
+    rules = (_choices, _ranges, _names, _model, _adapter, _train, _data, _launch, _export, _licence)
     return [sentence for rule in rules for sentence in rule(recipe)]
 
 
@@ -194,6 +195,15 @@ def _adapter(recipe: Recipe) -> Iterator[str]:
         yield f"ADP-004 adapter.router=true: the family {family.key} has no router. Set adapter.router=false."
 
 
+def _train(recipe: Recipe) -> Iterator[str]:
+    train = recipe.train
+    if train.adapter_of == "best" and not train.evaluate_steps:
+        yield "TRN-007 train.adapter_of=best needs held-out losses. Set train.evaluate_steps=50, or leave it out."
+    wrong = sorted(set(train.allow_changed) - set(CHANGEABLE))
+    if wrong:
+        yield f"LCH-003 train.allow_changed: {', '.join(wrong)} is none of {', '.join(CHANGEABLE)}. Choose of them."
+
+
 def _data(recipe: Recipe) -> Iterator[str]:
     data = recipe.data
     if not data.card and not data.train_files:
@@ -255,9 +265,6 @@ def _launch(recipe: Recipe) -> Iterator[str]:
             f"LCH-009 launch.nodes={recipe.launch.nodes}: launch.kind=local starts processes on this machine only. "
             "Set launch=slurm, or launch.nodes=1."
         )
-    wrong = sorted(set(recipe.train.allow_changed) - set(CHANGEABLE))
-    if wrong:
-        yield f"LCH-003 train.allow_changed: {', '.join(wrong)} is none of {', '.join(CHANGEABLE)}. Choose of them."
 
 
 def _export(recipe: Recipe) -> Iterator[str]:

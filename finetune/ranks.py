@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +74,16 @@ class Ranks:
     def share(self, value: Any) -> Any:
         """The value of the first process."""
         return self.gather(value if self.first else None)[0]
+
+    @contextmanager
+    def one_for_all(self) -> Iterator[None]:
+        """All processes carry out the block, or all raise: what one of them raises in it is raised in every one."""
+        error = None
+        try:
+            yield
+        except BaseException as raised:
+            error = raised
+        self.agree(error)
 
     def agree(self, error: BaseException | None = None) -> None:
         """Nothing when all are well. Raises this process' own error, or else the first error of another one."""

@@ -183,8 +183,13 @@ class Train:
     """Write a TensorBoard log into the run folder."""
     save_steps: int = 0
     """Updates between checkpoints; 0 means a tenth of the run, at most 100. A run that is stopped saves then too."""
+    evaluate_steps: int = 0
+    """Updates between two measurements of the loss on held-out rows (`evaluate.rows` of them); 0 means none."""
+    adapter_of: str = one_of("last", "best")
+    """Which state becomes the adapter: the last, or that of the lowest held-out loss. Scores on rows that chose it
+    flatter it."""
     keep_checkpoints: int = 2
-    """How many checkpoints to keep, the newest ones."""
+    """How many checkpoints to keep, the newest ones. The best is kept too when held-out loss is measured."""
     allow_changed: list[str] = field(default_factory=list)
     """What may differ from the checkpoint that a run goes on from: base, data, world_size, distribution, precision,
     seed, settings, versions. It may be given beside run=, and the record keeps it."""

@@ -17,11 +17,12 @@ def main(run: str, out: str) -> None:
 
     from finetune.ranks import expected
     from finetune.stop import Request
-    from finetune.train.distribute import Parts
-    from finetune.train.stage import _prepare
+    from finetune.train.distribute import Parts, join
+    from finetune.train.stage import prepare
 
     run_dir = RunDir(Path(run))
-    job = _prepare(read_recipe(run_dir.recipe), run_dir, out + "-scratch", Console(quiet=True), Request())
+    recipe = read_recipe(run_dir.recipe)
+    job = prepare(recipe, run_dir, join(recipe), out + "-scratch", Console(quiet=True), Request())
     trainer = job.trainer
     trainer.create_optimizer()
     trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)

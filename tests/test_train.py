@@ -128,6 +128,23 @@ def test_rows_with_a_gradient_are_counted_once_per_expert(checkpointing):
     assert _unlearnt(model)[1] == heard
 
 
+def test_the_best_state_is_kept_and_becomes_the_adapter_and_measuring_it_changes_nothing(trained):
+    words = ("train.max_steps=8", "train.save_steps=3", "train.lr=0.03", "train.warmup_fraction=0")
+    measured = trained(*words, "train.evaluate_steps=1", "train.adapter_of=best", "train.keep_checkpoints=1")
+    told = read_json(measured.train)
+    losses = {entry["step"]: entry["loss"] for entry in told["heldout"]}
+    best = min(losses, key=losses.get)
+    assert list(losses) == list(range(1, 9))
+    assert best != 8, "this learning rate was to overshoot"
+    assert told["adapter_of_step"] == best
+    assert {p.name for p in measured.checkpoints.glob("step-*")} == {f"step-{best:06d}", "step-000008"}
+    saved = load_file(measured.checkpoints / f"step-{best:06d}" / "weights.safetensors")
+    adapter = load_file(measured.adapter / "adapter_model.safetensors")
+    assert all(torch.equal(adapter[name.replace(".default", "")], tensor) for name, tensor in saved.items())
+    plain = read_json(trained(*words).train)
+    assert [s["loss"] for s in plain["steps"]] == [s["loss"] for s in told["steps"]]
+
+
 def test_recomputing_fewer_layers_changes_no_loss_and_says_how_many(trained, capsys):
     all_kept, some = trained(), trained("train.gradient_checkpointing=true", "train.checkpointed_layers=1")
     assert "recomputing activations in 1 of 2 layers: train.checkpointed_layers" in capsys.readouterr().out

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -15,11 +11,11 @@ from finetune.compose import read_recipe
 from finetune.errors import Preempted, RunError
 from finetune.ranks import Part, Ranks, expected
 from finetune.recipe import Recipe
-from finetune.record import versions
-from finetune.rundir import RunDir, atomic_folder, read_json, write_json, write_text
-from finetune.stop import asked_to_stop
+from finetune.rundir import RunDir, read_json, write_text
+from finetune.stop import Request, asked_to_stop
 from finetune.train.identity import changes, identity
-from finetune.train.learnt import Heard, unlearnt
+from finetune.train.job import Job, Resumed
+from finetune.train.learnt import Heard
 from finetune.train.settings import arithmetic, loss_type, planned_steps, save_every, trainer_settings
 
 
@@ -32,6 +28,9 @@ def train(run_dir: RunDir) -> None:
     """
     from rich.console import Console
 
+    from finetune.train.distribute import join
+    from finetune.train.results import finish
+
     recipe = read_recipe(run_dir.recipe)
     first = expected()[0] == 0
     if first:
@@ -39,41 +38,20 @@ def train(run_dir: RunDir) -> None:
     with ExitStack() as stack:
         request = stack.enter_context(asked_to_stop())
         scratch = stack.enter_context(TemporaryDirectory(prefix="finetune-"))
-        job = _prepare(recipe, run_dir, scratch, Console(quiet=not first), request)
+        ranks = join(recipe)
+        with ranks.one_for_all():
+            job = prepare(recipe, run_dir, ranks, scratch, Console(quiet=not first), request)
         try:
             _run(job)
         except Preempted as stopped:
             if first:
                 write_text(run_dir.requeue, f"{stopped.signal} after step {stopped.step} of {stopped.steps}\n")
             raise
-        error = None
-        try:
-            _finish(job)
-        except BaseException as raised:
-            error = raised
-        job.ranks.agree(error)
+        with ranks.one_for_all():
+            finish(job)
 
 
-@dataclass(slots=True)
-class _Job:
-    """A training that is ready to run."""
-
-    recipe: Recipe
-    run_dir: RunDir
-    ranks: Ranks
-    base: Any
-    trainer: Any
-    rows: Any
-    steps: int
-    table: list[dict[str, Any]]
-    progress: Any
-    boundary: Any
-    heard: Heard
-    resumed: _Resumed
-    console: Any
-
-
-def _prepare(recipe: Recipe, run_dir: RunDir, scratch: str, console: Any, request: Any) -> _Job:
+def prepare(recipe: Recipe, run_dir: RunDir, ranks: Ranks, scratch: str, console: Any, request: Request) -> Job:
     """Base, adapter, rows and trainer of this process."""
     from transformers import PrinterCallback, set_seed
 
@@ -83,11 +61,11 @@ def _prepare(recipe: Recipe, run_dir: RunDir, scratch: str, console: Any, reques
     from finetune.progress import Guard, TrainingProgress
     from finetune.recompute import Recompute
     from finetune.source import base_folder
-    from finetune.train.distribute import Parts, as_stored, is_sharded, join, require_ranks
+    from finetune.train.distribute import Parts, as_stored, is_sharded, require_ranks
     from finetune.train.order import Order
+    from finetune.train.rows import collator, heldout, names, numbered
     from finetune.train.trainer import Boundary, Keeping, Trainer
 
-    ranks = join(recipe)
     folder = base_folder(recipe)
     packed = load_packed(run_dir)
     rows = load_splits(run_dir).train if packed is None else packed
@@ -107,8 +85,8 @@ def _prepare(recipe: Recipe, run_dir: RunDir, scratch: str, console: Any, reques
     steps = planned_steps(recipe.train, len(rows), ranks.world)
     console.print(arithmetic(recipe.train, len(rows), steps, ranks.world))
     progress, heard = TrainingProgress(console, steps), Heard(model)
-    boundary = Boundary(ranks, request, _names(rows, packed is not None))
-    resumed = _Resumed()
+    boundary = Boundary(ranks, request, names(rows, packed is not None))
+    resumed = Resumed()
     about = identity(recipe, run_dir, folder, ranks.world)
     keeping = Keeping(
         root=run_dir.checkpoints,
@@ -126,8 +104,9 @@ def _prepare(recipe: Recipe, run_dir: RunDir, scratch: str, console: Any, reques
         order=Order(len(rows), recipe.seed, lengths, per_update),
         model=model,
         args=trainer_settings(recipe, scratch, str(run_dir.logs), steps, every, loss_type(base.model), base.family),
-        train_dataset=_numbered(rows, packed is not None),
-        data_collator=_collator(base.tokenizer, packed is not None),
+        train_dataset=numbered(rows, packed is not None),
+        eval_dataset=heldout(recipe, run_dir),
+        data_collator=collator(base.tokenizer),
         processing_class=base.tokenizer,
         callbacks=[boundary, progress, Guard(), Recompute(recipe, base.family.block_class, console)],
     )
@@ -138,10 +117,24 @@ def _prepare(recipe: Recipe, run_dir: RunDir, scratch: str, console: Any, reques
     if is_sharded(recipe):
         as_stored(trainer)
         trainer.add_callback(Parts(model))
-    return _Job(recipe, run_dir, ranks, base, trainer, rows, steps, table, progress, boundary, heard, resumed, console)
+    return Job(
+        recipe=recipe,
+        run_dir=run_dir,
+        ranks=ranks,
+        base=base,
+        trainer=trainer,
+        rows=rows,
+        steps=steps,
+        table=table,
+        progress=progress,
+        boundary=boundary,
+        heard=heard,
+        resumed=resumed,
+        console=console,
+    )
 
 
-def _run(job: _Job) -> None:
+def _run(job: Job) -> None:
     """Trains to the last step, or raises Preempted with a checkpoint written."""
     found = checkpoints.newest(job.run_dir.checkpoints)
     for sentence in found.passed_over:
@@ -171,116 +164,10 @@ def _run(job: _Job) -> None:
             trainer.restore(start.path)
     if trainer.state.global_step < job.steps:
         raise Preempted(job.boundary.stopped_by, trainer.state.global_step, job.steps)
-
-
-def _finish(job: _Job) -> None:
-    """Looks at what was learnt and writes adapter/ and train.json; only the first process writes."""
-    import torch
-
-    from finetune.train import state as states
-
-    trainer, rows, recipe, run_dir = job.trainer, job.rows, job.recipe, job.run_dir
-    weights = {name: states.whole(p.detach()).cpu() for name, p in states.trainable(trainer.model).items()}
-    counts = {name: count.tolist() for name, count in job.heard.memory().items()}
-    others = job.ranks.gather(counts)[1:]
-    if not job.ranks.first:
-        return
-    for other in others:
-        job.heard.add({name: torch.tensor(count) for name, count in other.items()})
-    idle, heard = unlearnt(trainer.model, weights)
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    answers = [sum(label != -100 for label in labels) for labels in rows["labels"]]
-    passes = job.steps * recipe.train.batch_size * recipe.train.accumulation * job.ranks.world / len(rows)
-    with atomic_folder(run_dir.adapter) as folder:
-        save_adapter(trainer.model, recipe.model.source, folder, weights)
-    steps = [step | {"batch": batch} for step, batch in zip(job.progress.steps, job.boundary.digests, strict=True)]
-    write_json(
-        run_dir.train,
-        {
-            "steps": steps,
-            "rows": len(rows),
-            "passes": round(passes, 3),
-            "tokens": round(sum(lengths) * passes),
-            "trainable_tokens": round(sum(answers) * passes),
-            "seconds": round(sum(step["seconds"] for step in steps), 2),
-            "peak_memory_gib": round(peak_memory_gib(), 3),
-            "load_peak_gib": round(job.base.load_peak_gib, 4),
-            "load_limit_gib": round(job.base.resident_gib + 2 * job.base.largest_group_gib, 4),
-            "load_seconds": round(job.base.load_seconds, 2),
-            "resident_gib": round(job.base.resident_gib, 4),
-            "coverage": job.table,
-            "experts_without_update": idle,
-            "expert_rows_with_a_gradient": heard,
-            "processes": job.ranks.world,
-            "distribution": recipe.launch.distribution if job.ranks.world > 1 else "none",
-            "resumed": job.resumed.memory(),
-            "versions": versions(),
-            "seed": recipe.seed,
-            "device": str(torch.get_default_device())
-            if not torch.cuda.is_available()
-            else torch.cuda.get_device_name(),
-        },
-    )
-
-
-def save_adapter(model: Any, source: str, folder: Path, weights: dict[str, Any]) -> None:
-    """Writes a PEFT adapter of these weights that names `source` as its base."""
-    settings = model.peft_config["default"]
-    settings.base_model_name_or_path = source
-    settings.target_modules = sorted(settings.target_modules)  # PEFT keeps sets: another order in every process
-    settings.target_parameters = sorted(settings.target_parameters) if settings.target_parameters else None
-    model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)  # none is trained
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template card; the export writes a real one
-
-
-class _Resumed:
-    """Every time the run went on from a checkpoint."""
-
-    def __init__(self) -> None:
-        self.earlier: list[dict[str, Any]] = []
-        self.now: dict[str, Any] | None = None
-
-    def memory(self) -> list[dict[str, Any]]:
-        """All of them, for a checkpoint."""
-        return [*self.earlier, *([self.now] if self.now else [])]
-
-    def remember(self, memory: list[dict[str, Any]]) -> None:
-        """Takes up those before this one."""
-        self.earlier = list(memory)
-
-
-def _numbered(rows: Any, packed: bool) -> Any:
-    """The columns that training reads, with the number of each row."""
-    from finetune.train.batch import NUMBER
-
-    columns = ["input_ids", "labels", *(["position_ids"] if packed else [])]
-    return rows.select_columns(columns).add_column(NUMBER, list(range(len(rows))))
-
-
-def _collator(tokenizer: Any, packed: bool) -> Any:
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-    from finetune.data import PackedBatch
-    from finetune.train.batch import Numbered
-
-    pad = tokenizer.pad_token_id
-    return Numbered(PackedBatch(pad) if packed else DataCollatorForLanguageModeling(pad_token_id=pad))
-
-
-def _names(rows: Any, packed: bool) -> Callable[[list[int]], list[str]]:
-    """Row numbers -> what a person can look up."""
-    return lambda numbers: [f"sequence {n} of packed.arrow" if packed else str(rows[n]["row"]) for n in numbers]
+    if job.recipe.train.adapter_of == "best" and trainer.state.best_global_step:
+        trainer.take_weights(job.run_dir.checkpoints / checkpoints.folder_name(trainer.state.best_global_step))
 
 
 def _allowed(run_dir: RunDir) -> list[str]:
     """Changes allowed beside run=, since the run began."""
     return [name for entry in read_json(run_dir.allowed) for name in entry["names"]] if run_dir.allowed.exists() else []
-
-
-def peak_memory_gib() -> float:
-    """Highest memory of this process: of the GPU when there is one, else resident host memory, in GiB."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

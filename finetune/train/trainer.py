@@ -85,6 +85,11 @@ class Trainer(SFTTrainer):
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """One forward pass over held-out rows."""
+        plain = {name: value for name, value in inputs.items() if name not in (NUMBER, DIGEST)}
+        return super().prediction_step(model, plain, *args, **kwargs)
+
     def compute_loss_context_manager(self) -> Any:
         """Under FSDP2 Accelerate (1.15.0) leaves autocast out, which it applies in every other case."""
         stack = super().compute_loss_context_manager()
@@ -140,6 +145,13 @@ class Trainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Puts a checkpoint's weights into the adapter, and takes up what was remembered beside them."""
         folder = Path(resume_from_checkpoint)
+        self.take_weights(folder, model)
+        memory = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
+        for name, kept in self.keeping.kept.items():
+            kept.remember(memory[name])
+
+    def take_weights(self, folder: Path, model: Any = None) -> None:
+        """Puts a checkpoint's weights into the adapter. Raises NumbersError when they are of another one."""
         saved = load_file(folder / WEIGHTS)
         parameters = states.trainable(self.model if model is None else model)
         if saved.keys() != parameters.keys():
@@ -148,9 +160,6 @@ class Trainer(SFTTrainer):
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(states.like(saved[name], parameter))
-        memory = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
-        for name, kept in self.keeping.kept.items():
-            kept.remember(memory[name])
 
     def restore(self, folder: Path) -> None:
         """Takes up a checkpoint after the last update, when there is nothing left to train."""
@@ -223,6 +232,11 @@ class Boundary(TrainerCallback):
         if signal and state.global_step < state.max_steps:
             self.stopped_by = signal
             control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        """Saves when held-out rows were never predicted better, so that this state can become the adapter."""
+        if state.best_metric is None or metrics["eval_loss"] < state.best_metric:
+            control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Raises NumbersError (NUM-001), on all ranks and before anything is saved, when a number is not finite."""

@@ -1,0 +1,86 @@
+"""What a finished training leaves: `finish(job)` writes adapter/ and train.json."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.record import versions
+from finetune.rundir import atomic_folder, write_json
+from finetune.train import state as states
+from finetune.train.job import Job
+from finetune.train.learnt import unlearnt
+
+
+def finish(job: Job) -> None:
+    """Looks at what was learnt and writes adapter/ and train.json; only the first process writes."""
+    trainer, rows, recipe, run_dir = job.trainer, job.rows, job.recipe, job.run_dir
+    weights = {name: states.whole(p.detach()).cpu() for name, p in states.trainable(trainer.model).items()}
+    counts = {name: count.tolist() for name, count in job.heard.memory().items()}
+    others = job.ranks.gather(counts)[1:]
+    if not job.ranks.first:
+        return
+    for other in others:
+        job.heard.add({name: torch.tensor(count) for name, count in other.items()})
+    idle, heard = unlearnt(trainer.model, weights)
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    answers = [sum(label != -100 for label in labels) for labels in rows["labels"]]
+    passes = job.steps * recipe.train.batch_size * recipe.train.accumulation * job.ranks.world / len(rows)
+    with atomic_folder(run_dir.adapter) as folder:
+        save_adapter(trainer.model, recipe.model.source, folder, weights)
+    best = trainer.state.best_global_step if recipe.train.adapter_of == "best" else None
+    chosen = best or trainer.state.global_step
+    steps = [step | {"batch": batch} for step, batch in zip(job.progress.steps, job.boundary.digests, strict=True)]
+    write_json(
+        run_dir.train,
+        {
+            "steps": steps,
+            "rows": len(rows),
+            "passes": round(passes, 3),
+            "tokens": round(sum(lengths) * passes),
+            "trainable_tokens": round(sum(answers) * passes),
+            "seconds": round(sum(step["seconds"] for step in steps), 2),
+            "peak_memory_gib": round(peak_memory_gib(), 3),
+            "load_peak_gib": round(job.base.load_peak_gib, 4),
+            "load_limit_gib": round(job.base.resident_gib + 2 * job.base.largest_group_gib, 4),
+            "load_seconds": round(job.base.load_seconds, 2),
+            "resident_gib": round(job.base.resident_gib, 4),
+            "coverage": job.table,
+            "heldout": [
+                {"step": entry["step"], "loss": entry["eval_loss"]}
+                for entry in trainer.state.log_history
+                if "eval_loss" in entry
+            ],
+            "adapter_of_step": chosen,
+            "experts_without_update": idle,
+            "expert_rows_with_a_gradient": heard,
+            "processes": job.ranks.world,
+            "distribution": recipe.launch.distribution if job.ranks.world > 1 else "none",
+            "resumed": job.resumed.memory(),
+            "versions": versions(),
+            "seed": recipe.seed,
+            "device": str(torch.get_default_device())
+            if not torch.cuda.is_available()
+            else torch.cuda.get_device_name(),
+        },
+    )
+
+
+def save_adapter(model: Any, source: str, folder: Path, weights: dict[str, Any]) -> None:
+    """Writes a PEFT adapter of these weights that names `source` as its base."""
+    settings = model.peft_config["default"]
+    settings.base_model_name_or_path = source
+    settings.target_modules = sorted(settings.target_modules)  # PEFT keeps sets: another order in every process
+    settings.target_parameters = sorted(settings.target_parameters) if settings.target_parameters else None
+    model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)  # none is trained
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template card; the export writes a real one
+
+
+def peak_memory_gib() -> float:
+    """Highest memory of this process: of the GPU when there is one, else resident host memory, in GiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
