@@ -260,6 +260,11 @@ def _cleaning(data: Data) -> Iterator[str]:
 def _launch(recipe: Recipe) -> Iterator[str]:
     if recipe.launch.kind == "slurm":
         yield "LCH-001 launch.kind=slurm is not available yet. Set launch.kind=local and start it inside your own job."
+    if recipe.launch.distribution == "deepspeed":
+        yield (
+            "LCH-011 launch.distribution=deepspeed is not offered: its own engine keeps states that our checkpoints "
+            "cannot hold, and FSDP2 shares the same weights. Set launch.distribution=fsdp2."
+        )
     if recipe.launch.nodes > 1 and recipe.launch.kind == "local":
         yield (
             f"LCH-009 launch.nodes={recipe.launch.nodes}: launch.kind=local starts processes on this machine only. "

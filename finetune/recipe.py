@@ -205,9 +205,9 @@ class Launch:
     """Machines that train together."""
     devices: int = 1
     """Processes per machine that train together, one per device."""
-    distribution: str = one_of("ddp", "fsdp2")
+    distribution: str = one_of("ddp", "fsdp2", "deepspeed")
     """With several devices: `ddp` gives each the whole base and its share of the rows; `fsdp2` also splits the base's
-    weights among them (GPUs only)."""
+    weights among them (GPUs only). `deepspeed` is refused, with the reason."""
     cpu_threads: int = 0
     """Threads for CPU arithmetic; 0 means one per core."""
 
