@@ -64,9 +64,16 @@ def _known(error: BaseException) -> str:
         module = error.name.partition(".")[0]
         name = DISTRIBUTIONS[module] if module in DISTRIBUTIONS else module
         return f"DEP-001 the package {name} is missing. Type: {sys.executable} -m pip install {name}"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if out_of_memory(error):
         return "MEM-001 out of memory. `python -m finetune plan` shows what is needed and the smallest change."
     return ""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: on a GPU, in Python, or in torch's allocator for the host, which has no type for it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -34,16 +34,13 @@ def loss_type(model: Any) -> str:
     return "chunked_nll" if model.base_model is not model else "nll"
 
 
-def trainer_settings(recipe: Recipe, output_dir: str, logging_dir: str, steps: int, loss: str) -> Any:
-    """TRL's settings for a recipe."""
-    import os
-
+def trainer_settings(recipe: Recipe, output_dir: str, run_name: str, steps: int, loss: str) -> Any:
+    """TRL's settings for a recipe. Trackers are callbacks of their own (`trackers`), behind those that measure."""
     import torch
     from trl import SFTConfig
 
     settings = recipe.train
     on_gpu = torch.cuda.is_available()
-    os.environ["TENSORBOARD_LOGGING_DIR"] = logging_dir
     return SFTConfig(
         output_dir=output_dir,
         max_steps=steps,
@@ -66,7 +63,10 @@ def trainer_settings(recipe: Recipe, output_dir: str, logging_dir: str, steps: i
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
-        report_to=["tensorboard"] if settings.tensorboard else [],
+        report_to=[],
+        run_name=run_name,
+        project=recipe.name,
+        trackio_static_space_id=False,
         disable_tqdm=True,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,

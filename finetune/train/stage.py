@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from tempfile import TemporaryDirectory
 
@@ -27,9 +26,13 @@ def train(run_dir: RunDir) -> None:
     from finetune.adapters import attach, coverage_table, print_coverage, to_fp32
     from finetune.base import load_base
     from finetune.data import PackedBatch, load_packed, load_splits
-    from finetune.progress import Guard, TrainingProgress
+    from finetune.progress import Guard, TrainingProgress, peak_memory_gib
     from finetune.recompute import Recompute
     from finetune.source import base_folder
+    from finetune.train.picture import draw_training
+    from finetune.train.rehearsal import Rehearsal
+    from finetune.train.router_load import RouterLoad
+    from finetune.train.trackers import tracking
 
     recipe = read_recipe(run_dir.recipe)
     console = Console()
@@ -49,16 +52,27 @@ def train(run_dir: RunDir) -> None:
 
     steps = planned_steps(recipe.train, len(rows))
     console.print(arithmetic(recipe.train, len(rows), steps))
-    progress = TrainingProgress(console, steps)
-    with TemporaryDirectory(prefix="finetune-") as scratch:
+    name = f"{recipe.name}-{run_dir.path.name}"
+    rehearsal, router = Rehearsal(recipe, run_dir, console), RouterLoad(console)
+    watched = TrainingProgress(console, steps), tracking(recipe, run_dir.logs)
+    with watched[0] as progress, watched[1] as trackers, TemporaryDirectory(prefix="finetune-") as scratch:
         trainer = SFTTrainer(
             model=model,
-            args=trainer_settings(recipe, scratch, str(run_dir.logs), steps, loss_type(base.model)),
+            args=trainer_settings(recipe, scratch, name, steps, loss_type(base.model)),
             train_dataset=rows if packed is not None else rows.select_columns(["input_ids", "labels"]),
             data_collator=None if packed is None else PackedBatch(base.tokenizer.pad_token_id),
             processing_class=base.tokenizer,
-            callbacks=[progress, Guard(), Recompute(recipe, base.family.block_class, console)],
+            # In this order: what is rehearsed is not counted, and trackers log what the others have measured.
+            callbacks=[
+                Guard(),
+                Recompute(recipe, base.family.block_class, console),
+                rehearsal,
+                router,
+                progress,
+                *trackers,
+            ],
         )
+        rehearsal.trainer = trainer
         trainer.remove_callback(PrinterCallback)  # prints each log as a dict; ours says the same in words
         to_fp32(trainer.model)  # TRL casts the adapter of a 4-bit model to bf16
         started = time.monotonic()
@@ -78,10 +92,13 @@ def train(run_dir: RunDir) -> None:
         settings.target_parameters = sorted(settings.target_parameters) if settings.target_parameters else None
         trainer.model.save_pretrained(folder, save_embedding_layers=False)  # none is trained
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's template card; the export writes a real one
+    draw_training(run_dir.loss_plot, progress.steps, name)
     write_json(
         run_dir.train,
         {
             "steps": progress.steps,
+            "router": router.summary(),
+            "rehearsal": rehearsal.measured,
             "rows": len(rows),
             "passes": round(passes, 3),
             "tokens": round(sum(lengths) * passes),
@@ -102,12 +119,3 @@ def train(run_dir: RunDir) -> None:
             else torch.cuda.get_device_name(),
         },
     )
-
-
-def peak_memory_gib() -> float:
-    """Highest memory of this process: of the GPU when there is one, else resident host memory, in GiB."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
