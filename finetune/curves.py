@@ -25,7 +25,7 @@ def draw_loss(axes: Any, steps: Sequence[int], losses: Sequence[float], *, accen
     )
     if not alone:
         axes.plot(steps, running_mean(losses, window), color=accent, linewidth=2.2)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * max(losses) or 1)
     return window
 
 

@@ -56,7 +56,7 @@ def settings(tracker: str, project: str, logs: Path) -> dict[str, str]:
             "WANDB_CONSOLE": "off",  # no copy of what the terminal shows
             "WANDB_DISABLE_GIT": "true",
             "WANDB_DISABLE_CODE": "true",
-            "WANDB_X_DISABLE_STATS": "true",  # its monitor asks the cloud's metadata address what machine this is
+            "WANDB_X_DISABLE_STATS": "true",  # its monitor knows a cloud's metadata address to ask
         }
     if tracker == "mlflow":
         return {
