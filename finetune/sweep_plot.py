@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,21 +88,18 @@ def _lines(axes: Any, points: Sequence[Point], keys: list[str]) -> None:
 
 
 def _axis(axes: Any, key: str, values: list[str]) -> dict[str, float]:
-    """Value -> where it stands. Numbers keep their distances, in powers of two or ten where they span much."""
+    """Value -> where it stands. Numbers keep their distances, or those of their logarithms where they span much."""
     ordered = _ordered(values)
     axes.set_xlabel(key)
-    if not _numeric(values):
-        place = {value: float(number) for number, value in enumerate(ordered)}
-        axes.set_xticks(list(place.values()), ordered)
+    places = [float(value) for value in ordered] if _numeric(values) else []
+    if places and min(places) > 0 and max(places) / min(places) >= 4:
+        places = [math.log(place) for place in places]
+    gaps = [high - low for low, high in pairwise(places)]
+    if not gaps or min(gaps) < (places[-1] - places[0]) / 16:  # their names would stand on each other
+        places = [float(number) for number in range(len(ordered))]
         axes.set_xlim(-0.5, len(ordered) - 0.5)
-        return place
-    place = {value: float(value) for value in ordered}
-    smallest, largest = min(place.values()), max(place.values())
-    if smallest > 0 and largest / smallest >= 4:
-        axes.set_xscale("log")
-    axes.set_xticks(list(place.values()), ordered)
-    axes.minorticks_off()
-    return place
+    axes.set_xticks(places, ordered)
+    return dict(zip(ordered, places, strict=True))
 
 
 def _bars(axes: Any, points: Sequence[Point]) -> None:

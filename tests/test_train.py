@@ -147,10 +147,11 @@ def test_progress_keeps_numbers_and_refuses_those_that_are_not_finite():
 
     progress = TrainingProgress(Console(quiet=True), 10)
     state = type("State", (), {"global_step": 1})()
-    progress.on_log(None, state, None, logs={"loss": 1.5, "learning_rate": 1e-4, "grad_norm": 2.0})
+    one = type("Arguments", (), {"world_size": 1})()
+    progress.on_log(one, state, None, logs={"loss": 1.5, "learning_rate": 1e-4, "grad_norm": 2.0})
     assert progress.steps[0]["loss"] == 1.5
     with pytest.raises(NumbersError, match="NUM-001 loss is nan at step 1"):
-        progress.on_log(None, state, None, logs={"loss": math.nan, "learning_rate": 1e-4, "grad_norm": 2.0})
+        progress.on_log(one, state, None, logs={"loss": math.nan, "learning_rate": 1e-4, "grad_norm": 2.0})
 
 
 def test_only_a_class_whose_backbone_is_itself_computes_all_logits_at_once():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from finetune.curves import ACCENT, SOFT, draw_loss, new_figure, running_mean, save_png, tidy
+from finetune.curves import ACCENT, SOFT, draw_loss, new_figure, save_png, tidy
 
 
 def draw_training(target: Path, steps: list[dict[str, Any]], title: str) -> None:
@@ -16,9 +16,7 @@ def draw_training(target: Path, steps: list[dict[str, Any]], title: str) -> None
     loss.set_ylabel("loss, nats per token")
     loss.set_title(title + (f" (bold: mean of the last {window})" if window > 1 else ""), loc="left")
     norms = [step["grad_norm"] for step in steps]
-    norm.plot(numbers, norms, color=SOFT if window > 1 else ACCENT, linewidth=1.1)
-    if window > 1:
-        norm.plot(numbers, running_mean(norms, window), color=ACCENT, linewidth=1.8)
+    norm.plot(numbers, norms, color=ACCENT, linewidth=1.1)
     if max(norms) > 20 * (sorted(norms)[len(norms) // 2] or 1):  # a spike would flatten the rest
         norm.set_yscale("log")
     else:
