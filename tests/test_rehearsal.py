@@ -118,9 +118,9 @@ def test_memory_that_runs_out_is_told_from_other_errors():
         torch.empty(1 << 56, dtype=torch.uint8)
     recipe = Recipe(train=Train(batch_size=1))
     meter = Meter()
-    with pytest.raises(FinetuneError, match=r"MEM-001 a batch needs more than .* of .*GiB: .* Try: train.gradient_ch"):
-        with meter.refusing("a batch", recipe):
-            raise no_room.value
+    said = r"MEM-001 a batch needs more than .* of .*GiB: .* Try: train.gradient_checkpointing=true"
+    with pytest.raises(FinetuneError, match=said), meter.refusing("a batch", recipe):
+        raise no_room.value
     assert out_of_memory(MemoryError()) and not out_of_memory(RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"), meter.refusing("a batch", recipe):
         raise RuntimeError("shapes differ")
