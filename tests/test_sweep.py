@@ -67,7 +67,7 @@ def test_a_stopped_sweep_says_how_it_goes_on_and_goes_on_with_what_is_left(tmp_p
     assert sweep.sweep(given, None, "evaluate", Console(width=300), first) == 3
     folder = tmp_path / "runs" / "legal_quickstart" / "sweep-0001"
     shown = capsys.readouterr().out
-    assert f"to continue: python -m finetune -m sweep={folder}\n" in shown and shown.count("stopped") == 2
+    assert f"to continue: python -m finetune -m sweep={folder}\n" in shown and shown.count("  stopped  ") == 2
 
     with pytest.raises(RecipeError, match=rf"SWP-001 {folder} has the same jobs, 2 of 4 are left\. Type: .*sweep="):
         sweep.sweep(given, None, "evaluate", QUIET, Jobs())
@@ -154,7 +154,7 @@ def test_more_settings_are_bars_the_lowest_on_top(tmp_path, monkeypatch):
     axes = drawn(tmp_path, monkeypatch, points, [999.0])
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names[-1] == "a=1 b=1 seed=1" and names[0] == "a=1 b=2 seed=2"
-    assert len(axes.patches) == 8 and [text.get_text() for text in axes.texts][0] == " failed"
+    assert len(axes.patches) == 8 and axes.texts[0].get_text() == " failed"
 
 
 def test_a_sweep_without_scores_has_a_table_and_no_plot(tmp_path):
