@@ -178,9 +178,18 @@ def cut(row: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 
 def parts(rows: int, tokens: int, *, whole: bool) -> list[tuple[int, int]]:
-    """(rows, tokens) of the batches to try, the last one whole: on a CPU two short ones and one row come first."""
-    first = [] if whole else [(1, max(1, tokens // 8)), (1, max(1, tokens // 4)), (1, tokens)]
-    return list(dict.fromkeys([*first, (rows, tokens)]))
+    """(rows, tokens) of the batches to try, the last one whole.
+
+    On a CPU smaller ones come first: two pieces of a row, then always a quarter of the rows before four times as many,
+    since what a small batch takes says little of a much larger one.
+    """
+    if whole:
+        return [(1, max(1, tokens // 8)), (rows, tokens)]  # so that gradients are there, as when batches accumulate
+    quarters = [rows]
+    while quarters[-1] >= 4:
+        quarters.append(quarters[-1] // 4)
+    pieces = [(1, max(1, tokens // 8)), (1, max(1, tokens // 4))]
+    return list(dict.fromkeys([*pieces, *((some, tokens) for some in reversed(quarters))]))
 
 
 def predicted(grown: list[tuple[int, float]], tokens: int) -> float:

@@ -116,8 +116,9 @@ class RouterLoad(TrainerCallback):
 
 
 def load(tokens: list[int]) -> dict[str, float]:
-    """How even some counts are: entropy over its largest value (1 = all alike, 0 = one has all), share of the largest,
-    and how many are zero.
+    """How even some counts are.
+
+    Entropy over the largest it can be (1 = all alike, 0 = one has all), share of the largest, and how many are zero.
     """
     total = sum(tokens)
     shares = [count / total for count in tokens if count]

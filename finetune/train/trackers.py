@@ -39,8 +39,9 @@ def tracking(recipe: Recipe, logs: Path) -> Iterator[list[Any]]:
 
 
 def settings(tracker: str, project: str, logs: Path) -> dict[str, str]:
-    """Variable -> value that keep a tracker in `logs` and off the network. Seen with wandb 0.31.0, mlflow 3.17.2,
-    trackio 0.43.0, tensorboard 2.21.
+    """Variable -> value that keep a tracker in `logs` and off the network.
+
+    Watched with strace: wandb 0.31.0, mlflow 3.17.2 and trackio 0.43.0 open no connection to an address.
     """
     own = logs.absolute() / tracker
     if tracker == "tensorboard":
