@@ -79,6 +79,14 @@ def test_what_trackers_get_is_the_same_with_and_without_a_rehearsal(rehearsed):
         assert found[0][name] == found[1][name]
 
 
+@pytest.mark.parametrize(("free_gib", "tried"), [(1000.0, 16), (0.2, 64)])
+def test_the_whole_batch_is_left_out_only_where_twice_as_much_would_fit(rehearsed, monkeypatch, free_gib, tried):
+    monkeypatch.setattr("finetune.train.rehearsal.available_gib", lambda: free_gib)
+    told = read_json(rehearsed("train.batch_size=64", "train.max_steps=1").train)["rehearsal"]
+    assert told["rows"] == 64 and told["tried_rows"] == tried
+    assert 0.05 < told["growth_gib"] < 0.5  # 0.13 GiB, tried or foreseen
+
+
 BLIND = "rehearsal.predicted = lambda grown, tokens: 0.0"
 LIMITED = """
 import resource, sys

@@ -1,7 +1,8 @@
 """The longest batch before step 1, without a trace: too little memory ends a run in its first seconds, not hours later.
 
 `Rehearsal` is a callback. On a GPU the whole batch is tried. On a CPU the system would kill the process instead of
-raising an error, so parts of the batch come first, and what they grow by says whether the rest is tried at all.
+raising an error, so parts of the batch come first. What they grow by says whether the rest is tried: not when it cannot
+fit, and not when a quarter of the rows says that twice as much as the whole needs would fit.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ class Rehearsal(TrainerCallback):
             self.measured = self._rehearse(kwargs["model"])
         seconds = time.monotonic() - started
         self.measured["seconds"] = round(seconds, 2)
+        some = "" if self.measured["tried_rows"] == self.measured["rows"] else f"{self.measured['tried_rows']} rows of "
         self.console.print(
-            f"rehearsed the longest batch ({self.measured['rows']} x {self.measured['tokens']} tokens) in "
-            f"{seconds:.1f} s: {room(self.measured['growth_gib'])} more memory, {room(self.measured['free_gib'])} free",
+            f"rehearsed {some}the longest batch ({self.measured['rows']} x {self.measured['tokens']} tokens) in "
+            f"{seconds:.1f} s: it takes {room(self.measured['growth_gib'])} of {room(self.measured['free_gib'])} free",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -62,15 +64,20 @@ class Rehearsal(TrainerCallback):
         rows, tokens = trainer.args.per_device_train_batch_size, len(row["input_ids"])
         what = f"longest batch ({rows} x {tokens} tokens)"
         grown: list[tuple[int, float]] = []
+        tried = 0
         with meter.refusing(what, self.recipe):
             standing = moments(model, trainer.optimizer)
             for some_rows, some_tokens in parts(rows, tokens, whole=meter.on_gpu):
                 if len(grown) > 1:
                     expected = predicted(grown, some_rows * some_tokens)
                     meter.refuse_above(expected, what, self.recipe)
+                    if tried and some_rows == rows and 2 * expected <= meter.free_gib:
+                        meter.gib = expected
+                        break
                 with meter:
                     train_once(trainer, cut(row, some_tokens), some_rows)
                 grown.append((some_rows * some_tokens, meter.gib))
+                tried = some_rows if some_tokens == tokens else 0  # rows of full length
             meter.refuse_above(meter.gib, what, self.recipe)
         for dataset in evaluation_sets(trainer):
             row, rows = longest_row(dataset), trainer.args.per_device_eval_batch_size
@@ -82,6 +89,7 @@ class Rehearsal(TrainerCallback):
         return {
             "rows": trainer.args.per_device_train_batch_size,
             "tokens": tokens,
+            "tried_rows": tried,
             "growth_gib": round(meter.gib, 3),
             "free_gib": round(meter.free_gib, 3),
         }
