@@ -45,8 +45,8 @@ class TrainingProgress(TrainerCallback):
         self._counter.watch(kwargs["model"])
         self._last = time.monotonic()
         if self.console.is_terminal and not self.console.quiet:
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-            self._bar = Progress(*columns, console=self.console)
+            columns = (BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            self._bar = Progress(*columns, console=self.console, expand=True)  # the bar gives way to the figures
             self._task = self._bar.add_task("training", total=self.total, completed=state.global_step, note="")
             self._bar.start()
 
