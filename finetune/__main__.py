@@ -34,7 +34,8 @@ Fine-tune an open-weight Mixture-of-Experts model in 4 bits, here, with proofs.
   python -m finetune plan recipe=llama4_70b_legal             what a large one needs and costs
   python -m finetune recipe=llama4_70b_legal scale=rehearsal  the same job on a tiny random model
   python -m finetune run=runs/legal_quickstart/0001           carry on where a run stopped
-  python -m finetune -m recipe=NAME adapter.rank=8,16         several jobs and a table of their scores
+  python -m finetune -m recipe=NAME adapter.rank=8,16         several jobs, a table and a plot of their scores
+  python -m finetune -m sweep=runs/NAME/sweep-0001            carry on where that stopped
 
 python -m finetune [VERB] recipe=NAME [key=value ...] | run=PATH
 """

@@ -19,6 +19,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PACKAGE = re.compile(r"package:[A-Za-z0-9][\w.-]*==[\w.!+-]+/[^\s]+")
 EXPORT_FORMATS = ("hf", "peft")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
@@ -82,7 +83,7 @@ BELOW_ONE = ("adapter.dropout", "evaluate.confidence")
 
 def problems(recipe: Recipe) -> list[str]:
     """A sentence for every setting that cannot work: id, `key=value`, why, what to type. Empty when all is well."""
-    rules = (_choices, _ranges, _names, _model, _adapter, _train, _data, _launch, _export, _licence)
+    rules = (_choices, _ranges, _names, _model, _adapter, _train, _data, _trackers, _launch, _export, _licence)
     return [sentence for rule in rules for sentence in rule(recipe)]
 
 
@@ -255,6 +256,13 @@ def _cleaning(data: Data) -> Iterator[str]:
                 yield f"DAT-010 data.{key} has no effect with a data card, which says it itself. Leave it out."
     if not data.card and data.excerpt_words:
         yield "DAT-010 data.excerpt_words has no effect without a data card. Leave it out."
+
+
+def _trackers(recipe: Recipe) -> Iterator[str]:
+    for name in recipe.train.report_to:
+        if name not in TRACKERS:
+            known = ", ".join(TRACKERS)
+            yield f"TRK-001 train.report_to: {name} is not one of {known}. Choose among them, or train.report_to=[]."
 
 
 def _launch(recipe: Recipe) -> Iterator[str]:

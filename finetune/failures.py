@@ -50,8 +50,7 @@ def explain(error: BaseException, run_dir: RunDir | None) -> int:
     for cause in causes:
         if known := _known(cause):
             return _say(known + again, RUNTIME)
-    first = guard.SECRET_VALUE.sub("[hidden]", (str(error).strip().splitlines() or ["no message"])[0])
-    what = f"BUG-001 unexpected {type(error).__name__}: {first.rstrip('.')}. This is a defect of finetune"
+    what = f"BUG-001 unexpected {type(error).__name__}: {_first_line(error)}. This is a defect of finetune"
     return _say(f"{what} (details: {_log(error, run_dir)}).{again}", UNEXPECTED)
 
 
@@ -64,9 +63,27 @@ def _known(error: BaseException) -> str:
         module = error.name.partition(".")[0]
         name = DISTRIBUTIONS[module] if module in DISTRIBUTIONS else module
         return f"DEP-001 the package {name} is missing. Type: {sys.executable} -m pip install {name}"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if (tracker := type(error).__module__.partition(".")[0]) in ("wandb", "mlflow", "trackio"):
+        return (
+            f"TRK-004 the tracker {tracker} failed: {_first_line(error)}. Mend its variables, or leave it out of "
+            "train.report_to in a new run."
+        )
+    if out_of_memory(error):
         return "MEM-001 out of memory. `python -m finetune plan` shows what is needed and the smallest change."
     return ""
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of a message, without secrets and its full stop."""
+    first = guard.SECRET_VALUE.sub("[hidden]", (str(error).strip().splitlines() or ["no message"])[0])
+    return first.rstrip(".")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: on a GPU, in Python, or in torch's allocator for the host, which has no type for it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

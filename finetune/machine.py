@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import resource
 import shutil
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 from finetune import fetch, sizes
-from finetune.check import source_kind
+from finetune.check import TRACKERS, source_kind
 from finetune.errors import FinetuneError, WeightsError
 from finetune.families import family_of
 from finetune.licences import find_licence
@@ -46,6 +48,11 @@ def environment_problems() -> list[str]:
     return found
 
 
+def fit_problems(recipe: Recipe) -> list[str]:
+    """A sentence for everything that this recipe asks of this machine in vain."""
+    return [*launch_problems(recipe), *tracker_problems(recipe)]
+
+
 def launch_problems(recipe: Recipe) -> list[str]:
     """A sentence for everything about this machine that does not fit how the recipe trains here."""
     launch, gpus = recipe.launch, gpu_count()
@@ -71,6 +78,15 @@ def gpu_count() -> int:
     return sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
 
 
+def tracker_problems(recipe: Recipe) -> list[str]:
+    """A sentence for every tracker of `train.report_to` that is not installed. Imports none of them."""
+    return [
+        f"TRK-002 train.report_to: {name} is not installed. Type: pip install finetune[{name}], or leave it out."
+        for name in recipe.train.report_to
+        if name in TRACKERS and not any(metadata.distributions(name=name))
+    ]
+
+
 def settled(recipe: Recipe) -> Recipe:
     """The recipe with what depends on this machine decided: `train.precision=auto`."""
     if recipe.train.precision != "auto":
@@ -86,11 +102,54 @@ def multiplies_bf16() -> bool:
 
 
 def available_gib() -> float:
-    """Host memory that can be taken without swapping, in GiB; infinite where the system does not say."""
+    """Host memory that this process may still take without swapping, in GiB; infinite where the system does not say.
+
+    The least of what the machine has, what its control groups leave (a container, a Slurm job) and `ulimit -v`.
+    """
+    return min(_machine_gib(), *_control_group_gib(), _address_space_gib())
+
+
+def _machine_gib() -> float:
     file = Path("/proc/meminfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return found[0] / 2**20 if found else float("inf")
+    return found[0] / 2**20 if found else math.inf
+
+
+def _control_group_gib(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[float]:
+    """What every control group of this process leaves, in GiB. File pages that the kernel can drop count as free."""
+    found = [math.inf]
+    for line in groups.read_text(encoding="utf-8").splitlines() if groups.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        names = ("memory.max", "memory.current", "inactive_file")
+        if controllers:  # version 1 has a tree per controller
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        top = root / controllers
+        folder = top / path.strip("/")
+        for group in (folder, *folder.parents):
+            if (group / names[0]).is_file():
+                limit = (group / names[0]).read_text(encoding="utf-8").strip()
+                if limit != "max":
+                    used = int((group / names[1]).read_text(encoding="utf-8"))
+                    found.append((int(limit) - used + _droppable(group, names[2])) / 2**30)
+            if group == top:
+                break
+    return found
+
+
+def _droppable(group: Path, name: str) -> int:
+    lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0)
+
+
+def _address_space_gib() -> float:
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return math.inf
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
+    return (limit - pages * resource.getpagesize()) / 2**30
 
 
 def missing_weights(recipe: Recipe) -> WeightsError | None:

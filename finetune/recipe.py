@@ -179,8 +179,6 @@ class Train:
     """How many layers recompute theirs; 0 means as many as memory demands, seen when training begins."""
     router_aux_loss_coef: float = 0.0
     """Weight of the load-balancing loss. 0 because the router is frozen; TRL's own default would add it."""
-    tensorboard: bool = True
-    """Write a TensorBoard log into the run folder."""
     save_steps: int = 0
     """Updates between checkpoints; 0 means a tenth of the run, at most 100. A run that is stopped saves then too."""
     evaluate_steps: int = 0
@@ -193,6 +191,11 @@ class Train:
     allow_changed: list[str] = field(default_factory=list)
     """What may differ from the checkpoint that a run goes on from: base, data, world_size, distribution, precision,
     seed, settings, versions. It may be given beside run=, and the record keeps it."""
+    rehearse_memory: bool = True
+    """Run the longest batch once before step 1, without a trace, so that too little memory ends the run in seconds."""
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Trackers that get every step: tensorboard, wandb, mlflow, trackio; [] for none. They write below `logs/` of the
+    run and send nothing; with network=true your own variables (WANDB_MODE, MLFLOW_TRACKING_URI ...) decide."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -281,7 +284,8 @@ class Recipe:
     cache_dir: str = ""
     """Folder for downloads and converted bases; empty means `$FINETUNE_CACHE` or `~/.cache/finetune`."""
     network: bool = False
-    """Allow this job to fetch what its recipe names. Nothing is ever sent."""
+    """Allow this job to fetch what its recipe names. Nothing is sent, unless `train.report_to` names a tracker and your
+    own variables give it a server."""
     model: Model = field(default_factory=Model)
     """The base model."""
     adapter: Adapter = field(default_factory=Adapter)

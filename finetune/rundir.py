@@ -67,7 +67,7 @@ class RunDir:
 
     @property
     def logs(self) -> Path:
-        """TensorBoard event files."""
+        """What trackers write: TensorBoard event files, and a folder each for others."""
         return self.path / "logs"
 
     @property
@@ -79,6 +79,11 @@ class RunDir:
     def train(self) -> Path:
         """Losses, tokens, seconds, peak memory, coverage table, versions."""
         return self.path / "train.json"
+
+    @property
+    def loss_plot(self) -> Path:
+        """Loss, gradient norm and learning rate of the training, as a picture."""
+        return self.path / "loss.png"
 
     @property
     def scores(self) -> Path:

@@ -5,29 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.compose import compose, expand_sweep
 from finetune.errors import RecipeError
 from finetune.run import refuse, start
-from finetune.rundir import RunDir, read_json
+from finetune.sweep_folder import Job, Sweep, create_sweep, read_sweep, refuse_again
+from finetune.sweep_table import show_jobs, write_results
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One finished or failed job of a sweep."""
-
-    words: tuple[str, ...]
-    """The words in which it differs from the others."""
-    run_dir: RunDir
-    """Its run folder."""
-    exit_code: int
-    """What its process returned; 0 means finished."""
 
 
 def process(words: list[str]) -> int:
@@ -44,58 +32,64 @@ def sweep(
 ) -> int:
     """Carries out every job of the words and prints their scores; gives the first exit code that is not 0.
 
-    `carry_out` takes the words of one job. Raises RecipeError with the problems of all jobs before the first starts.
+    `sweep=PATH` alone continues a sweep: jobs that finished are left alone. `carry_out` takes the words of one job.
+    Raises RecipeError with the problems of all jobs before the first starts.
     """
+    found = to_continue(words) or begin(words, config_dir, until)
+    try:
+        found = carry_out_jobs(found, console, carry_out)
+    finally:
+        found = read_sweep(found.path)  # also what was done before Ctrl-C
+        show_jobs(found.jobs, console)
+        console.print(f"sweep: {found.path}", markup=False, highlight=False, soft_wrap=True)
+        if any(job.exit_code != 0 for job in found.jobs):
+            console.print(f"to continue: {found.how_to_continue()}", markup=False, highlight=False, soft_wrap=True)
+    return next((job.exit_code for job in found.jobs if job.exit_code), 0)
+
+
+def to_continue(words: Sequence[str]) -> Sweep | None:
+    """The sweep of `sweep=PATH`, None where the words are those of a new one. Raises RecipeError where both are."""
+    given = [word.partition("=")[2] for word in words if word.startswith("sweep=")]
+    if not given:
+        return None
+    if len(words) > 1:
+        raise RecipeError(
+            [f"SWP-003 a sweep keeps its settings. Type: python -m finetune -m sweep={given[0]}, nothing beside it."]
+        )
+    return read_sweep(Path(given[0]))
+
+
+def begin(words: Sequence[str], config_dir: str | None, until: str) -> Sweep:
+    """A new sweep with a run folder for every job. Raises RecipeError with the problems of all, before any is made."""
     variants = expand_sweep(words)
-    recipes, found = [], []
+    recipes, problems = [], []
     for variant in variants:
         try:
             recipe = compose(variant, config_dir)
             refuse(recipe)
             recipes.append(recipe)
         except RecipeError as error:
-            found += error.problems
-    if found:
-        raise RecipeError(list(dict.fromkeys(found)))
+            problems += error.problems
+    if problems:
+        raise RecipeError(list(dict.fromkeys(problems)))
+    refuse_again(Path(recipes[0].runs_dir).expanduser() / recipes[0].name, words, until)
     jobs = []
-    for number, (variant, recipe) in enumerate(zip(variants, recipes, strict=True), 1):
+    for variant, recipe in zip(variants, recipes, strict=True):
         differs = tuple(word for word in variant if not all(word in other for other in variants))
-        run_dir = start(recipe)
-        console.print(
-            f"job {number} of {len(variants)}: {' '.join(differs)} in {run_dir.path}", markup=False, highlight=False
-        )
-        jobs.append(Job(differs, run_dir, carry_out([until, f"run={run_dir.path}"])))
-        if jobs[-1].exit_code in (130, -2):  # Ctrl-C reached the child: the user means the whole sweep
+        jobs.append(Job(differs, start(recipe), None))
+    return create_sweep(words, until, jobs)
+
+
+def carry_out_jobs(found: Sweep, console: Console, carry_out: Callable[[list[str]], int]) -> Sweep:
+    """The sweep after every job that was not finished has run once; Ctrl-C ends all of it."""
+    for number, job in enumerate(found.jobs):
+        told = f"job {number + 1} of {len(found.jobs)}: {' '.join(job.words)} in {job.run_dir.path}"
+        if job.exit_code == 0:
+            console.print(f"{told}: done before", markup=False, highlight=False, soft_wrap=True)
+            continue
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
+        found = found.with_job(number, carry_out([found.until, f"run={job.run_dir.path}"]))
+        write_results(found)
+        if found.jobs[number].exit_code in (130, -2, 75):  # Ctrl-C reached the child: the user means the whole sweep
             break
-    show_jobs(jobs, console)
-    return next((job.exit_code for job in jobs if job.exit_code), 0)
-
-
-def show_jobs(jobs: Sequence[Job], console: Console) -> None:
-    """Prints a table of jobs, the lowest tuned loss first; jobs without scores last, with their exit code."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for name in ("job", "tuned loss", "base loss", "tuned accuracy", "run"):
-        table.add_column(name)
-    for job in sorted(jobs, key=tuned_loss):
-        scores = read_json(job.run_dir.scores) if job.run_dir.scores.is_file() else None
-        accuracy = scores["tuned"]["accuracy"] if scores else None
-        table.add_row(
-            " ".join(job.words),
-            f"{scores['tuned']['loss']:.4f}"
-            if scores
-            else f"failed, exit code {job.exit_code}"
-            if job.exit_code
-            else "not scored",
-            f"{scores['base']['loss']:.4f}" if scores else "",
-            f"{accuracy:.1%}" if accuracy is not None else "",
-            str(job.run_dir.path),
-        )
-    console.print(table)
-
-
-def tuned_loss(job: Job) -> float:
-    """Held-out loss of the tuned model; infinity when the job has no scores."""
-    file: Path = job.run_dir.scores
-    return float(read_json(file)["tuned"]["loss"]) if file.is_file() else float("inf")
+    return found

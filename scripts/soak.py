@@ -209,7 +209,7 @@ class Full:
 def prepared(disk: Path, words: list[str]) -> RunDir:
     """A run whose rows are prepared; the cache is outside the small disk."""
     places = [f"runs_dir={disk / 'runs'}", f"cache_dir={disk.parent / 'cache'}"]
-    training_words = [f"train.max_steps={STEPS}", "train.save_steps=3", "train.tensorboard=false"]
+    training_words = [f"train.max_steps={STEPS}", "train.save_steps=3", "train.report_to=[]"]
     recipe = load_recipe("legal_quickstart", "scale=rehearsal", *places, *training_words, *words)
     return carry_on(start(recipe), until="data")
 

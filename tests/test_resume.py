@@ -43,6 +43,7 @@ def test_forty_steps_killed_and_resumed_are_bit_identical(tmp_path, case):
     assert (killed.adapter / ADAPTER).read_bytes() == (straight.adapter / ADAPTER).read_bytes()
     a, b = (read_json(run.train) for run in (killed, straight))
     assert a["expert_rows_with_a_gradient"] == b["expert_rows_with_a_gradient"]
+    assert a["router"] == b["router"]
     assert [r["after_step"] for r in a["resumed"]] == [at]
     assert b["resumed"] == []
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from finetune.curves import draw_loss
+
 STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and takes the page's font
     "font.family": "sans-serif",
@@ -38,24 +40,8 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], confidence: float
 def loss_curve(steps: Sequence[int], losses: Sequence[float]) -> str:
     """SVG of the training loss at every logged update, with a running mean where there are enough of them."""
     figure, axes = _figure(2.6)
-    window = max(1, len(losses) // 12)
-    alone = window == 1
-    axes.plot(
-        steps,
-        losses,
-        color=ACCENT if alone else SOFT,
-        linewidth=2 if alone else 1.1,
-        marker="o",
-        markersize=3.5 if alone else 0,
-    )
-    if not alone:
-        mean = [
-            sum(losses[max(0, i - window + 1) : i + 1]) / len(losses[max(0, i - window + 1) : i + 1])
-            for i in range(len(losses))
-        ]
-        axes.plot(steps, mean, color=ACCENT, linewidth=2.2)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("update" if alone else f"update (bold: mean of the last {window})")
+    window = draw_loss(axes, steps, losses, accent=ACCENT, soft=SOFT)
+    axes.set_xlabel("update" if window == 1 else f"update (bold: mean of the last {window})")
     axes.set_ylabel("loss, nats per token")
     axes.grid(axis="y", color=LINE, linewidth=0.8)
     return _svg(figure, axes, "Training loss by update")

@@ -15,7 +15,7 @@ from finetune.record import versions
 from finetune.rundir import RunDir, read_json
 from finetune.source import MANIFEST
 
-FREE = {"allow_changed", "save_steps", "keep_checkpoints"}
+FREE = {"allow_changed", "save_steps", "keep_checkpoints", "report_to", "rehearse_memory"}
 """Training settings that change no number."""
 
 

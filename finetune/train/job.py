@@ -35,6 +35,10 @@ class Job:
     """Numbers of every step."""
     boundary: Any
     """What the processes agree on between updates."""
+    router: Any
+    """Tokens per expert."""
+    rehearsal: Any
+    """What the longest batch took."""
     heard: Heard
     """Rows with a gradient per expert."""
     resumed: Resumed

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from finetune.progress import peak_memory_gib
 from finetune.record import versions
 from finetune.rundir import atomic_folder, write_json
 from finetune.train import state as states
 from finetune.train.job import Job
 from finetune.train.learnt import unlearnt
+from finetune.train.picture import draw_training
 
 
 def finish(job: Job) -> None:
@@ -34,10 +35,13 @@ def finish(job: Job) -> None:
     best = trainer.state.best_global_step if recipe.train.adapter_of == "best" else None
     chosen = best or trainer.state.global_step
     steps = [step | {"batch": batch} for step, batch in zip(job.progress.steps, job.boundary.digests, strict=True)]
+    draw_training(run_dir.loss_plot, steps, f"{recipe.name}-{run_dir.path.name}")
     write_json(
         run_dir.train,
         {
             "steps": steps,
+            "router": job.router.summary(),
+            "rehearsal": job.rehearsal.measured,
             "rows": len(rows),
             "passes": round(passes, 3),
             "tokens": round(sum(lengths) * passes),
@@ -77,10 +81,3 @@ def save_adapter(model: Any, source: str, folder: Path, weights: dict[str, Any])
     settings.target_parameters = sorted(settings.target_parameters) if settings.target_parameters else None
     model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)  # none is trained
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template card; the export writes a real one
-
-
-def peak_memory_gib() -> float:
-    """Highest memory of this process: of the GPU when there is one, else resident host memory, in GiB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -43,17 +43,17 @@ def loss_type(model: Any) -> str:
 
 
 def trainer_settings(
-    recipe: Recipe, output_dir: str, logging_dir: str, steps: int, every: int, loss: str, family: Family
+    recipe: Recipe, output_dir: str, run_name: str, steps: int, every: int, loss: str, family: Family
 ) -> Any:
-    """TRL's settings for a recipe: `steps` updates with a checkpoint after `every` of them."""
-    import os
+    """TRL's settings for a recipe: `steps` updates with a checkpoint after `every` of them.
 
+    Trackers are callbacks of their own (`trackers`), behind those that measure.
+    """
     import torch
     from trl import SFTConfig
 
     settings = recipe.train
     on_gpu, sharded = torch.cuda.is_available(), is_sharded(recipe)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = logging_dir
     return SFTConfig(
         output_dir=output_dir,
         max_steps=steps,
@@ -82,7 +82,10 @@ def trainer_settings(
         greater_is_better=False,
         save_strategy="steps",
         save_steps=every,
-        report_to=["tensorboard"] if settings.tensorboard else [],
+        report_to=[],
+        run_name=run_name,
+        project=recipe.name,
+        trackio_static_space_id=False,
         disable_tqdm=True,
         use_cpu=not on_gpu and not sharded,
         ddp_find_unused_parameters=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +31,7 @@ def train(run_dir: RunDir) -> None:
 
     from finetune.train.distribute import join
     from finetune.train.results import finish
+    from finetune.train.trackers import tracking
 
     recipe = read_recipe(run_dir.recipe)
     first = expected()[0] == 0
@@ -40,7 +42,10 @@ def train(run_dir: RunDir) -> None:
         scratch = stack.enter_context(TemporaryDirectory(prefix="finetune-"))
         ranks = join(recipe)
         with ranks.one_for_all():
-            job = prepare(recipe, run_dir, ranks, scratch, Console(quiet=not first), request)
+            trackers = stack.enter_context(tracking(recipe, run_dir.logs))
+            console = Console(quiet=not first)
+            job = prepare(recipe, run_dir, ranks, scratch, console, request, trackers if first else ())
+            stack.enter_context(job.progress)
         try:
             _run(job)
         except Preempted as stopped:
@@ -51,7 +56,15 @@ def train(run_dir: RunDir) -> None:
             finish(job)
 
 
-def prepare(recipe: Recipe, run_dir: RunDir, ranks: Ranks, scratch: str, console: Any, request: Request) -> Job:
+def prepare(
+    recipe: Recipe,
+    run_dir: RunDir,
+    ranks: Ranks,
+    scratch: str,
+    console: Any,
+    request: Request,
+    trackers: Sequence[Any] = (),
+) -> Job:
     """Base, adapter, rows and trainer of this process."""
     from transformers import PrinterCallback, set_seed
 
@@ -63,6 +76,8 @@ def prepare(recipe: Recipe, run_dir: RunDir, ranks: Ranks, scratch: str, console
     from finetune.source import base_folder
     from finetune.train.distribute import Parts, as_stored, is_sharded, require_ranks
     from finetune.train.order import Order
+    from finetune.train.rehearsal import Rehearsal
+    from finetune.train.router_load import RouterLoad
     from finetune.train.rows import collator, heldout, names, numbered
     from finetune.train.trainer import Boundary, Keeping, Trainer
 
@@ -84,7 +99,9 @@ def prepare(recipe: Recipe, run_dir: RunDir, ranks: Ranks, scratch: str, console
 
     steps = planned_steps(recipe.train, len(rows), ranks.world)
     console.print(arithmetic(recipe.train, len(rows), steps, ranks.world))
-    progress, heard = TrainingProgress(console, steps), Heard(model)
+    name = f"{recipe.name}-{run_dir.path.name}"
+    progress, heard, router = TrainingProgress(console, steps), Heard(model), RouterLoad(console)
+    rehearsal = Rehearsal(recipe, run_dir, console)
     boundary = Boundary(ranks, request, names(rows, packed is not None))
     resumed = Resumed()
     about = identity(recipe, run_dir, folder, ranks.world)
@@ -93,7 +110,7 @@ def prepare(recipe: Recipe, run_dir: RunDir, ranks: Ranks, scratch: str, console
         newest=recipe.train.keep_checkpoints,
         about=about,
         kept={"progress": progress, "batches": boundary, "resumed": resumed},
-        counted={"heard": heard},
+        counted={"heard": heard, "router": router},
     )
     lengths = [len(ids) for ids in rows["input_ids"]] if recipe.train.group_by_length else None
     per_update = recipe.train.batch_size * recipe.train.accumulation * ranks.world
@@ -103,20 +120,30 @@ def prepare(recipe: Recipe, run_dir: RunDir, ranks: Ranks, scratch: str, console
         ranks=ranks,
         order=Order(len(rows), recipe.seed, lengths, per_update),
         model=model,
-        args=trainer_settings(recipe, scratch, str(run_dir.logs), steps, every, loss_type(base.model), base.family),
+        args=trainer_settings(recipe, scratch, name, steps, every, loss_type(base.model), base.family),
         train_dataset=numbered(rows, packed is not None),
         eval_dataset=heldout(recipe, run_dir),
         data_collator=collator(base.tokenizer),
         processing_class=base.tokenizer,
-        callbacks=[boundary, progress, Guard(), Recompute(recipe, base.family.block_class, console)],
+        # In this order: what is rehearsed is not counted, and trackers log what the others have measured.
+        callbacks=[
+            boundary,
+            *([Parts(model)] if is_sharded(recipe) else []),
+            Guard(),
+            Recompute(recipe, base.family.block_class, console),
+            rehearsal,
+            router,
+            progress,
+            *trackers,
+        ],
     )
+    rehearsal.trainer = trainer
     boundary.trainer = trainer
     trainer.remove_callback(PrinterCallback)  # prints each log as a dict; ours says the same in words
     to_fp32(trainer.model)  # TRL casts the adapter of a 4-bit model to bf16
     require_ranks(trainer, recipe, ranks)
     if is_sharded(recipe):
         as_stored(trainer)
-        trainer.add_callback(Parts(model))
     return Job(
         recipe=recipe,
         run_dir=run_dir,
@@ -129,6 +156,8 @@ def prepare(recipe: Recipe, run_dir: RunDir, ranks: Ranks, scratch: str, console
         progress=progress,
         boundary=boundary,
         heard=heard,
+        router=router,
+        rehearsal=rehearsal,
         resumed=resumed,
         console=console,
     )
