@@ -9,11 +9,15 @@ import math
 import re
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
+from sympy.parsing.sympy_parser import parse_expr, rationalize, standard_transformations
 
 from finetune.data import generated
 from finetune.data.card import Card, make_card, read_card
@@ -22,6 +26,8 @@ from finetune.data.rows import Row
 from finetune.data.split import in_order, split_card
 from finetune.data.wording import word
 from finetune.errors import DataError
+
+TIMES = "\u00d7"
 
 OWN = {
     "reasoning_gym/factory.py": b"DATASETS = {}\n",
@@ -94,17 +100,24 @@ def test_rows_other_than_the_cards_are_refused_with_their_hash(tmp_path: Path, m
         "import os; os.fork()",
         "import ctypes; ctypes.CDLL('libc.so.6')",
         "open('out.txt', 'w')",
+        "import os; os.remove('reasoning_gym/factory.py')",
+        "import os; os.rename('reasoning_gym', 'other')",
+        "import os; os.mkdir('out')",
         "import os; os.open('out.txt', os.O_CREAT | os.O_WRONLY)",
     ],
 )
 def test_a_generator_reaches_no_network_no_process_and_no_file(code: str) -> None:
-    with pytest.raises(DataError, match="DATA-009 the generators stopped: PermissionError: a generator may not do this"):
+    with pytest.raises(
+        DataError, match="DATA-009 the generators stopped: PermissionError: a generator may not do this"
+    ):
         run_with(code)
 
 
 @pytest.mark.parametrize("module", ["numpy", "finetune", "torch", "pip"])
 def test_a_generator_imports_the_standard_library_and_three_others_only(module: str) -> None:
-    run_generators(JOB, OWN | {"reasoning_gym/maths/doubles.py": OWN["reasoning_gym/maths/doubles.py"] + b"import sympy"})
+    run_generators(
+        JOB, OWN | {"reasoning_gym/maths/doubles.py": OWN["reasoning_gym/maths/doubles.py"] + b"import sympy"}
+    )
     with pytest.raises(DataError, match=f"ModuleNotFoundError: No module named '{module}'"):
         run_with(f"import {module}")
 
@@ -150,7 +163,7 @@ def test_a_training_row_with_the_numbers_of_a_held_out_one_is_dropped() -> None:
     other = row("train", "Solve for x: 12*x + 1f = 3.6.")
     drop_shared([held, same, other])
     assert (same.code, held.code, other.code) == ("near-copy", "", "")
-    assert numbers(held) == ("1f", "12", "3.5")
+    assert numbers(held) == ("12", "1f", "3.5")
 
 
 @pytest.mark.parametrize(
@@ -206,32 +219,92 @@ def test_every_answer_is_what_we_compute_ourselves(package: tuple[Card, dict[str
     assert not wrong, wrong[:3]
 
 
-def _integers(text: str) -> list[int]:
+def integers(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text)]
 
 
-def _prime(n: int) -> bool:
-    return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
+def prime(number: int) -> bool:
+    return number > 1 and all(number % d for d in range(2, math.isqrt(number) + 1))
 
 
-def _value(expression: str) -> Fraction:
-    """A sum of products of signed decimals, from left to right; no parentheses are left in it."""
-    while inner := re.search(r"\(([^()]*)\)", expression):
-        expression = f"{expression[: inner.start()]}{_value(inner[1])}{expression[inner.end() :]}"
-    words = re.findall(r"(?<![\d.])-?\s*-?\s*\d+(?:\.\d+)?|[-+*]", re.sub(r"\s+", " ", expression))
-    total, product, sign = Fraction(0), Fraction(1), 1
-    expects = "number"
-    for token in words:
-        compact = token.replace(" ", "")
-        if expects == "number":
-            product *= Fraction(compact.replace("--", ""))
-            expects = "operator"
-        else:
-            operator, rest = compact[0], compact[1:]
-            if operator != "*":
-                total, product, sign = total + sign * product, Fraction(1), 1 if operator == "+" else -1
-            expects = "number"
-            if rest:
-                product *= Fraction(rest)
-                expects = "operator"
-    return total + sign * product
+def exact(expression: str) -> Any:
+    """Its value by sympy, decimals as fractions."""
+    plain = expression.replace(TIMES, "*").replace("÷", "/").replace("i)", "*I)")
+    return parse_expr(plain, transformations=(*standard_transformations, rationalize))
+
+
+def expression_is(question: str, answer: str) -> bool:
+    return exact(re.search(r"(?:Calculate|:) (.+?)(?: =|\.$|\. Give|$)", question)[1]) == exact(answer)
+
+
+def complex_is(question: str, answer: str) -> bool:
+    return sympy.simplify(exact(question.partition(": ")[2]) - exact(f"({answer})")) == 0
+
+
+def equation_is(question: str, answer: str) -> bool:
+    left, right = re.search(r"([-+*()\w ]+) = (-?\d+)$", question.replace("equation", ""))[0].lstrip(" :").split(" = ")
+    return sympy.solve(parse_expr(left) - int(right)) == [int(answer)]
+
+
+def fraction_is(question: str, answer: str) -> bool:
+    top, bottom = integers(question)
+    return answer == f"{top // math.gcd(top, bottom)}/{bottom // math.gcd(top, bottom)}"
+
+
+def factors_are(question: str, answer: str) -> bool:
+    found = [int(part) for part in answer.split(f" {TIMES} ")]
+    return found == sorted(found) and all(map(prime, found)) and math.prod(found) == integers(question)[0]
+
+
+def primes_are(question: str, answer: str) -> bool:
+    first, last = integers(question)
+    return sum(map(prime, range(first, last + 1))) == int(answer)
+
+
+def base_is(question: str, answer: str) -> bool:
+    named = question.replace("binary", "base-2").replace("hexadecimal", "base-16")
+    source, digits, target = re.search(r"the base-(\d+) number (\w+) to base-(\d+)", named).groups()
+    return int(digits, int(source)) == int(answer, int(target)) and answer == answer.lower()
+
+
+def angle_is(question: str, answer: str) -> bool:
+    """The angles add up, and the polygon is convex, as the question says."""
+    known = [float(angle) for angle in re.findall(r"([\d.]+)°", question)]
+    return sum(known) + float(answer) == 180 * (len(known) - 1) and 0 < float(answer) < 180
+
+
+def dice_are(question: str, answer: str) -> bool:
+    """By counting every throw."""
+    sides = [int(n) for n in re.findall(r"1d(\d+)", question.partition(".")[0])]
+    target = int(re.search(r"rolling (\d+) or higher", question)[1])
+    throws = [sum(throw) for throw in product(*(range(1, n + 1) for n in sides))]
+    return str(Fraction(sum(t >= target for t in throws), len(throws))) == answer
+
+
+def flips_are(question: str, answer: str) -> bool:
+    """By counting every sequence, and written without rounding."""
+    heads, flips = integers(question)
+    sequences = [sum(s) for s in product((0, 1), repeat=flips)]
+    fitting = sum(s >= heads if "at least" in question else s == heads for s in sequences)
+    return Fraction(answer) == Fraction(fitting, 2**flips)
+
+
+SOLVERS: dict[str, Callable[[str, str], bool]] = {
+    "basic_arithmetic": expression_is,
+    "chain_sum": expression_is,
+    "products": expression_is,
+    "decimal_chain_sum": expression_is,
+    "fraction_simplification": fraction_is,
+    "gcd": lambda question, answer: math.gcd(*integers(question)) == int(answer),
+    "lcm": lambda question, answer: math.lcm(*integers(question)) == int(answer),
+    "prime_factorization": factors_are,
+    "count_primes": primes_are,
+    "base_conversion": base_is,
+    "count_bits": lambda question, answer: integers(question)[1].bit_count() == int(answer),
+    "simple_equations": equation_is,
+    "complex_arithmetic": complex_is,
+    "simple_geometry": angle_is,
+    "dice": dice_are,
+    "coin_flip": flips_are,
+}
+"""Generator -> whether an answer is right, from the text of its question alone."""

@@ -12,9 +12,13 @@ import json
 import os
 import resource
 import sys
+from pathlib import Path
 from typing import Any
 
-REFUSED = ("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system")
+REFUSED = (
+    *("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system"),
+    *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown"),
+)
 """Audit events that no generator has a reason for (PEP 578)."""
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
@@ -24,7 +28,7 @@ def main() -> None:
     """Reads the job, runs the generators, writes the rows."""
     job = json.load(sys.stdin)
     confine()
-    sys.path.append(os.getcwd())
+    sys.path.append(str(Path.cwd()))
     for module in job["modules"]:
         importlib.import_module(module)
     datasets = importlib.import_module("reasoning_gym.factory").DATASETS
@@ -47,7 +51,7 @@ def main() -> None:
 
 
 def confine() -> None:
-    """No network, no other process, no file written, from here on.
+    """No network, no other process, no file written or removed, from here on.
 
     A guard against what a generator should not do by accident, not a cage: Python code that wants out of an audit hook
     gets out. What makes the code trustworthy is that its bytes are pinned.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -37,7 +36,8 @@ MINUTES = 10
 def generated_rows(card: Card, wheel: Path, read: Callable[[str], bytes], members: list[str]) -> list[Row]:
     """The rows of a card's generators, held-out ones first, each with its split; `read` gives a member's bytes.
 
-    A training row with the numbers of a held-out row is dropped, whatever its words. Raises DataError DATA-008 for another wheel than ours, DATA-009 when the rows are not those that the card states.
+    A training row with the numbers of a held-out row is dropped, whatever its words. Raises DataError DATA-008 for
+    another wheel than ours, DATA-009 when the rows are not those that the card states.
     """
     if sha256_file(wheel) != WHEEL:
         raise DataError(
@@ -102,11 +102,11 @@ def run_generators(job: dict[str, Any], files: dict[str, bytes], hash_seed: int 
     return done.stdout
 
 
-def _folder_of(library: str) -> str:
+def _folder_of(library: str) -> Path:
     spec = find_spec(library)
     if spec is None or not spec.origin:
         raise ModuleNotFoundError(f"No module named {library!r}", name=library)
-    return os.path.dirname(spec.origin)
+    return Path(spec.origin).parent
 
 
 def _row(files: dict[str, str], line: str) -> Row:
