@@ -175,8 +175,11 @@ def test_a_training_row_with_the_numbers_of_a_held_out_one_is_dropped() -> None:
         ({"seeds": {"heldout": [0, 3]}}, "seeds needs train and heldout"),
         ({"seeds": {"heldout": [0, 0], "train": [2, 4]}}, "seeds needs train and heldout"),
         ({"seeds": {"heldout": [0, True], "train": [2, 4]}}, "seeds needs train and heldout"),
-        ({"rows_sha256": ""}, "needs generators and rows_sha256"),
-        ({"generators": {}}, "needs generators and rows_sha256"),
+        ({"rows_sha256": ""}, "needs package, generators and rows_sha256"),
+        ({"seeds": {"heldout": 3, "train": [2, 4]}}, "seeds needs train and heldout"),
+        ({"package": ""}, "needs package, generators and rows_sha256"),
+        ({"generators": {"doubles": 3}}, "doubles needs a mapping of its settings"),
+        ({"generators": {}}, "needs package, generators and rows_sha256"),
         ({"reader": "jsonl"}, "generators, seeds, rows_sha256: only reader=reasoning_gym makes rows"),
     ],
 )

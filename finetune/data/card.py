@@ -229,9 +229,14 @@ def _about_generators(card: Card) -> list[str]:
     (first, many), (other, more) = ranges
     if first < other + more and other < first + many:
         return [f"seeds of train and heldout overlap: {first} to {first + many - 1}, {other} to {other + more - 1}"]
-    return [] if card.generators and card.rows_sha256 else ["reader=reasoning_gym needs generators and rows_sha256"]
+    if not (card.package and card.generators and card.rows_sha256):
+        return ["reader=reasoning_gym needs package, generators and rows_sha256"]
+    odd = [name for name, settings in card.generators.items() if not isinstance(settings, dict)]
+    return [f"generators: {name} needs a mapping of its settings" for name in odd]
 
 
-def _is_range(given: list[Any]) -> bool:
+def _is_range(given: Any) -> bool:
     """Whether it is a first seed and a number of seeds."""
-    return len(given) == 2 and all(type(n) is int for n in given) and given[0] >= 0 and given[1] > 0
+    return (
+        isinstance(given, list) and len(given) == 2 and all(type(n) is int for n in given) and given[0] >= 0 < given[1]
+    )
