@@ -58,10 +58,27 @@ class Card:
     refusal: str = ""
     """Why the rows may not be trained on. `evaluation` only, and required there."""
     reader: str = one_of(
-        "jsonl", "json", "csv", "options", "chat", "licence_rules", "factbook", "icd", "addresses", "files"
+        "jsonl",
+        "json",
+        "csv",
+        "options",
+        "chat",
+        "licence_rules",
+        "factbook",
+        "icd",
+        "addresses",
+        "reasoning_gym",
+        "files",
     )
     """How the files become fields. `options`: questions with lettered options. `chat`: questions as chat messages with
-    an `ideal` answer. `files`: the card describes the user's own rows, which it cannot fetch."""
+    an `ideal` answer. `reasoning_gym`: the files are run, and make the rows. `files`: the card describes the user's own
+    rows, which it cannot fetch."""
+    generators: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Generator -> its settings, where rows are made (`reasoning_gym`)."""
+    seeds: dict[str, list[int]] = field(default_factory=dict)
+    """`train` and `heldout` -> first seed and how many, the same for every generator. They must not overlap."""
+    rows_sha256: str = ""
+    """Hash of the rows that are made; other rows are refused."""
     keep: dict[str, list[str]] = field(default_factory=dict)
     """Field -> allowed values; other rows are dropped with a line in the ledger."""
     min_words: int = 0
@@ -198,4 +215,28 @@ def _contradictions(card: Card) -> list[str]:
             problems.append("a refusal needs use=evaluation")
         if _NOT_FOR_TRAINING.search(card.licence):
             problems.append(f"licence={card.licence} needs use=evaluation")
-    return problems
+    return problems + _about_generators(card)
+
+
+def _about_generators(card: Card) -> list[str]:
+    """What is wrong with the seeds of a card whose rows are made."""
+    if card.reader != "reasoning_gym":
+        given = [key for key in ("generators", "seeds", "rows_sha256") if getattr(card, key)]
+        return [f"{', '.join(given)}: only reader=reasoning_gym makes rows"] if given else []
+    ranges = [card.seeds[side] for side in ("heldout", "train") if side in card.seeds]
+    if len(ranges) != 2 or len(card.seeds) != 2 or not all(_is_range(each) for each in ranges):
+        return ["seeds needs train and heldout, each [first seed, how many]"]
+    (first, many), (other, more) = ranges
+    if first < other + more and other < first + many:
+        return [f"seeds of train and heldout overlap: {first} to {first + many - 1}, {other} to {other + more - 1}"]
+    if not (card.package and card.generators and card.rows_sha256):
+        return ["reader=reasoning_gym needs package, generators and rows_sha256"]
+    odd = [name for name, settings in card.generators.items() if not isinstance(settings, dict)]
+    return [f"generators: {name} needs a mapping of its settings" for name in odd]
+
+
+def _is_range(given: Any) -> bool:
+    """Whether it is a first seed and a number of seeds."""
+    return (
+        isinstance(given, list) and len(given) == 2 and all(type(n) is int for n in given) and given[0] >= 0 < given[1]
+    )

@@ -18,6 +18,7 @@ from typing import Any
 
 from finetune.data.card import Card
 from finetune.data.excerpt import plain_body
+from finetune.data.generated import generated_rows
 from finetune.data.rows import Row
 from finetune.errors import DataError
 
@@ -68,6 +69,8 @@ def read_package(card: Card, wheel: Path) -> tuple[list[Row], dict[str, int]]:
             rows, passed_over = _licence_rules(archive, members)
         elif card.reader == "icd":
             rows, passed_over = _icd_terms(archive, members)
+        elif card.reader == "reasoning_gym":
+            rows = generated_rows(card, wheel, archive.read, members)
         else:
             for member in members:
                 data = archive.read(member)

@@ -22,8 +22,13 @@ def split_card(rows: list[Row], card: Card) -> None:
 
     Groups go to the held-out side in the order of their hash until that side is full, each giving at most
     `heldout_per_group` rows; then near-copies of held-out texts leave the training side; then classes are balanced.
+    Rows that were made have their split already, by their seed.
     """
     drop_copies(rows)
+    if card.seeds:
+        balance(rows, "heldout", [], card.heldout_rows)
+        balance(rows, "train", [], card.train_rows)
+        return
     kept = [row for row in rows if not row.code]
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in sorted(kept, key=lambda row: (row.part, order(row.id))):
