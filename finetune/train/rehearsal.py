@@ -22,6 +22,7 @@ from finetune.base import Peak, resident_gib
 from finetune.errors import FinetuneError
 from finetune.failures import out_of_memory
 from finetune.machine import available_gib, room
+from finetune.ranks import Ranks
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir
 
@@ -34,8 +35,9 @@ SAVED_BYTES = 4 + 2 * (4 + 4 * MOMENTS)
 class Rehearsal(TrainerCallback):
     """Runs the longest training and evaluation batch when training begins. `trainer` must be set before that."""
 
-    def __init__(self, recipe: Recipe, run_dir: RunDir, console: Console) -> None:
+    def __init__(self, recipe: Recipe, run_dir: RunDir, console: Console, ranks: Ranks | None = None) -> None:
         self.recipe, self.run_dir, self.console = recipe, run_dir, console
+        self.ranks = ranks or Ranks()
         self.trainer: Any = None
         self.measured: dict[str, Any] = {}
 
@@ -60,6 +62,7 @@ class Rehearsal(TrainerCallback):
 
     def _rehearse(self, model: Any) -> dict[str, Any]:
         trainer, meter = self.trainer, Meter()
+        meter.free_gib = min(self.ranks.gather(meter.free_gib))  # else processes could try other batches and wait
         row = longest_row(trainer.train_dataset)
         rows, tokens = trainer.args.per_device_train_batch_size, len(row["input_ids"])
         what = f"longest batch ({rows} x {tokens} tokens)"
@@ -69,7 +72,7 @@ class Rehearsal(TrainerCallback):
             standing = moments(model, trainer.optimizer)
             for some_rows, some_tokens in parts(rows, tokens, whole=meter.on_gpu):
                 if len(grown) > 1:
-                    expected = predicted(grown, some_rows * some_tokens)
+                    expected = max(self.ranks.gather(predicted(grown, some_rows * some_tokens)))
                     meter.refuse_above(expected, what, self.recipe)
                     if tried and some_rows == rows and 2 * expected <= meter.free_gib:
                         meter.gib = expected

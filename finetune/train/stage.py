@@ -101,7 +101,7 @@ def prepare(
     console.print(arithmetic(recipe.train, len(rows), steps, ranks.world))
     name = f"{recipe.name}-{run_dir.path.name}"
     progress, heard, router = TrainingProgress(console, steps), Heard(model), RouterLoad(console)
-    rehearsal = Rehearsal(recipe, run_dir, console)
+    rehearsal = Rehearsal(recipe, run_dir, console, ranks)
     boundary = Boundary(ranks, request, names(rows, packed is not None))
     resumed = Resumed()
     about = identity(recipe, run_dir, folder, ranks.world)
