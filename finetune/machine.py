@@ -57,7 +57,21 @@ def multiplies_bf16() -> bool:
     """Whether there is an NVIDIA GPU or a CPU with instructions for products in bf16."""
     cpu = Path("/proc/cpuinfo")
     flags = set(cpu.read_text(encoding="utf-8").split()) if cpu.is_file() else set()
-    return Path("/proc/driver/nvidia/gpus").is_dir() or bool(flags & {"avx512_bf16", "amx_bf16"})
+    return has_gpu() or bool(flags & {"avx512_bf16", "amx_bf16"})
+
+
+def has_gpu() -> bool:
+    """Whether there is an NVIDIA GPU."""
+    return Path("/proc/driver/nvidia/gpus").is_dir()
+
+
+def device_problems(recipe: Recipe) -> list[str]:
+    """A sentence for every setting that needs a GPU on a machine without one."""
+    optimizer = recipe.train.optimizer
+    if not optimizer.startswith("paged_") or has_gpu():
+        return []
+    why = "it moves state between a GPU and the host, and there is no NVIDIA GPU here"
+    return [f"OPT-001 train.optimizer={optimizer}: {why}. Set train.optimizer={optimizer.removeprefix('paged_')}."]
 
 
 def available_gib() -> float:

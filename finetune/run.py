@@ -86,7 +86,7 @@ def carry_on(run_dir: RunDir, *, until: str = "report", launch: Callable[[str, R
 
 def refuse(recipe: Recipe) -> None:
     """Nothing, or the errors of everything that would stop the job later."""
-    if found := [*check.problems(recipe), *machine.environment_problems()]:
+    if found := [*check.problems(recipe), *machine.environment_problems(), *machine.device_problems(recipe)]:
         raise RecipeError(found)
     if wrong := machine.missing_weights(recipe) or machine.unfit_weights(recipe):
         raise wrong

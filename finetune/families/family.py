@@ -81,6 +81,8 @@ class Family:
     published files. Empty where they agree."""
     published_fused: bool = False
     """Published files hold fused expert stacks where transformers would save one tensor per expert."""
+    balances: bool = False
+    """The class in transformers can add a load-balancing loss over its routers to the loss."""
     mixed_dtypes: bool = False
     """transformers keeps some weights in fp32, and a bf16 forward pass of the stock model fails outside autocast."""
     packs: bool = True

@@ -13,25 +13,23 @@ def unlearnt(model: Any) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     An expert that no such row reached is the one honest reason for an update of zero. Raises NumbersError: TRN-002 when
     a weight that every token uses did not change, TRN-004 when an expert that was reached did not.
     """
+    from peft.tuners.lora import LoraLayer
+
+    from finetune.adapters import without_update
     from finetune.experts import ExpertsLora
 
     idle: dict[str, list[int]] = {}
     heard: dict[str, list[int]] = {}
-    stacks = {name: module for name, module in model.named_modules() if isinstance(module, ExpertsLora)}
-    dead = [
-        name.removesuffix(".lora_B.default.weight")
-        for name, parameter in model.named_parameters()
-        if name.endswith(".lora_B.default.weight")
-        and name.removesuffix(".lora_B.default.weight") not in stacks
-        and not bool(parameter.detach().any())
-    ]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    stacks = {name: module for name, module in layers.items() if isinstance(module, ExpertsLora)}
+    dead = [name for name, module in layers.items() if name not in stacks and without_update(module)]
     if dead:
         raise NumbersError(
             "TRN-002", f"{len(dead)} adapted weights did not change, e.g. {dead[0]}", "", "a larger train.lr"
         )
     for name, module in stacks.items():
         rows = module.rows_with_a_gradient()
-        silent = module.experts_without_update("default")
+        silent = without_update(module)
         wrong = [expert for expert in silent if rows[expert]]
         if wrong:
             raise NumbersError(

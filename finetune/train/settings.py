@@ -41,6 +41,8 @@ def trainer_settings(recipe: Recipe, output_dir: str, logging_dir: str, steps: i
     import torch
     from trl import SFTConfig
 
+    from finetune.train.optimizer import optimizer_name
+
     settings = recipe.train
     on_gpu = torch.cuda.is_available()
     os.environ["TENSORBOARD_LOGGING_DIR"] = logging_dir
@@ -49,6 +51,7 @@ def trainer_settings(recipe: Recipe, output_dir: str, logging_dir: str, steps: i
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
+        optim=optimizer_name(settings),
         learning_rate=settings.lr,
         lr_scheduler_type=settings.schedule,
         warmup_steps=round(steps * settings.warmup_fraction),
@@ -59,6 +62,7 @@ def trainer_settings(recipe: Recipe, output_dir: str, logging_dir: str, steps: i
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         router_aux_loss_coef=settings.router_aux_loss_coef,
+        neftune_noise_alpha=settings.neftune_alpha or None,
         loss_type=loss,
         max_length=None,  # rows were measured and refused when they were prepared
         dataset_kwargs={"skip_prepare_dataset": True},

@@ -11,6 +11,7 @@ from finetune.errors import NumbersError
 from finetune.record import versions
 from finetune.rundir import RunDir, atomic_folder, write_json
 from finetune.train.learnt import unlearnt
+from finetune.train.optimizer import loraplus
 from finetune.train.settings import arithmetic, loss_type, planned_steps, trainer_settings
 
 
@@ -24,7 +25,7 @@ def train(run_dir: RunDir) -> None:
     from transformers import PrinterCallback, set_seed
     from trl import SFTTrainer
 
-    from finetune.adapters import attach, coverage_table, print_coverage, to_fp32
+    from finetune.adapters import attach, coverage_table, keeping_fp32, print_coverage
     from finetune.base import load_base
     from finetune.data import PackedBatch, load_packed, load_splits
     from finetune.progress import Guard, TrainingProgress
@@ -51,16 +52,18 @@ def train(run_dir: RunDir) -> None:
     console.print(arithmetic(recipe.train, len(rows), steps))
     progress = TrainingProgress(console, steps)
     with TemporaryDirectory(prefix="finetune-") as scratch:
-        trainer = SFTTrainer(
-            model=model,
-            args=trainer_settings(recipe, scratch, str(run_dir.logs), steps, loss_type(base.model)),
-            train_dataset=rows if packed is not None else rows.select_columns(["input_ids", "labels"]),
-            data_collator=None if packed is None else PackedBatch(base.tokenizer.pad_token_id),
-            processing_class=base.tokenizer,
-            callbacks=[progress, Guard(), Recompute(recipe, base.family.block_class, console)],
-        )
+        args = trainer_settings(recipe, scratch, str(run_dir.logs), steps, loss_type(base.model))
+        with keeping_fp32(model):  # TRL casts the adapter of a 4-bit model to bf16
+            trainer = SFTTrainer(
+                model=model,
+                args=args,
+                train_dataset=rows if packed is not None else rows.select_columns(["input_ids", "labels"]),
+                data_collator=None if packed is None else PackedBatch(base.tokenizer.pad_token_id),
+                processing_class=base.tokenizer,
+                callbacks=[progress, Guard(), Recompute(recipe, base.family.block_class, console)],
+                optimizer_cls_and_kwargs=loraplus(recipe.train, args, recipe.adapter.lora_plus_ratio),
+            )
         trainer.remove_callback(PrinterCallback)  # prints each log as a dict; ours says the same in words
-        to_fp32(trainer.model)  # TRL casts the adapter of a 4-bit model to bf16
         started = time.monotonic()
         trainer.train()
         seconds = time.monotonic() - started

@@ -1,0 +1,116 @@
+"""Which ways to tune fit a family and each other: `problems(recipe)`. No torch; called by `check`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+from finetune import sizes
+from finetune.errors import RecipeError
+from finetune.families import Family, Matrix
+from finetune.recipe import Recipe
+
+DOTTED = ("model.layers.", "model.language_model.layers.")
+"""How paths of decoder layers begin, in text models and in multimodal ones."""
+
+
+def problems(recipe: Recipe) -> Iterator[str]:
+    """A sentence for every setting of adapter and training that cannot take effect with this family."""
+    try:
+        family, weights = sizes.family_of_card(recipe.model), sizes.matrices(recipe.model)
+    except RecipeError:
+        yield from _dropout(recipe, None)
+        return  # said elsewhere
+    yield from _dropout(recipe, family)
+    yield from _targets(recipe, family)
+    yield from _dora(recipe, family)
+    faults = [*_patterns(recipe, family, weights)]
+    yield from faults or _beginning(recipe, family, weights)
+    if recipe.train.router_aux_loss_coef > 0 and not family.balances:
+        yield (
+            f"TRN-005 train.router_aux_loss_coef={recipe.train.router_aux_loss_coef:g}: transformers computes no "
+            f"load-balancing loss for {family.key}. Set train.router_aux_loss_coef=0."
+        )
+
+
+def _dropout(recipe: Recipe, family: Family | None) -> Iterator[str]:
+    adapter = recipe.adapter
+    if adapter.dropout > 0 and adapter.targets != "attention" and (family is None or family.experts):
+        yield (
+            f"ADP-002 adapter.dropout={adapter.dropout} must be 0 when adapter.targets={adapter.targets}: "
+            "fused experts have no input to drop. Set adapter.dropout=0."
+        )
+    elif adapter.dropout > 0 and adapter.router:
+        yield (
+            f"ADP-002 adapter.dropout={adapter.dropout} must be 0 when adapter.router=true: PEFT adapts a router by "
+            "its weight, which has no input to drop. Set adapter.dropout=0."
+        )
+
+
+def _targets(recipe: Recipe, family: Family) -> Iterator[str]:
+    adapter = recipe.adapter
+    if adapter.targets == "experts" and not family.experts:
+        yield f"ADP-003 adapter.targets=experts: the family {family.key} has no experts. Set adapter.targets=all."
+    if adapter.router and not family.router:
+        yield f"ADP-004 adapter.router=true: the family {family.key} has no router. Set adapter.router=false."
+
+
+def _dora(recipe: Recipe, family: Family) -> Iterator[str]:
+    adapter = recipe.adapter
+    if adapter.method != "dora" or not family.experts:
+        return
+    if adapter.targets != "attention":
+        yield (
+            f"ADP-006 adapter.method=dora with adapter.targets={adapter.targets}: PEFT has no DoRA for expert stacks, "
+            f"nor for weights beside them ({family.key}). Set adapter.targets=attention, or adapter.method=lora."
+        )
+    elif adapter.router:
+        yield (
+            "ADP-006 adapter.method=dora with adapter.router=true: PEFT has no DoRA for routers. "
+            "Set adapter.router=false, or adapter.method=lora."
+        )
+
+
+def _patterns(recipe: Recipe, family: Family, weights: list[Matrix]) -> Iterator[str]:
+    adapter = recipe.adapter
+    for key, rank in adapter.rank_pattern.items():
+        if not 1 <= rank <= 4096:
+            yield f"CHK-002 adapter.rank_pattern: {key}={rank} must be from 1 to 4096. Set a rank in that range."
+    for key, alpha in adapter.alpha_pattern.items():
+        if not (math.isfinite(alpha) and alpha > 0):
+            yield f"CHK-002 adapter.alpha_pattern: {key}={alpha} must be above 0. Set a positive number."
+    adapted = [m for m in weights if sizes.update_of(m, family, adapter)]
+    names = [
+        start + path.partition("layers.")[2] for m in adapted for path in sizes.paths(m, weights) for start in DOTTED
+    ]
+    for setting, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        for key in patterns:
+            try:
+                found = any(sizes.pattern_of([key], name) for name in names)
+            except re.error as error:
+                yield f"ADP-005 adapter.{setting}: {key} is no regular expression: {error}. Mend it."
+                continue
+            if not found:
+                ends = ", ".join(dict.fromkeys(m.name for m in adapted))
+                yield f"ADP-005 adapter.{setting}: {key} fits no adapted weight. Their paths end in: {ends}. Choose one."
+
+
+def _beginning(recipe: Recipe, family: Family, weights: list[Matrix]) -> Iterator[str]:
+    """What `adapter.init` asks of ranks and of the optimizer."""
+    adapter, begins = recipe.adapter, f"adapter.init={recipe.adapter.init}"
+    for matrix in weights:
+        ranks = [rank // sizes.width(adapter) for rank in sizes.ranks(matrix, weights, family, adapter)]
+        odd, most = [rank for rank in ranks if rank % 2], min(matrix.rows, matrix.columns)
+        if adapter.init == "orthogonal" and odd:
+            yield f"ADP-007 {begins} needs even ranks; {matrix.name} has {odd[0]}. Set an even rank."
+        if adapter.init in sizes.SUBTRACTING and max(ranks, default=0) > most:
+            yield (
+                f"ADP-007 {begins}: {matrix.name} has {most} directions, its rank is {max(ranks)}. "
+                f"Set a rank of at most {most}, or adapter.init=default."
+            )
+    if adapter.init in sizes.SUBTRACTING and recipe.train.weight_decay > 0:
+        yield (
+            f"ADP-008 train.weight_decay={recipe.train.weight_decay:g} with {begins}: it would also shrink the half of "
+            "the adapter that stays as it is. Set train.weight_decay=0."
+        )
