@@ -81,9 +81,8 @@ def _patterns(recipe: Recipe, family: Family, weights: list[Matrix]) -> Iterator
         if not (math.isfinite(alpha) and alpha > 0):
             yield f"CHK-002 adapter.alpha_pattern: {key}={alpha} must be above 0. Set a positive number."
     adapted = [m for m in weights if sizes.update_of(m, family, adapter)]
-    names = [
-        start + path.partition("layers.")[2] for m in adapted for path in sizes.paths(m, weights) for start in DOTTED
-    ]
+    # A weight that not all layers have is looked for in all of them; attaching knows better, and says so.
+    names = [f"{start}{n}.{m.name}" for m in adapted for n in range(sizes.depth(weights)) for start in DOTTED]
     for setting, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
         for key in patterns:
             try:
@@ -93,24 +92,33 @@ def _patterns(recipe: Recipe, family: Family, weights: list[Matrix]) -> Iterator
                 continue
             if not found:
                 ends = ", ".join(dict.fromkeys(m.name for m in adapted))
-                yield f"ADP-005 adapter.{setting}: {key} fits no adapted weight. Their paths end in: {ends}. Choose one."
+                yield f"ADP-005 adapter.{setting}: {key} fits no adapted weight. Paths end in: {ends}. Choose one."
 
 
 def _beginning(recipe: Recipe, family: Family, weights: list[Matrix]) -> Iterator[str]:
     """What `adapter.init` asks of ranks and of the optimizer."""
-    adapter, begins = recipe.adapter, f"adapter.init={recipe.adapter.init}"
-    for matrix in weights:
-        ranks = [rank // sizes.width(adapter) for rank in sizes.ranks(matrix, weights, family, adapter)]
-        odd, most = [rank for rank in ranks if rank % 2], min(matrix.rows, matrix.columns)
-        if adapter.init == "orthogonal" and odd:
-            yield f"ADP-007 {begins} needs even ranks; {matrix.name} has {odd[0]}. Set an even rank."
-        if adapter.init in sizes.SUBTRACTING and max(ranks, default=0) > most:
-            yield (
-                f"ADP-007 {begins}: {matrix.name} has {most} directions, its rank is {max(ranks)}. "
-                f"Set a rank of at most {most}, or adapter.init=default."
-            )
-    if adapter.init in sizes.SUBTRACTING and recipe.train.weight_decay > 0:
+    adapter, train, begins = recipe.adapter, recipe.train, f"adapter.init={recipe.adapter.init}"
+    adapted = [
+        (matrix.name, rank // sizes.width(adapter), min(matrix.rows, matrix.columns))
+        for matrix in weights
+        for rank in sizes.ranks(matrix, weights, family, adapter)
+    ]
+    odd = dict.fromkeys(name for name, rank, _ in adapted if rank % 2)
+    wide = [(most, rank, name) for name, rank, most in adapted if rank > most]
+    if adapter.init == "orthogonal" and odd:
+        yield f"ADP-007 {begins} needs even ranks; that of {' and '.join(odd)} is odd. Set even ranks."
+    if adapter.init not in sizes.SUBTRACTING:
+        return
+    if wide:
+        most, rank, name = min(wide)
         yield (
-            f"ADP-008 train.weight_decay={recipe.train.weight_decay:g} with {begins}: it would also shrink the half of "
-            "the adapter that stays as it is. Set train.weight_decay=0."
+            f"ADP-007 {begins}: {name} has {most} directions, its rank is {rank}. "
+            f"Set a rank of at most {most}, or adapter.init=default."
         )
+    stays = "the half of the adapter that must stay as it is"
+    if train.weight_decay > 0:
+        what = f"ADP-008 train.weight_decay={train.weight_decay:g} with {begins}"
+        yield f"{what}: it would also shrink {stays}. Set train.weight_decay=0."
+    if train.optimizer.endswith("_8bit"):
+        what = f"ADP-008 train.optimizer={train.optimizer} with {begins}"
+        yield f"{what}: rounding its moments would move {stays}. Set train.optimizer=adamw."

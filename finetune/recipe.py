@@ -179,7 +179,7 @@ class Train:
         "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw", "lion", "lion_8bit", "paged_lion_8bit", "adafactor"
     )
     """`_8bit` keeps its moments in 8 bits (of tensors of 4,096 numbers or more); `paged_` moves them to host memory
-    when the GPU's is short, and needs one. `lion` has one moment instead of two, `adafactor` sums of rows and columns."""
+    when the GPU's is short, and needs one. `lion` has one moment, `adafactor` sums of rows and columns."""
     lr: float = 2e-4
     """Peak learning rate."""
     schedule: str = one_of("cosine", "linear", "constant_with_warmup")

@@ -93,7 +93,7 @@ def pattern_of(patterns: Iterable[str], name: str) -> str | None:
 
 
 def rank_at(name: str, is_stack: bool, adapter: Adapter) -> tuple[int, float]:
-    """(rank, alpha) of the weight at a path without `.weight`, by `adapter.rank_pattern` and `adapter.alpha_pattern`."""
+    """(rank, alpha) of the weight at a path without `.weight`, after the patterns of the adapter."""
     rank, alpha = pattern_of(adapter.rank_pattern, name), pattern_of(adapter.alpha_pattern, name)
     usual = (adapter.expert_rank, adapter.expert_alpha) if is_stack else (adapter.rank, adapter.alpha)
     return (
@@ -107,9 +107,14 @@ def width(adapter: Adapter) -> int:
     return 2 if adapter.init in SUBTRACTING else 1
 
 
+def depth(weights: list[Matrix]) -> int:
+    """Decoder layers of a model."""
+    return max(m.count for m in weights)
+
+
 def paths(matrix: Matrix, weights: list[Matrix]) -> list[str]:
     """Where a weight stands in a model. Of those that not all layers have, experts are taken to be in the last ones."""
-    layers = max(m.count for m in weights if m.group == "attention")
+    layers = depth(weights)
     first = 0 if matrix.group == "dense" else max(0, layers - matrix.count)
     return [f"model.layers.{layer}.{matrix.name}" for layer in range(first, first + matrix.count)]
 

@@ -1,4 +1,4 @@
-"""How A and B begin: `initialise(model, kind)` for what PEFT cannot do to expert stacks, 4 bits, or a base kept as it is.
+"""How A and B begin: `initialise(model, kind)`, for what PEFT cannot do to stacks, 4 bits, or a base kept as it is.
 
 PiSSA and OLoRA train a part of the base itself: W = R + s B0 A0 with the main directions of W in B0 A0, R frozen. Here
 W is never changed. The adapter is twice as wide: [B, -B0] and [A; A0], of which the second half gets no gradient. Its

@@ -1,4 +1,4 @@
-"""The optimizer of a recipe, as transformers builds it: `optimizer_name`, and `loraplus` where B learns faster than A."""
+"""The optimizer of a recipe, as transformers builds it: `optimizer_name`; `loraplus` where B learns faster than A."""
 
 from __future__ import annotations
 
