@@ -101,7 +101,6 @@ FAMILY = Family(
     experts="mlp.experts",
     experts_class="DeepseekV4Experts",
     router="mlp.gate",
-    balances=True,
     routing_table="mlp.gate.tid2eid",
     shared=shapes.below("mlp.shared_experts"),
     published_names=(

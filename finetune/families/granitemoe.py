@@ -28,7 +28,6 @@ FAMILY = Family(
     experts="block_sparse_moe.experts",
     experts_class="GraniteMoeExperts",
     router="block_sparse_moe.router",
-    balances=True,
     licence="apache-2.0",
     tiny=shapes.TINY
     | {
