@@ -152,7 +152,8 @@ def _changes(recipe: Recipe) -> Iterator[Callable[[Recipe], list[str]]]:
         yield _single_rows
     if not recipe.adapter.load_in_4bit:
         yield _four_bits
-    if recipe.adapter.targets != "attention":
+    adapter = recipe.adapter
+    if adapter.targets != "attention" and not (adapter.rank_pattern or adapter.alpha_pattern):
         yield _attention_only
 
 

@@ -22,6 +22,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     except RecipeError:
         yield from _dropout(recipe, None)
         return  # said elsewhere
+    yield from _full(recipe)
     yield from _dropout(recipe, family)
     yield from _targets(recipe, family)
     yield from _dora(recipe, family)
@@ -31,6 +32,14 @@ def problems(recipe: Recipe) -> Iterator[str]:
         yield (
             f"TRN-005 train.router_aux_loss_coef={recipe.train.router_aux_loss_coef:g}: no load-balancing loss "
             f"would be added for {family.key}. Set train.router_aux_loss_coef=0."
+        )
+
+
+def _full(recipe: Recipe) -> Iterator[str]:
+    if recipe.adapter.method == "full":
+        yield (
+            "ADP-009 adapter.method=full is not available yet: scores, merge and export compare an adapter with a frozen "
+            "base. Set adapter.method=lora, and for most of the effect adapter.targets=all with a large adapter.rank."
         )
 
 

@@ -57,9 +57,9 @@ class Model:
 class Adapter:
     """What is trained: LoRA beside the frozen base."""
 
-    method: str = one_of("lora", "dora")
+    method: str = one_of("lora", "dora", "full")
     """`lora`: an update B A beside each weight. `dora`: that, and the length of each row of the sum; not for experts.
-    Full fine-tuning, which keeps no frozen base, is not available."""
+    `full`, which keeps no frozen base, is not available yet and is refused."""
     load_in_4bit: bool = True
     """Store the frozen weights in 4 bits (NF4, block 64). False keeps them in bf16."""
     double_quantisation: bool = False

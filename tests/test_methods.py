@@ -342,7 +342,7 @@ def test_a_pattern_that_fits_nothing_in_the_loaded_model_is_refused():
         ({"adapter": Adapter(init="olora"), "train__weight_decay": 0.1}, "ADP-008 train.weight_decay=0.1"),
         ({"adapter": Adapter(init="pissa"), "train__optimizer": "adamw_8bit"}, "ADP-008 train.optimizer=adamw_8bit"),
         ({"adapter": Adapter(init="eva")}, "CHK-001 adapter.init=eva"),
-        ({"adapter": Adapter(method="full")}, "CHK-001 adapter.method=full"),
+        ({"adapter": Adapter(method="full")}, "ADP-009 adapter.method=full is not available yet"),
         ({"adapter": Adapter(lora_plus_ratio=0.5)}, "CHK-002 adapter.lora_plus_ratio"),
         ({"train__neftune_alpha": -1.0}, "CHK-002 train.neftune_alpha"),
         ({"train__optimizer": "sgd"}, "CHK-001 train.optimizer=sgd"),

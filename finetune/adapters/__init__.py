@@ -88,8 +88,9 @@ def to_fp32(model: nn.Module) -> None:
 
 @contextmanager
 def keeping_fp32(model: nn.Module) -> Iterator[None]:
-    """Inside, a library may cast the trained weights (TRL does those of a 4-bit model, to bf16); afterwards they are as
-    they were, to the last bit: an update of zero stays zero, and a length in DoRA stays that of its row.
+    """Afterwards the trained weights are as they were before, to the last bit, whatever a library cast them to inside.
+
+    TRL casts those of a 4-bit model to bf16: an update of zero would not stay zero, nor a length in DoRA its row's.
     """
     before = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
     yield
