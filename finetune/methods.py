@@ -38,8 +38,8 @@ def problems(recipe: Recipe) -> Iterator[str]:
 def _full(recipe: Recipe) -> Iterator[str]:
     if recipe.adapter.method == "full":
         yield (
-            "ADP-009 adapter.method=full is not available yet: scores, merge and export compare an adapter with a frozen "
-            "base. Set adapter.method=lora, and for most of the effect adapter.targets=all with a large adapter.rank."
+            "ADP-009 adapter.method=full is not available yet: scores, merge and export compare an adapter with a "
+            "frozen base. Set adapter.method=lora; adapter.targets=all and a larger adapter.rank come nearest."
         )
 
 
