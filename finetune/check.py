@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune import sizes
+from finetune import methods, sizes
 from finetune.errors import RecipeError
 from finetune.licences import find_licence
 from finetune.recipe import Data, Recipe
@@ -28,6 +28,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.download_gib": (0, math.inf),
     "adapter.rank": (1, 4096),
     "adapter.expert_rank": (1, 4096),
+    "adapter.lora_plus_ratio": (1, 10_000),
     "data.heldout_fraction": (0, 0.9),
     "data.train_rows": (0, math.inf),
     "data.heldout_rows": (0, math.inf),
@@ -47,6 +48,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.warmup_fraction": (0, 1),
     "train.weight_decay": (0, math.inf),
     "train.router_aux_loss_coef": (0, math.inf),
+    "train.neftune_alpha": (0, 1000),
     "launch.nodes": (1, 100_000),
     "launch.devices": (1, 1024),
     "launch.cpu_threads": (0, 4096),
@@ -83,7 +85,7 @@ BELOW_ONE = ("adapter.dropout", "evaluate.confidence")
 
 def problems(recipe: Recipe) -> list[str]:
     """A sentence for every setting that cannot work: id, `key=value`, why, what to type. Empty when all is well."""
-    rules = (_choices, _ranges, _names, _model, _adapter, _train, _data, _trackers, _launch, _export, _licence)
+    rules = (_choices, _ranges, _names, _model, methods.problems, _train, _data, _trackers, _launch, _export, _licence)
     return [sentence for rule in rules for sentence in rule(recipe)]
 
 
@@ -177,23 +179,6 @@ def _model(recipe: Recipe) -> Iterator[str]:
             f"DAT-005 data.max_length={recipe.data.max_length} is more than the base can read. "
             f"Set data.max_length={limit}."
         )
-
-
-def _adapter(recipe: Recipe) -> Iterator[str]:
-    adapter = recipe.adapter
-    if adapter.dropout > 0 and adapter.targets != "attention":
-        yield (
-            f"ADP-002 adapter.dropout={adapter.dropout} must be 0 when adapter.targets={adapter.targets}: "
-            "fused experts have no input to drop. Set adapter.dropout=0."
-        )
-    try:
-        family = sizes.family_of_card(recipe.model)
-    except RecipeError:
-        return  # said by _model
-    if adapter.targets == "experts" and not family.experts:
-        yield f"ADP-003 adapter.targets=experts: the family {family.key} has no experts. Set adapter.targets=all."
-    if adapter.router and not family.router:
-        yield f"ADP-004 adapter.router=true: the family {family.key} has no router. Set adapter.router=false."
 
 
 def _train(recipe: Recipe) -> Iterator[str]:

@@ -16,6 +16,7 @@ TYPE_WORDS = {
     list[str]: "a list of texts such as [a,b]",
     dict[str, Any]: "a mapping",
     dict[str, str]: "a mapping of texts such as {a: b}",
+    dict[str, int]: "a mapping to whole numbers such as {a: 8}",
     dict[str, float]: "a mapping to numbers such as {a: 0.5}",
 }
 """Type of a setting -> how a person calls it."""

@@ -50,7 +50,7 @@ def environment_problems() -> list[str]:
 
 def fit_problems(recipe: Recipe) -> list[str]:
     """A sentence for everything that this recipe asks of this machine in vain."""
-    return [*launch_problems(recipe), *tracker_problems(recipe)]
+    return [*launch_problems(recipe), *tracker_problems(recipe), *device_problems(recipe)]
 
 
 def launch_problems(recipe: Recipe) -> list[str]:
@@ -99,6 +99,15 @@ def multiplies_bf16() -> bool:
     cpu = Path("/proc/cpuinfo")
     flags = set(cpu.read_text(encoding="utf-8").split()) if cpu.is_file() else set()
     return gpu_count() > 0 or bool(flags & {"avx512_bf16", "amx_bf16"})
+
+
+def device_problems(recipe: Recipe) -> list[str]:
+    """A sentence for every setting that needs a GPU on a machine without one."""
+    optimizer = recipe.train.optimizer
+    if not optimizer.startswith("paged_") or gpu_count():
+        return []
+    why = "it moves state between a GPU and the host, and there is no NVIDIA GPU here"
+    return [f"OPT-001 train.optimizer={optimizer}: {why}. Set train.optimizer={optimizer.removeprefix('paged_')}."]
 
 
 def available_gib() -> float:

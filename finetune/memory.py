@@ -12,8 +12,20 @@ from finetune.families import Family, Matrix
 from finetune.figure import Figure, assumed, computed
 from finetune.recipe import Recipe
 
-LORA_BYTES = 4 + 4 + 8
-"""Bytes per trainable parameter: fp32 value, fp32 gradient, two fp32 moments of AdamW."""
+STATE_BYTES = {
+    "adamw": 8.0,
+    "adamw_8bit": 2 * (1 + 4 / 256),
+    "paged_adamw_8bit": 2 * (1 + 4 / 256),
+    "paged_adamw": 8.0,
+    "lion": 4.0,
+    "lion_8bit": 1 + 4 / 256,
+    "paged_lion_8bit": 1 + 4 / 256,
+    "adafactor": 0.0,
+}
+"""`train.optimizer` -> bytes of its state per trainable parameter: one or two moments in fp32, or in 8 bits with an
+fp32 maximum per 256 of them. Adafactor's sums of rows and columns are next to nothing."""
+TRAINED = "adapter, gradients, optimizer"
+"""Name of the part that holds what is trained."""
 LOGIT_BYTES = 2 + 4 + 4
 """Bytes per logit: as computed (bf16), as fp32 for the loss, and its gradient."""
 RESERVE_GIB = 1.5
@@ -21,7 +33,7 @@ RESERVE_GIB = 1.5
 
 
 def memory(recipe: Recipe) -> list[Figure]:
-    """The parts of the memory of one device in GiB while training with AdamW.
+    """The parts of the memory of one device in GiB while training.
 
     Raises RecipeError for a model card that cannot be computed with.
     """
@@ -57,6 +69,7 @@ def memory(recipe: Recipe) -> list[Figure]:
     def guess(name: str, size: float, how: str) -> Figure:
         return assumed(name, size / sizes.GIB, "GiB", how)
 
+    state = STATE_BYTES[train.optimizer]
     split = f" / {share} devices" if share > 1 else ""
     gathered = "; two layers as they come from the other devices" if share > 1 else ""
     shape = f"{train.batch_size} rows x {recipe.data.max_length:,} tokens"
@@ -64,7 +77,11 @@ def memory(recipe: Recipe) -> list[Figure]:
         part("expert stacks, 4-bit", stacks * packed_bytes / share, f"{stacks:,} x {packed_bytes} B{split}"),
         part("other linear maps, 4-bit", linear * (0.5 / share + beside), f"{linear:,} x {packed_bytes} B{split}"),
         part(f"weights kept in {train.precision}", rest * plain / share, f"{rest:,} x {plain} B{split}"),
-        part("adapter, gradients, AdamW", trainable * LORA_BYTES / share, f"{trainable:,} x (4 + 4 + 8) B{split}"),
+        part(
+            TRAINED,
+            trainable * (8 + state) / share,
+            f"{trainable:,} x (4 + 4 + {state:.3g}) B, {train.optimizer}{split}",
+        ),
         guess("activations", stored, f"{shape}, inputs and outputs of the linear maps of {kept}, {plain} B each"),
         guess("logits", tokens * vocabulary * LOGIT_BYTES, f"{shape} x {vocabulary:,} x (2 + 4 + 4) B"),
         guess("unpacked weights", scratch, f"largest map or all stacks of a layer, {plain} B per parameter{gathered}"),
@@ -108,7 +125,8 @@ def layers_to_recompute(recipe: Recipe, layers: int, free_gib: float) -> int:
     all_kept = counted["activations"]
     one_layer, one_input = all_kept / layers, _with_inputs(recipe) / layers
     later = counted["logits"] + counted["unpacked weights"] + counted["reserve"]
-    later += counted["adapter, gradients, AdamW"] * (LORA_BYTES - 4) / LORA_BYTES  # the values are there already
+    state = STATE_BYTES[recipe.train.optimizer]
+    later += counted[TRAINED] * (4 + state) / (4 + 4 + state)  # the values are there already
     for count in range(layers):
         if later + (layers - count) * one_layer + count * one_input + (one_layer if count else 0) <= free_gib:
             return count
@@ -159,7 +177,8 @@ def _changes(recipe: Recipe) -> Iterator[Callable[[Recipe], list[str]]]:
         yield _single_rows
     if not recipe.adapter.load_in_4bit:
         yield _four_bits
-    if recipe.adapter.targets != "attention":
+    adapter = recipe.adapter
+    if adapter.targets != "attention" and not (adapter.rank_pattern or adapter.alpha_pattern):
         yield _attention_only
 
 

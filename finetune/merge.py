@@ -1,6 +1,7 @@
 """The adapter added to the original weights, tensor by tensor, in the original checkpoint's files and keys.
 
-W' = W + scale * B A per expert, in fp32 and rounded once to W's type. Headers are kept and every other byte is copied,
+W' = W + scale * B A per expert, in fp32 and rounded once to W's type; with DoRA every row of W' is brought to the
+length that was trained for it. Headers are kept and every other byte is copied,
 so keys, order, shards and tensors without an update come out as they were. A base in fp8 or fp4 comes out in bf16
 under the keys of its unquantised twin: its own types are too coarse for an update. Memory: the adapter and one tensor.
 """
@@ -20,7 +21,7 @@ import torch
 from finetune.base import check_shards, read_config
 from finetune.compose import read_recipe
 from finetune.errors import WeightsError
-from finetune.layouts import PREFIX, A, B, adaptable, read_adapter
+from finetune.layouts import LENGTHS, PREFIX, A, B, adaptable, read_adapter
 from finetune.rundir import RunDir, atomic_folder, write_json
 from finetune.shards import Weight, quantisation_of, weights_of
 from finetune.writing import write_weights, written_bytes
@@ -41,6 +42,8 @@ class Update:
     """Gives the update."""
     experts: int
     """Experts of the stack; 0 for a plain matrix."""
+    lengths: torch.Tensor | None = None
+    """With DoRA, what length every row of the sum has in the end."""
     parts: set[tuple[int | None, int]] = field(default_factory=set)
     """(expert, part) pairs that were added; the expert is None where the checkpoint holds the whole stack."""
     expected: int = 1
@@ -124,8 +127,7 @@ def merge_shard(source: Path, target: Path, names: Renamer, updates: dict[str, U
             if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
                 what = f"{key} is stored as {tensor.dtype}"
                 raise WeightsError("MRG-002", what, "an update cannot be added to it", "a bf16 copy of the base")
-            delta = part_of(updates[runtime], key, tensor, names.part(pattern))
-            merged = (tensor.float() + delta).to(tensor.dtype).contiguous()
+            merged = merged_weight(updates[runtime], key, tensor, names.part(pattern)).to(tensor.dtype).contiguous()
             writer.write(merged.view(torch.uint8).numpy().tobytes())
             changed += 1
     return changed
@@ -140,8 +142,8 @@ def merge_plain(weights: list[Weight], target: Path, names: Renamer, updates: di
         if runtime not in updates:
             return tensor
         changed.append(weight.key)
-        delta = part_of(updates[runtime], weight.key, tensor, names.part(pattern))
-        return (tensor.float() + delta).to(torch.float32 if weight.is_quantised else tensor.dtype)
+        merged = merged_weight(updates[runtime], weight.key, tensor, names.part(pattern))
+        return merged.to(torch.float32 if weight.is_quantised else tensor.dtype)
 
     write_weights(weights, target, change)
     return len(changed)
@@ -157,6 +159,17 @@ def describe_plain(folder: Path, files: dict[str, str]) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         write_json(index, {"metadata": {}, "weight_map": files})
+
+
+def merged_weight(update: Update, key: str, tensor: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
+    """One checkpoint tensor with its part of an update, in fp32. Raises WeightsError MRG-001."""
+    total = tensor.float() + part_of(update, key, tensor, part)
+    if update.lengths is None:
+        return total
+    if part is not None or len(update.lengths) != len(total):
+        what = f"{key} is only a part of the weight whose rows have trained lengths"
+        raise WeightsError("MRG-001", what, "the checkpoint's layout is unknown", "report this key")
+    return total * (update.lengths / total.norm(dim=1))[:, None]
 
 
 def part_of(update: Update, key: str, tensor: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
@@ -231,6 +244,8 @@ def read_updates(adapter: Path, names: Renamer) -> dict[str, Update]:
     for update in file.updates:
         a, b = (file.tensors.pop(PREFIX + update.key + end).float() for end in (A, B))
         updates[update.parameter] = update_of(update.parameter, a, b, update.rank, update.scale, names)
+        if file.config.use_dora:
+            updates[update.parameter].lengths = file.tensors.pop(PREFIX + update.key + LENGTHS).float()
     return updates
 
 

@@ -116,13 +116,15 @@ def _parameters(recipe: Recipe) -> tuple[Figure, ...]:
     total, active = sizes.total_parameters(weights), sizes.active_parameters(weights)
     routed = sum(m.parameters for m in weights if m.group == "routed")
     trainable = sizes.lora_parameters(weights, family, recipe.adapter)
+    how = ("2 x " if sizes.width(recipe.adapter) == 2 else "") + "rank x (in + out)"
+    how += " + out" if recipe.adapter.method == "dora" else ""
     return (
         computed("parameters", total, "", "every weight of the text part, from its published shapes"),
         computed("in routed experts", routed, "", f"{routed / total:.1%} of all"),
         computed(
             "active per token", active, "", "what one token is multiplied with: the head counts, the lookup does not"
         ),
-        computed("trainable", trainable, "", f"rank x (in + out) per map and expert; {trainable / total:.2%} of all"),
+        computed("trainable", trainable, "", f"{how} per map and expert; {trainable / total:.2%} of all"),
     )
 
 

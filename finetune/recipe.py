@@ -57,6 +57,9 @@ class Model:
 class Adapter:
     """What is trained: LoRA beside the frozen base."""
 
+    method: str = one_of("lora", "dora", "full")
+    """`lora`: an update B A beside each weight. `dora`: that, and the length of each row of the sum; not for experts.
+    `full`, which keeps no frozen base, is not available yet and is refused."""
     load_in_4bit: bool = True
     """Store the frozen weights in 4 bits (NF4, block 64). False keeps them in bf16."""
     double_quantisation: bool = False
@@ -75,6 +78,18 @@ class Adapter:
     """Dropout before the LoRA matrices. Must be 0 when experts are adapted: fused experts have no input to drop."""
     router: bool = False
     """Also adapt the router. Off by default: a router that moves changes which expert answers."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA), so that wide updates do not learn more slowly."""
+    init: str = one_of("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_16")
+    """How A and B begin. The update is zero at first in all of them. `pissa` (exact, or 16 iterations: far faster) and
+    `olora` begin at the base's own main directions; the file then has twice the rank, half of it subtracting them."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """End of a weight's path (a regular expression) -> its rank, e.g. {self_attn.q_proj: 32, mlp.experts.down_proj: 4}.
+    The first that matches counts; an expression that matches nothing is an error."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """The same for alpha."""
+    lora_plus_ratio: float = 1.0
+    """Learning rate of B over that of A (LoRA+); its authors found 16 good, with a smaller train.lr."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -160,6 +175,11 @@ class Train:
     """Forward passes per optimizer update."""
     group_by_length: bool = False
     """Rows of like length share a batch: less padding, but the order of rows is less random."""
+    optimizer: str = one_of(
+        "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw", "lion", "lion_8bit", "paged_lion_8bit", "adafactor"
+    )
+    """`_8bit` keeps its moments in 8 bits (of tensors of 4,096 numbers or more); `paged_` moves them to host memory
+    when the GPU's is short, and needs one. `lion` has one moment, `adafactor` sums of rows and columns."""
     lr: float = 2e-4
     """Peak learning rate."""
     schedule: str = one_of("cosine", "linear", "constant_with_warmup")
@@ -167,7 +187,7 @@ class Train:
     warmup_fraction: float = 0.05
     """Share of the updates over which the learning rate rises from 0."""
     weight_decay: float = 0.0
-    """AdamW weight decay."""
+    """Weight decay, decoupled as in AdamW."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     precision: str = one_of("bf16", "fp32", "auto")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finetune.errors import RecipeError
 from finetune.families import FAMILIES, Family, Matrix
@@ -18,6 +19,8 @@ NF4_DOUBLE_BYTES = 0.5 + (1 + 4 / 256) / 64
 """The same with double quantisation: an 8-bit absmax per block, and an fp32 scale per 256 of them."""
 BF16_BYTES = 2
 FP32_BYTES = 4
+SUBTRACTING = ("olora", "pissa", "pissa_niter_16")
+"""Values of `adapter.init` that begin at directions of the base, and so must subtract them from it."""
 
 
 def family_of_card(model: Model) -> Family:
@@ -70,30 +73,75 @@ def active_parameters(weights: list[Matrix]) -> int:
     return sum(m.active_parameters for m in weights if m.columns > 1) - lookup
 
 
-def rank_of(matrix: Matrix, family: Family, adapter: Adapter) -> int:
-    """Width of the LoRA update of one weight under `adapter`; 0 where there is none."""
+def update_of(matrix: Matrix, family: Family, adapter: Adapter) -> Literal["", "weight", "stack"]:
+    """Whether `adapter` has an update of this weight: as a linear map, as an expert stack, or none."""
     if matrix.experts:
         module, _, name = matrix.name.rpartition(".")
         stack = module == family.experts and name in family.expert_parameters and matrix.columns > 1
-        return adapter.expert_rank if stack and adapter.targets != "attention" else 0
+        return "stack" if stack and adapter.targets != "attention" else ""
     names = set(family.attention)
     if adapter.targets == "all":
         names |= {*family.shared, *family.dense}
     if adapter.router:
         names.add(family.router)
-    return adapter.rank if matrix.name in names else 0
+    return "weight" if matrix.name in names else ""
+
+
+def pattern_of(patterns: Iterable[str], name: str) -> str | None:
+    """The first pattern for a weight's path without `.weight`, by PEFT's rule: it fits the end, from a dot on."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?(?:{pattern})$", name)), None)
+
+
+def rank_at(name: str, is_stack: bool, adapter: Adapter) -> tuple[int, float]:
+    """(rank, alpha) of the weight at a path without `.weight`, after the patterns of the adapter."""
+    rank, alpha = pattern_of(adapter.rank_pattern, name), pattern_of(adapter.alpha_pattern, name)
+    usual = (adapter.expert_rank, adapter.expert_alpha) if is_stack else (adapter.rank, adapter.alpha)
+    return (
+        usual[0] if rank is None else adapter.rank_pattern[rank],
+        usual[1] if alpha is None else adapter.alpha_pattern[alpha],
+    )
+
+
+def width(adapter: Adapter) -> int:
+    """How many times its rank an adapter is wide: 2 where its other half subtracts what it began with."""
+    return 2 if adapter.init in SUBTRACTING else 1
+
+
+def depth(weights: list[Matrix]) -> int:
+    """Decoder layers of a model."""
+    return max(m.count for m in weights)
+
+
+def paths(matrix: Matrix, weights: list[Matrix]) -> list[str]:
+    """Where a weight stands in a model. Of those that not all layers have, experts are taken to be in the last ones."""
+    layers = depth(weights)
+    first = 0 if matrix.group == "dense" else max(0, layers - matrix.count)
+    return [f"model.layers.{layer}.{matrix.name}" for layer in range(first, first + matrix.count)]
+
+
+def ranks(matrix: Matrix, weights: list[Matrix], family: Family, adapter: Adapter) -> list[int]:
+    """Widths of the LoRA updates of one kind of weight, layer by layer; empty where there are none."""
+    kind = update_of(matrix, family, adapter)
+    if not kind:
+        return []
+    return [width(adapter) * rank_at(path, kind == "stack", adapter)[0] for path in paths(matrix, weights)]
 
 
 def lora_parameters(weights: list[Matrix], family: Family, adapter: Adapter) -> int:
     """Trainable parameters, as stock PEFT makes them: rank x (in + out) per linear map, and per expert of a stack."""
-    return sum(rank_of(m, family, adapter) * (m.rows + m.columns) * m.count * max(m.experts, 1) for m in weights)
+    return sum(_lora(m, weights, family, adapter) * max(m.experts, 1) for m in weights)
 
 
 def active_lora_parameters(weights: list[Matrix], family: Family, adapter: Adapter) -> int:
     """Trainable parameters that one token is multiplied with: those of its own experts only."""
-    return sum(
-        rank_of(m, family, adapter) * (m.rows + m.columns) * m.count * (m.active if m.experts else 1) for m in weights
-    )
+    return sum(_lora(m, weights, family, adapter) * (m.active if m.experts else 1) for m in weights)
+
+
+def _lora(matrix: Matrix, weights: list[Matrix], family: Family, adapter: Adapter) -> int:
+    """Trainable parameters of one kind of weight, per expert: A, B, and with DoRA a length per row."""
+    widths = ranks(matrix, weights, family, adapter)
+    lengths = matrix.rows * len(widths) if adapter.method == "dora" else 0
+    return sum(widths) * (matrix.rows + matrix.columns) + lengths
 
 
 def is_4bit(matrix: Matrix, family: Family, adapter: Adapter) -> bool:

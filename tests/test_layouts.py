@@ -416,7 +416,7 @@ def half(key, value):
         (per_stack, "ADP-014 .* a pair under the name of each stack"),
         (three_dimensions, "ADP-014 .* a pair under the name of each stack"),
         (state_dict_keys, "ADP-016 .* is not understood"),
-        (half, r"ADP-015 .*self_attn\.q_proj has only one of lora_A and lora_B"),
+        (half, r"ADP-015 .*self_attn\.q_proj lacks lora_[AB]"),
     ],
 )
 def test_other_tensors_are_refused_by_the_name_of_their_layout(make, sentence, original, tmp_path):
@@ -435,7 +435,7 @@ def assert_matches(pattern, text):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"use_dora": True}, "ADP-016 .*use_dora=true"),
+        ({"use_dora": True}, "ADP-015 .*lacks lora_magnitude_vector"),
         ({"bias": "all"}, 'ADP-016 .*bias="all"'),
         ({"lora_bias": True}, "ADP-016 .*lora_bias=true"),
         ({"modules_to_save": ["lm_head"]}, r'ADP-016 .*modules_to_save=\["lm_head"\]'),

@@ -77,7 +77,7 @@ def test_memory_by_hand_for_a_tiny_model() -> None:
     assert parts["expert stacks, 4-bit"] == pytest.approx(stacks * 0.5625)
     assert parts["other linear maps, 4-bit"] == pytest.approx(attention * 0.5625)
     assert parts["weights kept in fp32"] == pytest.approx(rest * 4)
-    assert parts["adapter, gradients, AdamW"] == pytest.approx(lora * 16)
+    assert parts["adapter, gradients, optimizer"] == pytest.approx(lora * 16)
     assert parts["logits"] == pytest.approx(200 * vocabulary * 10)
 
 
@@ -277,7 +277,9 @@ def test_only_as_many_layers_recompute_as_memory_demands() -> None:
     layers = 48
     whole = load_recipe("qwen3_30b_legal", "train.gradient_checkpointing=false")
     kept = {part.name: part.value for part in memory.memory(whole)}
-    fixed = kept["logits"] + kept["unpacked weights"] + kept["reserve"] + kept["adapter, gradients, AdamW"] * 12 / 16
+    fixed = (
+        kept["logits"] + kept["unpacked weights"] + kept["reserve"] + kept["adapter, gradients, optimizer"] * 12 / 16
+    )
     frees = [0.0, *(fixed + kept["activations"] * share for share in (0.25, 0.5, 0.75)), 1000.0]
     counts = [memory.layers_to_recompute(recipe, layers, free) for free in frees]
     assert counts[0] == layers

@@ -24,7 +24,8 @@ STEPS = 40
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_forty_steps_killed_and_resumed_are_bit_identical(tmp_path, case):
+def test_forty_steps_killed_and_resumed_are_bit_identical(tmp_path, case, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
     words, module, processes = CASES[case]
     words = (*words, f"train.max_steps={STEPS}", "train.save_steps=3")
     straight, killed = prepared(tmp_path, *words), prepared(tmp_path, *words)

@@ -167,3 +167,25 @@ def test_only_a_class_whose_backbone_is_itself_computes_all_logits_at_once():
     assert loss_type(model.get_base_model()) == "chunked_nll"
     _, model = adapted("llama4", Adapter(rank=2, expert_rank=2))
     assert loss_type(model.get_base_model()) == "nll"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("adapter=dora", "adapter.lora_plus_ratio=4"),
+        ("adapter.init=pissa", "adapter.rslora=true", "adapter.rank_pattern={down_proj: 4}"),
+        ("train.optimizer=adamw_8bit", "train.neftune_alpha=5", "adapter.alpha_pattern={q_proj: 8}"),
+        ("adapter.init=orthogonal", "train.optimizer=lion", "train.router_aux_loss_coef=0.01"),
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_each_way_to_tune_goes_the_whole_way_to_an_export(words, tmp_path):
+    recipe = load_recipe(
+        "qwen3_30b_legal", "scale=rehearsal", f"runs_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}", *words
+    )
+    done = run(recipe)
+    scores, parity = read_json(done.scores), read_json(done.export / "parity.json")
+    assert scores["base"]["loss"] != scores["tuned"]["loss"]
+    assert parity["mean_kl"] < 0.01
+    assert done.report.is_file() and done.record.is_file()

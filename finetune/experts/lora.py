@@ -46,12 +46,6 @@ class ExpertsLora(PeftParamWrapper):
             first, second = second.mT, first.mT
         return Factors(first.contiguous(), second.contiguous(), self.scaling[adapter_name])
 
-    def experts_without_update(self, weight: torch.Tensor) -> list[int]:
-        """The experts whose part of `weight`, the whole of lora_B, is all zero."""
-        b_OrE = weight.detach().reshape(self.out_features, -1, self.num_experts)
-        moved: list[bool] = (b_OrE != 0).flatten(0, 1).any(0).tolist()
-        return [expert for expert, changed in enumerate(moved) if not changed]
-
     def rows_with_a_gradient(self) -> list[int]:
         """How many rows with a gradient each expert got since the model was loaded."""
         heard = getattr(self.get_base_layer(), "finetune_heard", None)

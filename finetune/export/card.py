@@ -12,6 +12,7 @@ def card(run_dir: RunDir, recipe: Recipe, parity: Parity | None) -> str:
     name = export_name(run_dir, recipe)
     data = read_json(run_dir.data / "report.json")["source"]
     title = data["title"] if "title" in data else data["kind"]
+    method = "DoRA" if recipe.adapter.method == "dora" else "LoRA"
     lines = [
         "---",
         f"license: {recipe.model.licence or 'other'}",
@@ -22,7 +23,7 @@ def card(run_dir: RunDir, recipe: Recipe, parity: Parity | None) -> str:
         "",
         f"# {name}",
         "",
-        f"{recipe.model.title or recipe.model.name}, fine-tuned with LoRA by the recipe `{recipe.name}`"
+        f"{recipe.model.title or recipe.model.name}, fine-tuned with {method} by the recipe `{recipe.name}`"
         + (" in rehearsal: a tiny random model, of no use but to try the chain." if recipe.model.tiny else "."),
         "",
         f"- base licence: {recipe.model.licence or 'unknown'} {recipe.model.licence_url}".rstrip(),

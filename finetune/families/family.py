@@ -81,6 +81,9 @@ class Family:
     published files. Empty where they agree."""
     published_fused: bool = False
     """Published files hold fused expert stacks where transformers would save one tensor per expert."""
+    balances: bool = False
+    """A load-balancing loss over its routers is added when it is asked for. GraniteMoe's is not (transformers 5.17.0
+    records no router of it), and TRL 1.14.2 cannot add that of DeepSeek V4."""
     mixed_dtypes: bool = False
     """transformers keeps some weights in fp32, and a bf16 forward pass of the stock model fails outside autocast."""
     packs: bool = True

@@ -36,6 +36,7 @@ FAMILY = Family(
     transposed=True,
     interleaved=True,
     router="mlp.router",
+    balances=True,
     licence="apache-2.0",
     packs=False,
     tiny=shapes.TINY

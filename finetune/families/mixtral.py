@@ -28,6 +28,7 @@ FAMILY = Family(
     experts="mlp.experts",
     experts_class="MixtralExperts",
     router="mlp.gate",
+    balances=True,
     licence="apache-2.0",
     tiny=shapes.TINY
     | {

@@ -33,6 +33,7 @@ FAMILY = Family(
     experts="mlp.experts",
     experts_class="OlmoeExperts",
     router="mlp.gate",
+    balances=True,
     licence="apache-2.0",
     tiny=shapes.TINY
     | {

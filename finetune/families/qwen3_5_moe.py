@@ -70,6 +70,7 @@ FAMILY = Family(
     experts="mlp.experts",
     experts_class="Qwen3_5MoeExperts",
     router="mlp.gate",
+    balances=True,
     shared=shapes.below("mlp.shared_expert"),
     published_names=((r"^model\.", "model.language_model."),),
     published_fused=True,

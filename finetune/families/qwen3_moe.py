@@ -33,6 +33,7 @@ FAMILY = Family(
     experts="mlp.experts",
     experts_class="Qwen3MoeExperts",
     router="mlp.gate",
+    balances=True,
     dense=shapes.below("mlp"),
     licence="apache-2.0",
     tiny=shapes.TINY

@@ -31,6 +31,7 @@ from finetune.layouts.plain import (
     BY_RANK,
     CONFIG,
     DETAIL,
+    LENGTHS,
     ORDER,
     PREFIX,
     WEIGHTS,
@@ -49,14 +50,14 @@ from finetune.layouts.plain import (
 from finetune.layouts.stacks import Layout, deepest_first, read_stacks, stack_names
 from finetune.rundir import atomic_folder, write_json
 
-__all__ = ["PREFIX", "A", "AdapterError", "B", "Layout", "adaptable", "convert", "foreign", "read_adapter"]
+__all__ = ["LENGTHS", "PREFIX", "A", "AdapterError", "B", "Layout", "adaptable", "convert", "foreign", "read_adapter"]
 
 
 def read_adapter(folder: Path, weights: Mapping[str, Weight], layout: Layout | None = None) -> AdapterFile:
     """The adapter in `folder`, fitted to a base of these `weights` (see `adaptable`). `layout` is what its owner says.
 
     Raises AdapterError: ADP-011 it belongs to another base, ADP-012 and ADP-013 its layout is ambiguous, ADP-014 its
-    layout is known and not read here, ADP-015 files are missing or damaged, ADP-016 it is more than plain LoRA.
+    layout is known and not read here, ADP-015 files are missing or damaged, ADP-016 it is more than plain LoRA or DoRA.
     """
     values = read_adapter_config(folder)
     adapter = AdapterFile(folder, values, plain_config(folder, values), read_tensors(folder))
@@ -70,6 +71,9 @@ def read_adapter(folder: Path, weights: Mapping[str, Weight], layout: Layout | N
         if update.parameter in weights:  # what the base lacks, loading and merging say
             check_matrix(adapter, update, weights[update.parameter])
         adapter.updates.append(update)
+    if pairs and adapter.config.use_dora:
+        what = f"{folder} applies DoRA to expert stacks, e.g. {next(iter(pairs))}"
+        raise AdapterError("ADP-016", what, "PEFT has no such adapter", "an adapter that PEFT trained")
     if pairs:
         updates, tensors, adapter.converted = read_stacks(adapter, pairs, weights, layout)
         old = {PREFIX + path + end for paths in pairs.values() for path in paths for end in (A, B)}

@@ -1,4 +1,4 @@
-"""An adapter folder as far as it is plain LoRA in safetensors; everything else is refused with a sentence."""
+"""An adapter folder as far as it is plain LoRA or DoRA in safetensors; the rest is refused with a sentence."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from finetune.errors import AdapterError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+LENGTHS = ".lora_magnitude_vector"
+"""DoRA's third part: the length of each row of the sum."""
 ORDER, DETAIL = "lora_B_layout", "unsloth_fused_expert_lora"
 """Keys under which Unsloth notes the order of lora_B's columns, for all stacks and for each."""
 BY_RANK, BY_EXPERT = "rank_major", "grouped_by_expert"
 """Unsloth's words for PEFT's order and for its own former one."""
 NOT_PLAIN = (
-    *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "fan_in_fan_out"),
+    *("lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "fan_in_fan_out"),
     *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config"),
     *("monteclora_config", "megatron_config"),
 )
-"""Settings with which an adapter is more than an update B A of frozen weights."""
+"""Settings with which an adapter is more than an update B A of frozen weights, or that with lengths (DoRA)."""
 INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Ways to begin that leave the base as it is. PiSSA and its kin train against a base of their own."""
 
@@ -41,7 +43,7 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """The adapter of one weight: the update is `scale` B A."""
+    """The adapter of one weight: W + `scale` B A, with DoRA every row of it brought to a length of its own."""
 
     parameter: str
     """The weight's name in the base."""
@@ -55,7 +57,7 @@ class Update:
 
 @dataclass(slots=True)
 class AdapterFile:
-    """A plain LoRA adapter in PEFT's layout since 0.19.1."""
+    """A plain LoRA or DoRA adapter in PEFT's layout since 0.19.1."""
 
     folder: Path
     """Where it came from."""
@@ -152,12 +154,14 @@ def paths_of(adapter: AdapterFile, weights: Mapping[str, Weight]) -> dict[str, s
         if other:
             what, why = f"{adapter.folder} cannot be loaded or merged here", f"its layout is {other}, e.g. {key}"
             raise AdapterError("ADP-014", what, why, "the adapter as PEFT saved it when it was trained")
-        path = key.removeprefix(PREFIX).removesuffix(A).removesuffix(B)
-        if not key.startswith(PREFIX) or not key.endswith((A, B)) or tensor.dim() != 2:
+        ends = (A, B, LENGTHS) if adapter.config.use_dora else (A, B)
+        end = next((end for end in ends if key.endswith(end)), None)
+        if not key.startswith(PREFIX) or end is None or tensor.dim() != (1 if end == LENGTHS else 2):
             what = f"{adapter.folder}: {key} is not understood"
             raise AdapterError("ADP-016", what, "it is no half of a pair lora_A, lora_B", "a plain LoRA adapter")
-        if not {PREFIX + path + A, PREFIX + path + B} <= adapter.tensors.keys():
-            what = f"{adapter.folder}: {path} has only one of lora_A and lora_B"
+        path = key.removeprefix(PREFIX).removesuffix(end)
+        if lacking := [end[1:] for end in ends if PREFIX + path + end not in adapter.tensors]:
+            what = f"{adapter.folder}: {path} lacks {lacking[0]}"
             raise AdapterError("ADP-015", what, "the file is incomplete", "copy the folder again")
         found[path] = path.replace(".base_layer", "")
     return found
@@ -180,6 +184,9 @@ def check_matrix(adapter: AdapterFile, update: Update, weight: Weight) -> None:
     if (a, b) != ((update.rank, weight.shape[1]), (weight.shape[0], update.rank)):
         what = f"{update.key} has lora_A {a} and lora_B {b}, but a weight {weight.shape} with rank {update.rank}"
         raise foreign(adapter.folder, what)
+    lengths = adapter.tensors[PREFIX + update.key + LENGTHS] if adapter.config.use_dora else None
+    if lengths is not None and tuple(lengths.shape) != (weight.shape[0],):
+        raise foreign(adapter.folder, f"{update.key} has {len(lengths)} lengths for {weight.shape[0]} rows")
 
 
 def targeted(parameter: str, targets: Iterable[str]) -> str:

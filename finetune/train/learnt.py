@@ -9,9 +9,6 @@ import torch
 
 from finetune.errors import NumbersError
 
-UPDATE = ".lora_B.default.weight"
-"""End of the name of the factor that is zero before training."""
-
 
 class Heard:
     """How many rows with a gradient each expert got on this rank, as `Counted` wants it."""
@@ -50,23 +47,27 @@ def unlearnt(model: Any, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str,
     reason for an update of zero. Raises NumbersError: TRN-002 when a weight that every token uses did not change,
     TRN-004 when an expert that was reached did not.
     """
+    from peft.tuners.lora import LoraLayer
+
+    from finetune.adapters import without_update
     from finetune.experts import ExpertsLora
 
     idle: dict[str, list[int]] = {}
     heard: dict[str, list[int]] = {}
-    stacks = {name: module for name, module in model.named_modules() if isinstance(module, ExpertsLora)}
-    dead = [
-        name.removesuffix(UPDATE)
-        for name, weight in weights.items()
-        if name.endswith(UPDATE) and name.removesuffix(UPDATE) not in stacks and not bool(weight.any())
-    ]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    stacks = {name: module for name, module in layers.items() if isinstance(module, ExpertsLora)}
+    still = {
+        name: without_update(module, weights[f"{name}.lora_A.default.weight"], weights[f"{name}.lora_B.default.weight"])
+        for name, module in layers.items()
+    }
+    dead = [name for name in layers if name not in stacks and still[name]]
     if dead:
         raise NumbersError(
             "TRN-002", f"{len(dead)} adapted weights did not change, e.g. {dead[0]}", "", "a larger train.lr"
         )
     for name, module in stacks.items():
         rows = module.rows_with_a_gradient()
-        silent = module.experts_without_update(weights[name + UPDATE])
+        silent = still[name]
         wrong = [expert for expert in silent if rows[expert]]
         if wrong:
             raise NumbersError(

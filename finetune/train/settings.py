@@ -52,6 +52,8 @@ def trainer_settings(
     import torch
     from trl import SFTConfig
 
+    from finetune.train.optimizer import optimizer_name
+
     settings = recipe.train
     on_gpu, sharded = torch.cuda.is_available(), is_sharded(recipe)
     return SFTConfig(
@@ -59,6 +61,7 @@ def trainer_settings(
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
+        optim=optimizer_name(settings),
         learning_rate=settings.lr,
         lr_scheduler_type=settings.schedule,
         warmup_steps=round(steps * settings.warmup_fraction),
@@ -68,6 +71,7 @@ def trainer_settings(
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         router_aux_loss_coef=settings.router_aux_loss_coef,
+        neftune_noise_alpha=settings.neftune_alpha or None,
         loss_type=loss,
         max_length=None,  # rows were measured and refused when they were prepared
         dataset_kwargs={"skip_prepare_dataset": True},

@@ -68,13 +68,14 @@ def prepare(
     """Base, adapter, rows and trainer of this process."""
     from transformers import PrinterCallback, set_seed
 
-    from finetune.adapters import attach, coverage_table, print_coverage, to_fp32
+    from finetune.adapters import attach, coverage_table, keeping_fp32, print_coverage
     from finetune.base import load_base
     from finetune.data import load_packed, load_splits
     from finetune.progress import Guard, TrainingProgress
     from finetune.recompute import Recompute
     from finetune.source import base_folder
     from finetune.train.distribute import Parts, as_stored, is_sharded, require_ranks
+    from finetune.train.optimizer import loraplus
     from finetune.train.order import Order
     from finetune.train.rehearsal import Rehearsal
     from finetune.train.router_load import RouterLoad
@@ -115,32 +116,26 @@ def prepare(
     lengths = [len(ids) for ids in rows["input_ids"]] if recipe.train.group_by_length else None
     per_update = recipe.train.batch_size * recipe.train.accumulation * ranks.world
     every = save_every(recipe.train, steps)
-    trainer = Trainer(
-        keeping=keeping,
-        ranks=ranks,
-        order=Order(len(rows), recipe.seed, lengths, per_update),
-        model=model,
-        args=trainer_settings(recipe, scratch, name, steps, every, loss_type(base.model), base.family),
-        train_dataset=numbered(rows, packed is not None),
-        eval_dataset=heldout(recipe, run_dir),
-        data_collator=collator(base.tokenizer),
-        processing_class=base.tokenizer,
-        # In this order: what is rehearsed is not counted, and trackers log what the others have measured.
-        callbacks=[
-            boundary,
-            *([Parts(model)] if is_sharded(recipe) else []),
-            Guard(),
-            Recompute(recipe, base.family.block_class, console),
-            rehearsal,
-            router,
-            progress,
-            *trackers,
-        ],
-    )
+    args = trainer_settings(recipe, scratch, name, steps, every, loss_type(base.model), base.family)
+    # In this order: what is rehearsed is not counted, and trackers log what the others have measured.
+    callbacks = [boundary, Guard(), Recompute(recipe, base.family.block_class, console), rehearsal, router, progress]
+    with keeping_fp32(model):  # TRL casts the adapter of a 4-bit model to bf16
+        trainer = Trainer(
+            keeping=keeping,
+            ranks=ranks,
+            order=Order(len(rows), recipe.seed, lengths, per_update),
+            model=model,
+            args=args,
+            train_dataset=numbered(rows, packed is not None),
+            eval_dataset=heldout(recipe, run_dir),
+            data_collator=collator(base.tokenizer),
+            processing_class=base.tokenizer,
+            callbacks=[*([Parts(model)] if is_sharded(recipe) else []), *callbacks, *trackers],
+            optimizer_cls_and_kwargs=loraplus(recipe.train, args, recipe.adapter.lora_plus_ratio),
+        )
     rehearsal.trainer = trainer
     boundary.trainer = trainer
     trainer.remove_callback(PrinterCallback)  # prints each log as a dict; ours says the same in words
-    to_fp32(trainer.model)  # TRL casts the adapter of a 4-bit model to bf16
     require_ranks(trainer, recipe, ranks)
     if is_sharded(recipe):
         as_stored(trainer)

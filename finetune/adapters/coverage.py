@@ -1,36 +1,21 @@
-"""Where LoRA goes, and the proof that it went there: `attach`, `load_adapter`, `coverage`, `check_coverage`."""
+"""The coverage table: what is packed, what is adapted, and the proof that it is what was asked for."""
 
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    PeftModelForCausalLM,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from finetune.base import Base
+from finetune.adapters.targets import LAYER, wanted_names
 from finetune.errors import NumbersError
-from finetune.experts import ExpertsLora, nf4
+from finetune.experts import nf4
 from finetune.experts.stack import is_packed
 from finetune.families import GROUPS, Family, Group
-from finetune.layouts import adaptable, foreign, read_adapter
 from finetune.recipe import Adapter
-
-LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 
 
 @dataclass(slots=True)
@@ -49,119 +34,6 @@ class CoverageRow:
     """How many of them have an adapter beside them."""
     trainable: int
     """Parameters of these adapters."""
-
-
-def attach(base: Base, adapter: Adapter) -> PeftModel:
-    """The base with a new LoRA adapter: A random (from torch's seed), B zero, both fp32.
-
-    Raises NumbersError (ADP-010) when the adapted weights are not exactly those the settings ask for.
-    """
-    with warnings.catch_warnings():
-        # PEFT looks for rank patterns among modules only, says that ours for stacks match nothing, and applies them.
-        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning)
-        model = get_peft_model(base.model, lora_config(base, adapter))
-    to_fp32(model)
-    check_coverage(model, base.family, adapter)
-    return model
-
-
-def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> PeftModel:
-    """The base with the adapter in `folder`, a PEFT folder in any layout that `layouts` can read.
-
-    Raises AdapterError: ADP-011 unless the file holds exactly the weights that its settings mean for this base, ADP-012
-    to ADP-016 when it cannot be read without guessing.
-    """
-    adapter = read_adapter(folder, adaptable(base.model, base.family))
-    config = adapter.config
-    config.inference_mode = not trainable
-    register_layers(config, base)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning)
-        try:
-            model = PeftModelForCausalLM(base.model, config)
-        except ValueError as error:  # PEFT finds no layer for the settings
-            raise foreign(folder, str(error).splitlines()[0]) from error
-        wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-        if adapter.tensors.keys() != wanted:
-            different = sorted(adapter.tensors.keys() ^ wanted)
-            raise foreign(folder, f"{len(different)} weights are on one side only, e.g. {different[0]}")
-        set_peft_model_state_dict(model, adapter.tensors)
-    to_fp32(model)
-    return model if trainable else model.eval()
-
-
-def lora_config(base: Base, adapter: Adapter) -> LoraConfig:
-    """PEFT's settings for an adapter, with explicit paths below the decoder layer and never "all-linear"."""
-    family = base.family
-    stacks, matrices = target_parameters(family, adapter)
-    has_stacks = bool(stacks)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,  # PEFT divides it by the rank; a fraction is fine
-        lora_dropout=adapter.dropout,
-        target_modules=list(present(base.model, family.attention)),
-        target_parameters=[*stacks, *matrices] or None,
-        rank_pattern={re.escape(name): adapter.expert_rank for name in stacks} if has_stacks else {},
-        alpha_pattern={re.escape(name): adapter.expert_alpha for name in stacks} if has_stacks else {},
-    )
-    register_layers(config, base)
-    return config
-
-
-def target_parameters(family: Family, adapter: Adapter) -> tuple[list[str], list[str]]:
-    """(expert stacks, other weights) that an adapter names as parameters rather than as modules.
-
-    Shared and dense MLPs are named so because PEFT redirects every *module* whose name ends in gate_proj, up_proj or
-    down_proj to the routed experts of some families, full paths included (peft 0.21.2,
-    utils/transformers_weight_conversion.py). On disk the keys are the ordinary ones.
-    """
-    stacks = [f"{family.experts}.{name}" for name in family.expert_parameters] if family.experts else []
-    if adapter.targets == "attention":
-        stacks = []
-    others = [f"{name}.weight" for name in family.shared + family.dense] if adapter.targets == "all" else []
-    if adapter.router and family.router:
-        others.append(f"{family.router}.weight")
-    return stacks, others
-
-
-def present(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
-    """Those of `names` that at least one decoder layer has."""
-    have = {match[2] for path, _ in model.named_modules() if (match := LAYER.search(path))}
-    return (name for name in names if name in have)
-
-
-def register_layers(config: LoraConfig, base: Base) -> None:
-    """Tells PEFT which layer class adapts expert stacks, and that a linear map named by its weight is a linear map."""
-    import bitsandbytes as bnb
-    from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
-
-    def linear(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
-        if kwargs.pop("parameter_name", None) != "weight":
-            return None  # targeted as a module: PEFT's own dispatch
-        if type(target) is nn.Linear:
-            return LoraLinear(target, adapter_name, config=config, **kwargs)
-        if isinstance(target, bnb.nn.Linear4bit):
-            extra = {
-                "compute_dtype": target.compute_dtype,
-                "compress_statistics": target.weight.compress_statistics,
-                "quant_type": target.weight.quant_type,
-            }
-            return LoraLinear4bit(target, adapter_name, config=config, **(kwargs | extra))
-        return None
-
-    classes: dict[Any, Any] = {nn.Linear: linear}
-    for module in base.model.modules():
-        if hasattr(module, "finetune_layout"):
-            classes[type(module)] = ExpertsLora
-    config._register_custom_module(classes)
-
-
-def to_fp32(model: nn.Module) -> None:
-    """Keeps every trained weight in fp32, whatever a library cast it to: bf16 loses updates below 1/256 of a weight."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            parameter.data = parameter.data.float()
 
 
 def coverage(model: nn.Module, family: Family) -> list[CoverageRow]:
@@ -219,7 +91,7 @@ def adapted_parameters(model: nn.Module) -> set[str]:
 def plain_path(path: str) -> str:
     """A path inside a PEFT model as it is in the bare one."""
     path = path.removeprefix("base_model.model.").replace(".base_layer", "")
-    return re.sub(r"\.lora_[AB]\.[^.]+", "", path)
+    return re.sub(r"\.lora_(A|B|magnitude_vector)\.[^.]+", "", path)
 
 
 def group_of(path: str, family: Family) -> Group:
@@ -243,8 +115,7 @@ def group_of(path: str, family: Family) -> Group:
 
 def wanted_parameters(model: nn.Module, family: Family, adapter: Adapter) -> set[str]:
     """Plain paths of the parameters that the settings ask to adapt, found from the model's own names."""
-    stacks, others = target_parameters(family, adapter)
-    names = {f"{name}.weight" for name in family.attention} | set(stacks) | set(others)
+    names = wanted_names(family, adapter)
     found = set()
     for path, _ in model.named_parameters():
         plain = plain_path(path)
