@@ -78,9 +78,7 @@ def memory(recipe: Recipe) -> list[Figure]:
         part("other linear maps, 4-bit", linear * (0.5 / share + beside), f"{linear:,} x {packed_bytes} B{split}"),
         part(f"weights kept in {train.precision}", rest * plain / share, f"{rest:,} x {plain} B{split}"),
         part(
-            TRAINED,
-            trainable * (8 + state) / share,
-            f"{trainable:,} x (4 + 4 + {state:.3g}) B, {train.optimizer}{split}",
+            TRAINED, trainable * (8 + state) / share, f"{trainable:,} x (8 + {state:.3g}) B, {train.optimizer}{split}"
         ),
         guess("activations", stored, f"{shape}, inputs and outputs of the linear maps of {kept}, {plain} B each"),
         guess("logits", tokens * vocabulary * LOGIT_BYTES, f"{shape} x {vocabulary:,} x (2 + 4 + 4) B"),

@@ -31,7 +31,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from faults or _beginning(recipe, family, weights)
     if recipe.train.router_aux_loss_coef > 0 and not family.balances:
         yield (
-            f"TRN-005 train.router_aux_loss_coef={recipe.train.router_aux_loss_coef:g}: no load-balancing loss "
+            f"TRN-008 train.router_aux_loss_coef={recipe.train.router_aux_loss_coef:g}: no load-balancing loss "
             f"would be added for {family.key}. Set train.router_aux_loss_coef=0."
         )
 

@@ -199,6 +199,9 @@ class Train:
     """How many layers recompute theirs; 0 means as many as memory demands, seen when training begins."""
     router_aux_loss_coef: float = 0.0
     """Weight of the load-balancing loss. 0 because the router is frozen; TRL's own default would add it."""
+    neftune_alpha: float = 0.0
+    """Uniform noise on the embeddings while training (NEFTune), divided by sqrt(length x width); its authors used 5.
+    0 adds none."""
     save_steps: int = 0
     """Updates between checkpoints; 0 means a tenth of the run, at most 100. A run that is stopped saves then too."""
     evaluate_steps: int = 0

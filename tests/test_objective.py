@@ -111,7 +111,7 @@ def test_a_load_balancing_loss_that_would_not_be_added_is_refused(family):
         good(model__family=family, model__config=dict(FAMILIES[family].tiny), data__max_length=64,
              adapter=Adapter(targets="attention"), train__router_aux_loss_coef=0.01)
     )  # fmt: skip
-    assert [line[:7] for line in said] == ([] if family in BALANCED else ["TRN-005"])
+    assert [line[:7] for line in said] == ([] if family in BALANCED else ["TRN-008"])
 
 
 def test_noise_is_added_while_training_of_the_size_that_was_asked_and_only_then(tmp_path):
