@@ -92,7 +92,7 @@ def load_base(
     kind, config = model_class(family, config)
     before = resident_gib()
     try:
-        with _Peak() as peak:
+        with Peak() as peak:
             model, info = kind.from_pretrained(
                 None,
                 config=config,
@@ -209,10 +209,10 @@ def _keep_cpu_layout(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-class _Peak:
+class Peak:
     """Highest resident memory of this process inside the block, in GiB (sampled every 20 ms)."""
 
-    def __enter__(self) -> _Peak:
+    def __enter__(self) -> Peak:
         import threading
 
         self.gib, self._stop = resident_gib(), threading.Event()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune import sizes
+from finetune.engine import engine_problems
 from finetune.errors import RecipeError
 from finetune.licences import find_licence
 from finetune.recipe import Data, Recipe
@@ -81,7 +82,7 @@ BELOW_ONE = ("adapter.dropout", "evaluate.confidence")
 
 def problems(recipe: Recipe) -> list[str]:
     """A sentence for every setting that cannot work: id, `key=value`, why, what to type. Empty when all is well."""
-    rules = (_choices, _ranges, _names, _model, _adapter, _data, _launch, _export, _licence)
+    rules = (_choices, _ranges, _names, _model, _adapter, _data, _launch, _export, _licence, engine_problems)
     return [sentence for rule in rules for sentence in rule(recipe)]
 
 

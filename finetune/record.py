@@ -22,7 +22,7 @@ SCHEMA = 1
 """Raised when the layout of run.json changes."""
 PACKAGES = (
     "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes",
-    "tokenizers", "safetensors", "hydra-core", "omegaconf",
+    "tokenizers", "safetensors", "hydra-core", "omegaconf", "unsloth", "unsloth_zoo",
 )  # fmt: skip
 """Packages whose version decides what a run computes."""
 

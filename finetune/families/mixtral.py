@@ -29,6 +29,7 @@ FAMILY = Family(
     experts_class="MixtralExperts",
     router="mlp.gate",
     licence="apache-2.0",
+    unsloth=True,
     tiny=shapes.TINY
     | {
         "model_type": "mixtral",

@@ -35,6 +35,7 @@ FAMILY = Family(
     router="mlp.gate",
     dense=shapes.below("mlp"),
     licence="apache-2.0",
+    unsloth=True,
     tiny=shapes.TINY
     | {
         "model_type": "qwen3_moe",

@@ -47,9 +47,12 @@ def unlearnt(model: Any, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str,
     """(stack -> experts whose update is still zero, experts module -> rows with a gradient that each expert got).
 
     `weights` are the trained parameters by name, whole. An expert that no row with a gradient reached is the one honest
-    reason for an update of zero. Raises NumbersError: TRN-002 when a weight that every token uses did not change,
+    reason for an update of zero. Layers of another engine do not count rows: their experts stand in the first only.
+    Raises NumbersError: TRN-002 when a weight that every token uses did not change,
     TRN-004 when an expert that was reached did not.
     """
+    from peft.tuners.lora.layer import ParamWrapper
+
     from finetune.experts import ExpertsLora
 
     idle: dict[str, list[int]] = {}
@@ -79,4 +82,9 @@ def unlearnt(model: Any, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str,
         heard[path] = rows
         if silent:
             idle[f"{path}.{module.parameter_name}"] = silent
+    for name, module in model.named_modules():
+        if isinstance(module, ParamWrapper) and name not in stacks and module.num_experts > 1:
+            if silent := ExpertsLora.experts_without_update(module, weights[name + UPDATE]):
+                path = name.removeprefix("base_model.model.").replace(".base_layer", "")
+                idle[f"{path}.{module.parameter_name}"] = silent
     return idle, heard

@@ -21,6 +21,7 @@ from finetune.stop import asked_to_stop
 from finetune.train.identity import changes, identity
 from finetune.train.learnt import Heard, unlearnt
 from finetune.train.settings import arithmetic, loss_type, planned_steps, save_every, trainer_settings
+from finetune.train.with_unsloth import for_trainer, load, take_over
 
 
 def train(run_dir: RunDir) -> None:
@@ -75,10 +76,12 @@ class _Job:
 
 def _prepare(recipe: Recipe, run_dir: RunDir, scratch: str, console: Any, request: Any) -> _Job:
     """Base, adapter, rows and trainer of this process."""
-    from transformers import PrinterCallback, set_seed
+    unsloth = recipe.engine == "unsloth"
+    if unsloth:
+        take_over(Path(scratch))
+    from transformers import PrinterCallback
 
-    from finetune.adapters import attach, coverage_table, print_coverage, to_fp32
-    from finetune.base import load_base
+    from finetune.adapters import coverage_table, print_coverage, to_fp32
     from finetune.data import load_packed, load_splits
     from finetune.progress import Guard, TrainingProgress
     from finetune.recompute import Recompute
@@ -91,16 +94,8 @@ def _prepare(recipe: Recipe, run_dir: RunDir, scratch: str, console: Any, reques
     folder = base_folder(recipe)
     packed = load_packed(run_dir)
     rows = load_splits(run_dir).train if packed is None else packed
-    base = load_base(
-        folder,
-        load_in_4bit=recipe.adapter.load_in_4bit,
-        precision=recipe.train.precision,
-        double_quantisation=recipe.adapter.double_quantisation,
-        sharded=is_sharded(recipe),
-    )
+    base, model = load(recipe, folder) if unsloth else _load(recipe, folder)
     console.print(base.loading())
-    set_seed(recipe.seed)  # TRL 1.14.2 seeds after the adapter is made; the same seed would give another LoRA
-    model = attach(base, recipe.adapter)
     table = coverage_table(model, base.family)
     print_coverage(table, console)
 
@@ -125,7 +120,15 @@ def _prepare(recipe: Recipe, run_dir: RunDir, scratch: str, console: Any, reques
         ranks=ranks,
         order=Order(len(rows), recipe.seed, lengths, per_update),
         model=model,
-        args=trainer_settings(recipe, scratch, str(run_dir.logs), steps, every, loss_type(base.model), base.family),
+        args=trainer_settings(
+            for_trainer(recipe) if unsloth else recipe,
+            scratch,
+            str(run_dir.logs),
+            steps,
+            every,
+            "nll" if unsloth else loss_type(base.model),  # Unsloth has a cross-entropy in pieces of its own
+            base.family,
+        ),
         train_dataset=_numbered(rows, packed is not None),
         data_collator=_collator(base.tokenizer, packed is not None),
         processing_class=base.tokenizer,
@@ -138,6 +141,25 @@ def _prepare(recipe: Recipe, run_dir: RunDir, scratch: str, console: Any, reques
     if is_sharded(recipe):
         as_stored(trainer)
     return _Job(recipe, run_dir, ranks, base, trainer, rows, steps, table, progress, boundary, heard, resumed, console)
+
+
+def _load(recipe: Recipe, folder: Path) -> tuple[Any, Any]:
+    """(base, its PEFT model with a new adapter) in our own layers."""
+    from transformers import set_seed
+
+    from finetune.adapters import attach
+    from finetune.base import load_base
+    from finetune.train.distribute import is_sharded
+
+    base = load_base(
+        folder,
+        load_in_4bit=recipe.adapter.load_in_4bit,
+        precision=recipe.train.precision,
+        double_quantisation=recipe.adapter.double_quantisation,
+        sharded=is_sharded(recipe),
+    )
+    set_seed(recipe.seed)  # TRL 1.14.2 seeds after the adapter is made; the same seed would give another LoRA
+    return base, attach(base, recipe.adapter)
 
 
 def _run(job: _Job) -> None:
@@ -210,6 +232,7 @@ def _finish(job: _Job) -> None:
             "coverage": job.table,
             "experts_without_update": idle,
             "expert_rows_with_a_gradient": heard,
+            "engine": recipe.engine,
             "processes": job.ranks.world,
             "distribution": recipe.launch.distribution if job.ranks.world > 1 else "none",
             "resumed": job.resumed.memory(),
