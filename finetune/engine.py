@@ -87,8 +87,8 @@ def engine_problems(recipe: Recipe) -> Iterator[str]:
     if not family.unsloth:
         known = ", ".join(sorted(key for key, one in FAMILIES.items() if one.unsloth))
         yield (
-            f"ENG-001 engine=unsloth: Unsloth {PACKAGES['unsloth']} has no layers for the family {family.key} that keep "
-            f"experts in 4 bits and adapters in PEFT's layout; it has for {known}. Set engine=finetune."
+            f"ENG-001 engine=unsloth: Unsloth {PACKAGES['unsloth']} has no layers for the family {family.key} that "
+            f"keep experts in 4 bits and adapters in PEFT's layout; it has for {known}. Set engine=finetune."
         )
     for limit in LIMITS:
         if limit.meets(recipe):
@@ -99,7 +99,7 @@ def engine_problems(recipe: Recipe) -> Iterator[str]:
 
 
 def engine_absent(gpus: int) -> Iterator[str]:
-    """A sentence for everything that this machine, with so many NVIDIA GPUs, lacks for Unsloth. Imports nothing of it."""
+    """A sentence for everything that this machine, with so many NVIDIA GPUs, lacks for Unsloth. Does not import it."""
     if not gpus:
         yield (
             "ENG-003 engine=unsloth needs an NVIDIA GPU, and this machine has none. "

@@ -1,7 +1,7 @@
 """What the tests put in Unsloth's place: `FastModel` out of stock transformers and PEFT, on a CPU.
 
-A test copies this file to a folder on the path as `unsloth.py`. It writes down, in the file that $FAKE_UNSLOTH names, what
-it was given and by whom. $FAKE_UNSLOTH_FAULT makes it do something wrong.
+A test copies this file to a folder on the path as `unsloth.py`. It writes down, in the file that $FAKE_UNSLOTH names,
+what it was given and by whom. $FAKE_UNSLOTH_FAULT makes it do something wrong.
 """
 
 import json
@@ -57,7 +57,7 @@ class FastModel:
     def get_peft_model(model, **given):
         from peft import LoraConfig, get_peft_model
 
-        note(call="get_peft_model", **given)
+        note(call="get_peft_model", untouched=os.environ["UNSLOTH_IGNORED_TOKENIZER_NAMES"], **given)
         transformers.set_seed(given.pop("random_state"))
         if given.pop("use_gradient_checkpointing"):
             model.gradient_checkpointing_enable({"use_reentrant": False})

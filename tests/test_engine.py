@@ -1,16 +1,18 @@
 """Unsloth as an engine: what is refused, what it is given, and that a run with it leaves what every run leaves.
 
-No machine of the tests has a GPU, so the chain runs with `tests/fake_unsloth.py` in its place; one test, marked `gpu`, is
-for the real one.
+No machine of the tests has a GPU, so the chain runs with `tests/fake_unsloth.py` in its place; one test, marked `gpu`,
+is for the real one.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -23,13 +25,16 @@ from finetune.compose import load_recipe
 from finetune.engine import LIMITS, PACKAGES, engine_absent
 from finetune.errors import RunError, WeightsError
 from finetune.families import FAMILIES
-from finetune.run import run
-from finetune.rundir import read_json
+from finetune.run import carry_on, run
+from finetune.rundir import RunDir, read_json
 from finetune.train import with_unsloth
+from finetune.train.learnt import UPDATE, unlearnt
+from finetune.train.state import trainable
 from tests.job import good, ready
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ("engine=unsloth", "adapter.double_quantisation=true", "train.precision=bf16", "scale=rehearsal")
+ADAPTER = "adapter_model.safetensors"
 PLAIN = ("adapter=lora", "adapter.targets=experts")
 
 
@@ -112,9 +117,10 @@ def test_without_a_gpu_and_without_the_package_it_says_both(monkeypatch):
     assert machine.launch_problems(good()) == []
 
 
-def test_another_release_is_refused(installed):
+def test_another_release_is_refused(tmp_path, monkeypatch):
+    site = Site(tmp_path, monkeypatch)
     assert list(engine_absent(1)) == []
-    installed("2026.10.9")
+    site.install("2026.10.9")
     sentence = next(engine_absent(1))
     assert sentence.startswith("ENG-004 engine=unsloth: unsloth 2026.10.9 is installed")
     assert "pip install unsloth==2026.10.5" in sentence
@@ -147,7 +153,7 @@ def ready_as(tmp_path, engine, config):
 @pytest.mark.parametrize(
     ("words", "codes"),
     [
-        (("recipe=legal_quickstart",), ["ENG-002", "ENG-003", "ENG-004", "ENG-004"]),
+        (("recipe=legal_quickstart", "train.precision=bf16"), ["ENG-002", "ENG-003", "ENG-004", "ENG-004"]),
         (("recipe=legal_quickstart", *HERE), ["ENG-003", "ENG-004", "ENG-004"]),
         (("recipe=gpt_oss_120b_support", *HERE), ["ENG-001", "ENG-003", "ENG-004", "ENG-004"]),
     ],
@@ -187,7 +193,11 @@ def test_what_the_base_is_loaded_with(tmp_path):
         "local_files_only": True,
     }
     plain = with_unsloth.loading(asked(adapter__load_in_4bit=False, train__gradient_checkpointing=True), tmp_path)
-    assert (plain["load_in_4bit"], plain["load_in_16bit"], plain["use_gradient_checkpointing"]) == (False, True, "unsloth")
+    assert (plain["load_in_4bit"], plain["load_in_16bit"], plain["use_gradient_checkpointing"]) == (
+        False,
+        True,
+        "unsloth",
+    )
 
 
 def test_what_the_adapter_is_made_with():
@@ -228,149 +238,215 @@ def test_it_does_not_take_over_a_process_that_uses_transformers(tmp_path):
 
 
 def test_only_one_file_imports_it():
-    paths = [p for p in (ROOT / "finetune").rglob("*.py") if "import unsloth" in (t := p.read_text()) or "from unsloth" in t]
-    assert [p.name for p in paths] == ["with_unsloth.py"]
+    found = re.compile(r"^\s*(import|from) unsloth\b", re.MULTILINE)
+    modules = list((ROOT / "finetune").rglob("*.py"))
+    assert len(modules) > 100
+    assert [p.name for p in modules if found.search(p.read_text())] == ["with_unsloth.py"]
 
 
 # --- a run with something in its place ------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def installed(tmp_path, monkeypatch):
-    """version -> a folder on the path of this process and of those it starts, with the stand-in and its metadata."""
-    folder = tmp_path / "site"
+class Site:
+    """A folder on the path of this process and of those it starts, with the stand-in and its metadata; runs with it."""
 
-    def install(version):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        shutil.copy(ROOT / "tests" / "fake_unsloth.py", folder / "unsloth.py")
+    def __init__(self, root, patch):
+        self.root, self.patch, self.folder = root, patch, root / "site"
+        patch.syspath_prepend(self.folder)
+        patch.setenv("PYTHONPATH", f"{self.folder}:{ROOT}")
+        patch.setenv("FAKE_UNSLOTH", str(root / "given.json"))
+        patch.setattr(machine, "gpu_count", lambda: 1)
+        self.install("2026.10.5")
+
+    def install(self, version):
+        """Puts a release there in place of the one before."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        shutil.copy(ROOT / "tests" / "fake_unsloth.py", self.folder / "unsloth.py")
         for name in PACKAGES:
-            info = folder / f"{name}-{version}.dist-info"
+            info = self.folder / f"{name}-{version}.dist-info"
             info.mkdir()
             (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
-    install("2026.10.5")
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.setenv("PYTHONPATH", f"{folder}:{ROOT}")
-    monkeypatch.setenv("FAKE_UNSLOTH", str(tmp_path / "given.json"))
-    monkeypatch.setattr(machine, "gpu_count", lambda: 1)
-    return install
+    def run(self, *words, until="train", engine=HERE):
+        """A rehearsal up to a stage; the prepared rows and the tiny base are shared by all."""
+        places = (f"runs_dir={self.root / 'runs'}", f"cache_dir={self.root / 'cache'}")
+        return run(load_recipe("legal_quickstart", *engine, *places, *words), until=until)
+
+    def given(self):
+        """What the stand-in wrote down, by call, of the last run."""
+        return {entry["call"]: entry for entry in json.loads((self.root / "given.json").read_text())}
+
+    def refuses(self, capfd, sentence, *words):
+        """Asserts that training ends with a sentence on the terminal, without a traceback or a step."""
+        with pytest.raises(RunError, match="LCH-006"):
+            self.run(*PLAIN, *words)
+        said = capfd.readouterr()
+        assert sentence in said.err
+        assert "Traceback" not in said.err + said.out
+        assert "loss" not in said.out
 
 
-@pytest.fixture
-def done(tmp_path, installed):
-    """words -> a rehearsal with the stand-in, up to a stage."""
-
-    def make(*words, until="train", recipe="legal_quickstart", engine=HERE):
-        places = (f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}")
-        return run(load_recipe(recipe, *engine, *places, *words), until=until)
-
-    return make
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        yield Site(tmp_path_factory.mktemp("unsloth"), patch)
 
 
-def given(tmp_path):
-    """What the stand-in wrote down, by call."""
-    return {entry["call"]: entry for entry in json.loads((tmp_path / "given.json").read_text())}
-
-
-def test_a_run_leaves_what_every_run_leaves_and_later_stages_take_it(tmp_path, done, monkeypatch):
-    here = tmp_path / "here"
+@pytest.fixture(scope="module")
+def whole(site):
+    """(a run with the stand-in up to the export, what it wrote down, files that appeared where it was typed)."""
+    here = site.root / "here"
     here.mkdir()
-    monkeypatch.chdir(here)
-    tuned = done(*PLAIN, until="export")
-    report = read_json(tuned.train)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        done = site.run(*PLAIN, "train.save_steps=2", until="export")
+    return done, site.given(), list(here.iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_every_run_leaves_and_later_stages_take_it(whole):
+    done, told, strangers = whole
+    report = read_json(done.train)
     assert report["engine"] == "unsloth"
-    assert len(report["steps"]) == 4
     assert report["versions"]["unsloth"] == "2026.10.5"
     assert {row["group"] for row in report["coverage"] if row["adapted"]} == {"attention", "routed"}
-    assert (tuned.merged / "model.safetensors").exists() or any(tuned.merged.glob("*.safetensors"))
-    told = given(tmp_path)
-    assert told["import"]["process"] != os.getpid()
+    assert [len(report["steps"]), len(list(done.checkpoints.glob("step-*")))] == [4, 2]
+    assert read_json(done.scores)["gates"] is not None
+    assert any(done.merged.glob("*.safetensors"))
+    assert done.export.exists()
+    assert strangers == []
+    assert not Path(told["import"]["generated"]).exists()  # it went with the process
+
+
+@pytest.mark.slow
+def test_only_the_training_process_is_patched(whole):
+    import transformers
+
+    _, told, _ = whole
+    assert not hasattr(transformers, "patched_by_unsloth")
+    assert {entry["process"] for entry in told.values()} != {os.getpid()}
     assert told["import"]["imported_before"] == []
     assert told["import"]["environment"]["UNSLOTH_DISABLE_STATISTICS"] == "1"
     assert "RANK" not in told["import"]["environment"]
-    assert not Path(told["import"]["generated"]).exists()  # it went with the process
-    assert list(here.iterdir()) == []
-    import transformers
-
-    assert not hasattr(transformers, "patched_by_unsloth")
+    assert told["get_peft_model"]["untouched"] == told["from_pretrained"]["model_name"]
 
 
-def test_its_adapter_has_the_keys_shapes_and_settings_of_ours(done):
-    theirs = done(*PLAIN)
-    ours = done(*PLAIN, engine=("scale=rehearsal", "train.precision=bf16"))
-    a, b = (load_file(run.adapter / "adapter_model.safetensors") for run in (theirs, ours))
+@pytest.mark.slow
+def test_its_adapter_has_the_keys_shapes_and_settings_of_ours(site, whole):
+    theirs, ours = whole[0], site.run(*PLAIN, engine=("scale=rehearsal", "train.precision=bf16"))
+    a, b = (load_file(done.adapter / ADAPTER) for done in (theirs, ours))
     assert {k: (v.shape, v.dtype) for k, v in a.items()} == {k: (v.shape, v.dtype) for k, v in b.items()}
-    a, b = (read_json(run.adapter / "adapter_config.json") for run in (theirs, ours))
+    assert {v.dtype for v in a.values()} == {torch.float32}
+    a, b = (read_json(done.adapter / "adapter_config.json") for done in (theirs, ours))
     same = ("r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern", "peft_type")
     assert {key: a[key] for key in same} == {key: b[key] for key in same}
-    first, second = (read_json(run.train)["steps"][0]["loss"] for run in (theirs, ours))
+    first, second = (read_json(done.train)["steps"][0]["loss"] for done in (theirs, ours))
     assert first == pytest.approx(second, abs=0.01)  # the same rows, masks and base; no update yet
 
 
-def test_it_goes_on_from_a_checkpoint_as_if_nothing_had_happened(done):
-    straight = done(*PLAIN, "train.save_steps=2")
-    resumed = done(*PLAIN, "train.save_steps=2")
-    wanted = (straight.adapter / "adapter_model.safetensors").read_bytes()
-    shutil.rmtree(resumed.adapter)
-    resumed.train.unlink()
-    shutil.rmtree(resumed.checkpoints / "step-000004")
-    again = run(load_recipe_of(resumed), run_dir=resumed, until="train")
+@pytest.mark.slow
+def test_it_goes_on_from_a_checkpoint_as_if_nothing_had_happened(whole, tmp_path):
+    path = tmp_path / "0001"
+    shutil.copytree(whole[0].path, path)
+    again = RunDir(path)
+    wanted = (again.adapter / ADAPTER).read_bytes()
+    shutil.rmtree(again.adapter)
+    again.train.unlink()
+    shutil.rmtree(again.checkpoints / "step-000004")
+    again = carry_on(again, until="train")
     assert [entry["after_step"] for entry in read_json(again.train)["resumed"]] == [2]
-    assert (again.adapter / "adapter_model.safetensors").read_bytes() == wanted
+    assert (again.adapter / ADAPTER).read_bytes() == wanted
 
 
-def load_recipe_of(run_dir):
-    """The recipe of a run."""
-    from finetune.compose import read_recipe
-
-    return read_recipe(run_dir.recipe)
-
-
-def test_recomputing_is_its_own_and_changes_no_loss(tmp_path, done):
-    plain, recomputed = done(*PLAIN), done(*PLAIN, "train.gradient_checkpointing=true")
-    a, b = ([step["loss"] for step in read_json(run.train)["steps"]] for run in (plain, recomputed))
+@pytest.mark.slow
+def test_recomputing_is_its_own_and_changes_no_loss(site, whole):
+    recomputed = site.run(*PLAIN, "train.gradient_checkpointing=true")
+    a, b = ([step["loss"] for step in read_json(done.train)["steps"]] for done in (whole[0], recomputed))
     assert a == pytest.approx(b, abs=1e-2)
-    assert given(tmp_path)["get_peft_model"]["use_gradient_checkpointing"] == "unsloth"
+    assert site.given()["get_peft_model"]["use_gradient_checkpointing"] == "unsloth"
 
 
-def test_an_adapter_that_covers_less_than_was_asked_is_an_error_before_step_1(done, monkeypatch, capfd):
-    monkeypatch.setenv("FAKE_UNSLOTH_FAULT", "experts")
-    refused(done, capfd, "ADP-010 adapter.targets=experts asks for")
-
-
-def test_experts_left_in_16_bits_are_an_error_before_step_1(done, capfd):
-    """Stock transformers packs linear maps only, as Unsloth does with a stack whose layer it does not know."""
-    refused(done, capfd, "ENG-007 Unsloth left ", "adapter=qlora")
-
-
-def test_an_engine_that_cannot_be_imported_says_why(done, monkeypatch, capfd):
-    monkeypatch.setenv("FAKE_UNSLOTH_FAULT", "import")
-    refused(done, capfd, "ENG-006 Unsloth cannot be imported here: Unsloth cannot find any torch accelerator?")
-
-
-def refused(done, capfd, sentence, *words):
-    """Asserts that training ends with a sentence on the terminal, without a traceback, a step or an adapter."""
-    with pytest.raises(RunError, match="LCH-006"):
-        done(*PLAIN, *words)
-    said = capfd.readouterr()
-    assert sentence in said.err
-    assert "Traceback" not in said.err + said.out
-    assert "loss" not in said.out
-
-
-def test_a_dense_base_in_4_bits_trains(done, tmp_path):
-    words = ("model.family=qwen3", "model.upcycle_experts=0", "model.source=", "adapter.targets=all")
-    tuned = done(*words)
+@pytest.mark.slow
+def test_a_dense_base_in_4_bits_trains(site):
+    tuned = site.run("model.family=qwen3", "model.upcycle_experts=0", "model.source=", "adapter.targets=all")
     rows = {row["group"]: row for row in read_json(tuned.train)["coverage"]}
     assert rows["dense"]["parameters_4bit"] == rows["dense"]["adapted"] == rows["dense"]["parameters"]
-    assert given(tmp_path)["from_pretrained"]["load_in_4bit"] is True
+    assert site.given()["from_pretrained"]["load_in_4bit"] is True
+
+
+@pytest.mark.slow
+def test_an_adapter_that_covers_less_than_was_asked_is_an_error_before_step_1(site, monkeypatch, capfd):
+    monkeypatch.setenv("FAKE_UNSLOTH_FAULT", "experts")
+    site.refuses(capfd, "ADP-010 adapter.targets=experts asks for")
+
+
+@pytest.mark.slow
+def test_experts_left_in_16_bits_are_an_error_before_step_1(site, capfd):
+    """Stock transformers packs linear maps only, as Unsloth does with a stack whose layer it does not know."""
+    site.refuses(capfd, "ENG-007 Unsloth left ", "adapter=qlora")
+
+
+@pytest.mark.slow
+def test_an_engine_that_cannot_be_imported_says_why(site, monkeypatch, capfd):
+    monkeypatch.setenv("FAKE_UNSLOTH_FAULT", "import")
+    site.refuses(capfd, "ENG-006 Unsloth cannot be imported here: Unsloth cannot find any torch accelerator?")
+
+
+def test_experts_without_an_update_are_found_in_stock_layers_too():
+    model = stock_adapter()
+    weights = {name: p.detach().clone() for name, p in trainable(model).items()}
+    for name, weight in weights.items():
+        if name.endswith(UPDATE):
+            weight.normal_()
+        if name.endswith("experts" + UPDATE):  # of down_proj; (out, r*E), the expert runs fastest
+            weight.view(weight.shape[0], -1, 4)[..., 2] = 0
+    idle, heard = unlearnt(model, weights)
+    assert set(map(tuple, idle.values())) == {(2,)}
+    assert {path.rpartition(".")[2] for path in idle} == {"down_proj"}
+    assert heard == {}
+
+
+def stock_adapter():
+    """A tiny model with stock PEFT layers on its expert stacks."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    values = dict(FAMILIES["qwen3_moe"].tiny)
+    config = transformers.AutoConfig.for_model(**values)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=stacks))
+
+
+def test_a_process_that_was_started_for_training_alone_ends_with_its_parent(tmp_path):
+    """As several do: a killed parent leaves no training behind."""
+    mark = tmp_path / "child"
+    child = f"import os, time, pathlib; from finetune.worker import _end_with_parent; _end_with_parent(); \
+pathlib.Path({str(mark)!r}).write_text(f'{{os.getpid()}} ' + os.environ.get('RANK', 'alone')); time.sleep(60)"
+    code = f"import sys; from finetune.launch import together; together([sys.executable, '-c', {child!r}], 1)"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    until = time.monotonic() + 60
+    while not (mark.exists() and mark.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    number, rank = mark.read_text().split()
+    assert rank == "alone"
+    parent.kill()
+    parent.wait()
+    while Path(f"/proc/{number}").exists() and running(number) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not running(number)
+
+
+def running(number):
+    """Whether a process runs; one that ended and was not waited for does not."""
+    status = Path(f"/proc/{number}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", ["legal_quickstart", "qwen3_30b_legal"])
 def test_the_real_package_trains_experts_in_4_bits(tmp_path, recipe):
-    pytest.importorskip("importlib.metadata").version("unsloth")
     places = (f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}")
     tuned = run(load_recipe(recipe, *HERE, *places), until="export")
     rows = {row["group"]: row for row in read_json(tuned.train)["coverage"]}

@@ -83,8 +83,9 @@ def unlearnt(model: Any, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str,
         if silent:
             idle[f"{path}.{module.parameter_name}"] = silent
     for name, module in model.named_modules():
-        if isinstance(module, ParamWrapper) and name not in stacks and module.num_experts > 1:
-            if silent := ExpertsLora.experts_without_update(module, weights[name + UPDATE]):
-                path = name.removeprefix("base_model.model.").replace(".base_layer", "")
-                idle[f"{path}.{module.parameter_name}"] = silent
+        if not isinstance(module, ParamWrapper) or name in stacks or module.num_experts == 1:
+            continue
+        if silent := ExpertsLora.experts_without_update(module, weights[name + UPDATE]):
+            path = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            idle[f"{path}.{module.parameter_name}"] = silent
     return idle, heard

@@ -23,6 +23,9 @@ from finetune.recipe import Recipe
 
 PATCHED = ("transformers", "trl", "peft")
 """What Unsloth must be imported before."""
+UNTOUCHED = "UNSLOTH_IGNORED_TOKENIZER_NAMES"
+"""Variable with the base whose embeddings its trainer leaves as they are. It overwrites rows that it takes for
+untrained, and the merge, which goes by the files, would not know."""
 
 
 def take_over(scratch: Path) -> None:
@@ -73,6 +76,7 @@ def load(recipe: Recipe, folder: Path) -> tuple[Any, Any]:
     family, config = read_config(folder)
     if wrong := engine_unfit(recipe, folder, config.to_dict()):
         raise wrong
+    os.environ[UNTOUCHED] = str(folder)
     started, before = time.monotonic(), resident_gib()
     with Peak() as peak:
         model, _ = FastModel.from_pretrained(**loading(recipe, folder))
