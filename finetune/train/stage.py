@@ -236,7 +236,7 @@ def _finish(job: _Job) -> None:
             "processes": job.ranks.world,
             "distribution": recipe.launch.distribution if job.ranks.world > 1 else "none",
             "resumed": job.resumed.memory(),
-            "versions": versions(),
+            "versions": versions(recipe.engine),
             "seed": recipe.seed,
             "device": str(torch.get_default_device())
             if not torch.cuda.is_available()
