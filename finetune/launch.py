@@ -50,10 +50,9 @@ def together(command: Sequence[str], processes: int, cpu_threads: int = 0) -> No
     Signals are handed on to all of them as USR1, a second Ctrl-C ends them. When one fails the others are ended. They
     end with this process, however it ends. Raises RunError (LCH-006) when one fails; it has said why.
     """
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
-    if processes == 1:
-        address = {}  # Accelerate would make a group of one
-    address["FINETUNE_PARENT"] = str(os.getpid())
+    address = {"FINETUNE_PARENT": str(os.getpid())}
+    if processes > 1:  # Accelerate would make a group of one, too
+        address |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     address["OMP_NUM_THREADS"] = str(cpu_threads or max(1, (os.cpu_count() or 1) // processes))
     running: list[subprocess.Popen[bytes]] = []
     with handed_on(running):

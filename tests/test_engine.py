@@ -422,8 +422,12 @@ def stock_adapter():
 def test_a_process_that_was_started_for_training_alone_ends_with_its_parent(tmp_path):
     """As several do: a killed parent leaves no training behind."""
     mark = tmp_path / "child"
-    child = f"import os, time, pathlib; from finetune.worker import _end_with_parent; _end_with_parent(); \
-pathlib.Path({str(mark)!r}).write_text(f'{{os.getpid()}} ' + os.environ.get('RANK', 'alone')); time.sleep(60)"
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
+    child = (
+        "import os, time, pathlib; from finetune.worker import _end_with_parent; _end_with_parent(); "
+        f"how = 'group' if {names!r} & os.environ.keys() else 'alone'; "
+        f"pathlib.Path({str(mark)!r}).write_text(f'{{os.getpid()}} {{how}}'); time.sleep(60)"
+    )
     code = f"import sys; from finetune.launch import together; together([sys.executable, '-c', {child!r}], 1)"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     until = time.monotonic() + 60
