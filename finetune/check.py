@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune import methods, sizes
+from finetune.engine import engine_problems
 from finetune.errors import RecipeError
 from finetune.licences import find_licence
 from finetune.recipe import Data, Recipe
@@ -85,7 +86,10 @@ BELOW_ONE = ("adapter.dropout", "evaluate.confidence")
 
 def problems(recipe: Recipe) -> list[str]:
     """A sentence for every setting that cannot work: id, `key=value`, why, what to type. Empty when all is well."""
-    rules = (_choices, _ranges, _names, _model, methods.problems, _train, _data, _trackers, _launch, _export, _licence)
+    rules = (
+        *(_choices, _ranges, _names, _model, methods.problems, _train, _data, _trackers, _launch, _export, _licence),
+        engine_problems,
+    )
     return [sentence for rule in rules for sentence in rule(recipe)]
 
 

@@ -29,7 +29,7 @@ def launch(stage: str, run_dir: RunDir) -> None:
     """Carries out one stage as `launch` of the recipe says. Raises what the stage raises, RunError if it is busy."""
     recipe = read_recipe(run_dir.recipe)
     try:
-        if stage == "train" and recipe.launch.devices > 1:
+        if stage == "train" and (recipe.launch.devices > 1 or recipe.engine == "unsloth"):  # it patches its process
             from finetune.source import base_folder
 
             base_folder(recipe)  # fetched or made once, before there are several processes that wait for it
@@ -45,18 +45,21 @@ def launch(stage: str, run_dir: RunDir) -> None:
 
 
 def together(command: Sequence[str], processes: int, cpu_threads: int = 0) -> None:
-    """Runs a command as several processes that find each other, until all have ended well.
+    """Runs a command as several processes that find each other, or as one that looks for none, until all ended well.
 
     Signals are handed on to all of them as USR1, a second Ctrl-C ends them. When one fails the others are ended. They
     end with this process, however it ends. Raises RunError (LCH-006) when one fails; it has said why.
     """
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+    address = {"FINETUNE_PARENT": str(os.getpid())}
+    if processes > 1:  # Accelerate would make a group of one, too
+        address |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     address["OMP_NUM_THREADS"] = str(cpu_threads or max(1, (os.cpu_count() or 1) // processes))
     running: list[subprocess.Popen[bytes]] = []
     with handed_on(running):
         try:
             for rank in range(processes):
                 place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+                place = place if processes > 1 else {}
                 environment = os.environ | address | place
                 running.append(subprocess.Popen(command, env=environment, start_new_session=True))
             _wait(running)

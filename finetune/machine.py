@@ -14,6 +14,7 @@ from pathlib import Path
 
 from finetune import fetch, sizes
 from finetune.check import TRACKERS, source_kind
+from finetune.engine import engine_absent, engine_unfit
 from finetune.errors import FinetuneError, WeightsError
 from finetune.families import family_of
 from finetune.licences import find_licence
@@ -59,7 +60,7 @@ def launch_problems(recipe: Recipe) -> list[str]:
     on_cpu = "ACCELERATE_TORCH_DEVICE" in os.environ and os.environ["ACCELERATE_TORCH_DEVICE"] == "cpu"
     if launch.kind != "local":
         return []
-    found = []
+    found = list(engine_absent(gpus)) if recipe.engine == "unsloth" else []
     if launch.distribution == "fsdp2" and launch.devices > 1 and not gpus and not on_cpu:
         found.append(
             "LCH-007 launch.distribution=fsdp2 needs NVIDIA GPUs, and there are none: Accelerate would hold the whole "
@@ -211,7 +212,7 @@ def unfit_weights(recipe: Recipe) -> WeightsError | None:
     except (ValueError, OSError, AttributeError) as error:
         return WeightsError("WGT-002", f"{path} cannot be used", str(error), "fetch the folder again")
     if family.key == model.family:
-        return None
+        return engine_unfit(recipe, folder, config)
     what = f"model.source={folder} is of the family {family.key}, model.family is {model.family}"
     return WeightsError("WGT-008", what, "the plan would describe another model", "the card of that base: model=NAME")
 

@@ -300,6 +300,9 @@ class Recipe:
     """One sentence: what the recipe is for."""
     scale: str = one_of("full", "rehearsal")
     """`rehearsal` runs the same chain on a tiny random model of the same family."""
+    engine: str = one_of("finetune", "unsloth")
+    """Whose layers train. `unsloth` takes Unsloth's kernels for the families and settings they cover: one NVIDIA GPU
+    and the extra [unsloth]. Adapter, checkpoints and all other stages stay the same."""
     seed: int = 17
     """Seed of the LoRA initialisation, the row order and everything else that is drawn."""
     runs_dir: str = "runs"

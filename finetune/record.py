@@ -14,6 +14,7 @@ from typing import Any
 
 from finetune import __version__
 from finetune.compose import read_recipe
+from finetune.engine import PACKAGES as UNSLOTH
 from finetune.licences import find_licence
 from finetune.recipe import Recipe
 from finetune.rundir import TEMPORARY, RunDir, read_json, sha256_file, write_json
@@ -61,7 +62,7 @@ def content(run_dir: RunDir, recipe: Recipe, base: Path) -> dict[str, Any]:
             "url": recipe.model.licence_url or (licence.source if licence else ""),
             "duties": list(licence.duties) if licence else [],
         },
-        "versions": versions(),
+        "versions": versions(recipe.engine),
         "platform": {
             "system": platform.platform(),
             "machine": platform.machine(),
@@ -87,10 +88,10 @@ def output_names(run_dir: RunDir) -> list[str]:
     return sorted(names)
 
 
-def versions() -> dict[str, str]:
-    """Package -> version, of those that are installed."""
+def versions(engine: str = "finetune") -> dict[str, str]:
+    """Package -> version, of those that are installed; with those of the engine that trains."""
     found = {}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *(UNSLOTH if engine == "unsloth" else ())):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

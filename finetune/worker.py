@@ -95,8 +95,9 @@ def main(words: list[str]) -> int:
 
 
 def _end_with_parent() -> None:
-    """One of several processes ends when the one that started it does, however that ends (Linux: prctl)."""
-    if expected()[1] > 1 and hasattr(libc := ctypes.CDLL(None), "prctl"):
+    """A process of a training ends when the one that started it does, however that ends (Linux: prctl)."""
+    started_here = "FINETUNE_PARENT" in os.environ and os.environ["FINETUNE_PARENT"] == str(os.getppid())
+    if (started_here or expected()[1] > 1) and hasattr(libc := ctypes.CDLL(None), "prctl"):
         parent_death_signal = 1
         libc.prctl(parent_death_signal, signal.SIGKILL)
 

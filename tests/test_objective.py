@@ -25,12 +25,12 @@ BALANCED = [key for key, family in FAMILIES.items() if family.balances]
 def trainer_of(family: str, folder: Any, *, loss: str = "", adapter: Adapter | None = None, **changes: Any) -> Any:
     """(trainer, ids) as the training stage makes it, on a tiny model in fp32."""
     base = load_base(checkpoint(family, True), load_in_4bit=False, precision="fp32")
-    given = {"train__precision": "fp32", "train__tensorboard": False, "train__batch_size": 2}
+    given = {"train__precision": "fp32", "train__report_to": [], "train__batch_size": 2}
     recipe = good(**(given | {"adapter": adapter or Adapter(targets="attention", rank=4)} | changes))
     torch.manual_seed(5)
     model = attach(base, recipe.adapter)
     ids = some_ids(base)
-    args = trainer_settings(recipe, str(folder), str(folder), 2, loss or loss_type(base.model))
+    args = trainer_settings(recipe, str(folder), "test", 2, 2, loss or loss_type(base.model), base.family)
     with keeping_fp32(model):
         trainer = SFTTrainer(
             model=model,

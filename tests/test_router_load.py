@@ -12,7 +12,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from finetune.adapters import LAYER, plain_path
+from finetune.adapters.coverage import plain_path
+from finetune.adapters.targets import LAYER
 from finetune.recipe import Adapter
 from finetune.train.router_load import EVERY, RouterLoad, load
 from tests.tiny_models import adapted, some_ids

@@ -89,6 +89,9 @@ class Family:
     packs: bool = True
     """Several rows in one sequence stay apart by their positions. False where a layer carries a state along the
     sequence, or compresses it, whatever the positions say."""
+    unsloth: bool = False
+    """Unsloth (the release in `engine.PACKAGES`) trains it: it has layers for the class of the expert stacks by name,
+    keeps them in 4 bits, and reads the published folder as this text model. Dense families need no such layers."""
     text_config: str = ""
     """Key of the text part inside config.json for multimodal checkpoints, e.g. `text_config`."""
     licence: str = ""

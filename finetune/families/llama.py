@@ -32,6 +32,7 @@ FAMILY = Family(
     block_class="LlamaDecoderLayer",
     attention=shapes.QKVO,
     dense=shapes.below("mlp"),
+    unsloth=True,
     tiny=shapes.TINY | {"model_type": "llama", "num_hidden_layers": 2, "intermediate_size": 128},
     matrices=matrices,
 )

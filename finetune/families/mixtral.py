@@ -30,6 +30,7 @@ FAMILY = Family(
     router="mlp.gate",
     balances=True,
     licence="apache-2.0",
+    unsloth=True,
     tiny=shapes.TINY
     | {
         "model_type": "mixtral",

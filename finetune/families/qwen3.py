@@ -23,6 +23,7 @@ FAMILY = Family(
     attention=shapes.QKVO,
     dense=shapes.below("mlp"),
     licence="apache-2.0",
+    unsloth=True,
     tiny=shapes.TINY
     | {
         "model_type": "qwen3",

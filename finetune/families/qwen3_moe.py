@@ -36,6 +36,7 @@ FAMILY = Family(
     balances=True,
     dense=shapes.below("mlp"),
     licence="apache-2.0",
+    unsloth=True,
     tiny=shapes.TINY
     | {
         "model_type": "qwen3_moe",

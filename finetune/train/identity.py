@@ -31,7 +31,7 @@ def identity(recipe: Recipe, run_dir: RunDir, base: Path, world: int) -> dict[st
         "precision": recipe.train.precision,
         "seed": recipe.seed,
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
-        "versions": versions(),
+        "versions": versions(recipe.engine),
     }
 
 

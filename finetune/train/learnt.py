@@ -44,7 +44,8 @@ def unlearnt(model: Any, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str,
     """(stack -> experts whose update is still zero, experts module -> rows with a gradient that each expert got).
 
     `weights` are the trained parameters by name, whole. An expert that no row with a gradient reached is the one honest
-    reason for an update of zero. Raises NumbersError: TRN-002 when a weight that every token uses did not change,
+    reason for an update of zero. Layers of another engine do not count rows: their experts stand in the first only.
+    Raises NumbersError: TRN-002 when a weight that every token uses did not change,
     TRN-004 when an expert that was reached did not.
     """
     from peft.tuners.lora import LoraLayer
@@ -60,7 +61,8 @@ def unlearnt(model: Any, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str,
         name: without_update(module, weights[f"{name}.lora_A.default.weight"], weights[f"{name}.lora_B.default.weight"])
         for name, module in layers.items()
     }
-    dead = [name for name in layers if name not in stacks and still[name]]
+    many = {name for name, module in layers.items() if getattr(module, "num_experts", 1) > 1}
+    dead = [name for name in layers if name not in many and still[name]]
     if dead:
         raise NumbersError(
             "TRN-002", f"{len(dead)} adapted weights did not change, e.g. {dead[0]}", "", "a larger train.lr"
@@ -80,4 +82,8 @@ def unlearnt(model: Any, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str,
         heard[path] = rows
         if silent:
             idle[f"{path}.{module.parameter_name}"] = silent
+    for name in many - stacks.keys():
+        if still[name]:
+            path = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            idle[f"{path}.{layers[name].parameter_name}"] = still[name]
     return idle, heard

@@ -61,10 +61,11 @@ def finish(job: Job) -> None:
             "adapter_of_step": chosen,
             "experts_without_update": idle,
             "expert_rows_with_a_gradient": heard,
+            "engine": recipe.engine,
             "processes": job.ranks.world,
             "distribution": recipe.launch.distribution if job.ranks.world > 1 else "none",
             "resumed": job.resumed.memory(),
-            "versions": versions(),
+            "versions": versions(recipe.engine),
             "seed": recipe.seed,
             "device": str(torch.get_default_device())
             if not torch.cuda.is_available()

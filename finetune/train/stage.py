@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -18,6 +19,7 @@ from finetune.train.identity import changes, identity
 from finetune.train.job import Job, Resumed
 from finetune.train.learnt import Heard
 from finetune.train.settings import arithmetic, loss_type, planned_steps, save_every, trainer_settings
+from finetune.train.with_unsloth import for_trainer, load, take_over
 
 
 def train(run_dir: RunDir) -> None:
@@ -66,10 +68,12 @@ def prepare(
     trackers: Sequence[Any] = (),
 ) -> Job:
     """Base, adapter, rows and trainer of this process."""
-    from transformers import PrinterCallback, set_seed
+    unsloth = recipe.engine == "unsloth"
+    if unsloth:
+        take_over(Path(scratch))
+    from transformers import PrinterCallback
 
-    from finetune.adapters import attach, coverage_table, keeping_fp32, print_coverage
-    from finetune.base import load_base
+    from finetune.adapters import coverage_table, keeping_fp32, print_coverage
     from finetune.data import load_packed, load_splits
     from finetune.progress import Guard, TrainingProgress
     from finetune.recompute import Recompute
@@ -85,16 +89,9 @@ def prepare(
     folder = base_folder(recipe)
     packed = load_packed(run_dir)
     rows = load_splits(run_dir).train if packed is None else packed
-    base = load_base(
-        folder,
-        load_in_4bit=recipe.adapter.load_in_4bit,
-        precision=recipe.train.precision,
-        double_quantisation=recipe.adapter.double_quantisation,
-        part=Part(ranks.rank, ranks.world) if is_sharded(recipe) else None,
-    )
+    part = Part(ranks.rank, ranks.world) if is_sharded(recipe) else None
+    base, model = load(recipe, folder) if unsloth else _load(recipe, folder, part)
     console.print(base.loading())
-    set_seed(recipe.seed)  # TRL 1.14.2 seeds after the adapter is made; the same seed would give another LoRA
-    model = attach(base, recipe.adapter)
     table = coverage_table(model, base.family)
     print_coverage(table, console)
 
@@ -116,7 +113,8 @@ def prepare(
     lengths = [len(ids) for ids in rows["input_ids"]] if recipe.train.group_by_length else None
     per_update = recipe.train.batch_size * recipe.train.accumulation * ranks.world
     every = save_every(recipe.train, steps)
-    args = trainer_settings(recipe, scratch, name, steps, every, loss_type(base.model), base.family)
+    told, loss = (for_trainer(recipe), "nll") if unsloth else (recipe, loss_type(base.model))  # it has a loss in pieces
+    args = trainer_settings(told, scratch, name, steps, every, loss, base.family)
     # In this order: what is rehearsed is not counted, and trackers log what the others have measured.
     callbacks = [boundary, Guard(), Recompute(recipe, base.family.block_class, console), rehearsal, router, progress]
     with keeping_fp32(model):  # TRL casts the adapter of a 4-bit model to bf16
@@ -156,6 +154,24 @@ def prepare(
         resumed=resumed,
         console=console,
     )
+
+
+def _load(recipe: Recipe, folder: Path, part: Part | None) -> tuple[Any, Any]:
+    """(base, its PEFT model with a new adapter) in our own layers."""
+    from transformers import set_seed
+
+    from finetune.adapters import attach
+    from finetune.base import load_base
+
+    base = load_base(
+        folder,
+        load_in_4bit=recipe.adapter.load_in_4bit,
+        precision=recipe.train.precision,
+        double_quantisation=recipe.adapter.double_quantisation,
+        part=part,
+    )
+    set_seed(recipe.seed)  # TRL 1.14.2 seeds after the adapter is made; the same seed would give another LoRA
+    return base, attach(base, recipe.adapter)
 
 
 def _run(job: Job) -> None:
