@@ -386,3 +386,21 @@ def test_the_plan_counts_a_pattern_that_fits_only_some_layers():
     assert sizes.lora_parameters(kind.matrices(kind.tiny), kind, adapter) == counted
     plain = Adapter(targets="all", rank=4, expert_rank=2)
     assert sizes.lora_parameters(kind.matrices(kind.tiny), kind, plain) != counted
+
+
+@pytest.mark.parametrize("family", [key for key, family in FAMILIES.items() if family.router])
+def test_a_router_too_begins_at_its_base_and_stock_peft_reads_it(family, tmp_path):
+    adapter = Adapter(targets="attention", rank=2, router=True, init="pissa", rslora=True)
+    assert not refusals(family, adapter)
+    base = load_base(checkpoint(family, True), load_in_4bit=False, precision="fp32")
+    ids = some_ids(base)
+    untouched = logits(base.model, ids)
+    model = attach(base, adapter)
+    torch.testing.assert_close(logits(model, ids), untouched, rtol=1e-4, atol=1e-5)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    routers = [m for name, m in model.named_modules() if isinstance(m, LoraLayer) and name.endswith(base.family.router)]
+    assert routers and any(not without_update(module) for module in routers)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(stock_peft(base.folder, tmp_path), ids), logits(model, ids), rtol=1e-4, atol=1e-5)
