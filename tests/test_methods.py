@@ -353,3 +353,56 @@ def test_a_pattern_that_fits_nothing_in_the_loaded_model_is_refused():
 def test_what_cannot_work_is_said_before_the_weights_load(changes, sentence):
     (said,) = problems(good(**changes))
     assert re.match(sentence, said), said
+
+
+@pytest.mark.parametrize(
+    ("rslora", "scales"),
+    [
+        (False, {"q_proj": 7 / 6, "k_proj": 8 / 4, "gate_up_proj": 3 / 2, "down_proj": 3 / 5}),
+        (True, {"q_proj": 7 / 6**0.5, "k_proj": 8 / 2, "gate_up_proj": 3 / 2**0.5, "down_proj": 3 / 5**0.5}),
+    ],
+)
+@pytest.mark.parametrize("begin", ["default", "pissa"])
+def test_every_update_is_scaled_by_its_alpha_over_its_rank_or_the_root_of_it(rslora, scales, begin):
+    """Also where the file is twice as wide as the rank."""
+    base = load_base(checkpoint("mixtral", True), load_in_4bit=True, precision="fp32")
+    patterns = {"rank_pattern": {"q_proj": 6, "down_proj": 5}, "alpha_pattern": {"q_proj": 7.0}}
+    adapter = Adapter(rank=4, alpha=8.0, expert_rank=2, expert_alpha=3.0, init=begin, rslora=rslora, **patterns)
+    seen = set()
+    for path, layer in attach(base, adapter).named_modules():
+        if isinstance(layer, LoraLayer):
+            name = getattr(layer, "parameter_name", path.rpartition(".")[2])
+            if name in scales:
+                assert layer.scaling["default"] == pytest.approx(scales[name]), name
+                seen.add(name)
+    assert seen == set(scales)
+
+
+def test_the_plan_counts_a_pattern_that_fits_only_some_layers():
+    """Of qwen3_moe's three tiny layers the first is dense."""
+    kind = FAMILIES["qwen3_moe"]
+    patterns = {r"layers\.1\.mlp\.experts\.down_proj": 5, r"layers\.0\..*": 3, r"layers\.2\.self_attn\.q_proj": 9}
+    adapter = Adapter(targets="all", rank=4, expert_rank=2, rank_pattern=patterns)
+    model = attach(load_base(checkpoint("qwen3_moe"), load_in_4bit=True, precision="fp32"), adapter)
+    counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sizes.lora_parameters(kind.matrices(kind.tiny), kind, adapter) == counted
+    plain = Adapter(targets="all", rank=4, expert_rank=2)
+    assert sizes.lora_parameters(kind.matrices(kind.tiny), kind, plain) != counted
+
+
+@pytest.mark.parametrize("family", [key for key, family in FAMILIES.items() if family.router])
+def test_a_router_too_begins_at_its_base_and_stock_peft_reads_it(family, tmp_path):
+    adapter = Adapter(targets="attention", rank=2, router=True, init="pissa", rslora=True)
+    assert not refusals(family, adapter)
+    base = load_base(checkpoint(family, True), load_in_4bit=False, precision="fp32")
+    ids = some_ids(base)
+    untouched = logits(base.model, ids)
+    model = attach(base, adapter)
+    torch.testing.assert_close(logits(model, ids), untouched, rtol=1e-4, atol=1e-5)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    routers = [m for name, m in model.named_modules() if isinstance(m, LoraLayer) and name.endswith(base.family.router)]
+    assert routers and any(not without_update(module) for module in routers)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(stock_peft(base.folder, tmp_path), ids), logits(model, ids), rtol=1e-4, atol=1e-5)
