@@ -95,12 +95,12 @@ def test_weight_decay_reaches_both_factors_with_and_without_a_ratio(tmp_path):
 
 def test_a_paged_optimizer_is_refused_where_there_is_no_gpu(monkeypatch, tmp_path):
     recipe = ready(tmp_path, train__optimizer="paged_adamw_8bit")
-    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    monkeypatch.setattr(machine, "gpu_count", lambda: 0)
     with pytest.raises(
         RecipeError, match=r"OPT-001 train.optimizer=paged_adamw_8bit: .* Set train.optimizer=adamw_8bit"
     ):
         refuse(recipe)
-    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    monkeypatch.setattr(machine, "gpu_count", lambda: 1)
     refuse(recipe)
 
 
