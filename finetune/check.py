@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune import sizes
+from finetune import sbatch, sizes
 from finetune.errors import RecipeError
 from finetune.licences import find_licence
 from finetune.recipe import Data, Recipe
@@ -48,6 +48,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "launch.nodes": (1, 100_000),
     "launch.devices": (1, 1024),
     "launch.cpu_threads": (0, 4096),
+    "launch.cpus_per_task": (0, 4096),
+    "launch.warn_seconds": (10, 65535),
     "evaluate.rows": (0, math.inf),
     "evaluate.batch_size": (1, math.inf),
     "evaluate.samples": (0, 1000),
@@ -248,8 +250,7 @@ def _cleaning(data: Data) -> Iterator[str]:
 
 
 def _launch(recipe: Recipe) -> Iterator[str]:
-    if recipe.launch.kind == "slurm":
-        yield "LCH-001 launch.kind=slurm is not available yet. Set launch.kind=local and start it inside your own job."
+    yield from sbatch.problems(recipe)
     if recipe.launch.nodes > 1 and recipe.launch.kind == "local":
         yield (
             f"LCH-009 launch.nodes={recipe.launch.nodes}: launch.kind=local starts processes on this machine only. "

@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.compose import compose, expand_sweep
-from finetune.errors import RecipeError
+from finetune.compose import compose, expand_sweep, read_recipe
+from finetune.errors import RecipeError, RunError
+from finetune.keys import flatten, settings
+from finetune.machine import settled
+from finetune.recipe import Recipe
 from finetune.run import refuse, start
 from finetune.rundir import RunDir, read_json
 
@@ -57,6 +60,8 @@ def sweep(
             found += error.problems
     if found:
         raise RecipeError(list(dict.fromkeys(found)))
+    if recipes[0].launch.kind == "slurm":
+        return queue(recipes, until, console)
     jobs = []
     for number, (variant, recipe) in enumerate(zip(variants, recipes, strict=True), 1):
         differs = tuple(word for word in variant if not all(word in other for other in variants))
@@ -69,6 +74,35 @@ def sweep(
             break
     show_jobs(jobs, console)
     return next((job.exit_code for job in jobs if job.exit_code), 0)
+
+
+def queue(recipes: Sequence[Recipe], until: str, console: Console) -> int:
+    """Queues the jobs as Slurm arrays, one task per job, and prints how to see their scores later; gives 0."""
+    from finetune.submit import link_folder, ready, submit
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    ready([settled(recipe) for recipe in recipes], say)
+    run_dirs = [start(recipe) for recipe in recipes]
+    links = link_folder(run_dirs)
+    for number, run_dir in enumerate(run_dirs):
+        say(f"task {number}: {run_dir.path}")
+    submit(run_dirs, until, say, links)
+    say(f"scores, later: python -m finetune table run={links}")
+    return 0
+
+
+def jobs_in(folder: Path) -> list[Job]:
+    """A job for every run in a folder, with the settings in which it differs. Raises RunError where there are none."""
+    run_dirs = [RunDir(path.parent.resolve()) for path in sorted(folder.glob("*/recipe.yaml"))]
+    if not run_dirs:
+        raise RunError("RUN-004", f"run={folder} has no run folders in it", "", "run=runs/NAME, or a sweep's folder")
+    known = settings(Recipe)
+    flat = [dict(flatten(asdict(read_recipe(run_dir.recipe)), known)) for run_dir in run_dirs]
+    differ = [key for key in known if any(tree[key] != flat[0][key] for tree in flat)]
+    words = [tuple(f"{key}={tree[key]}" for key in differ) for tree in flat]
+    return [Job(own, run_dir, 0) for own, run_dir in zip(words, run_dirs, strict=True)]
 
 
 def show_jobs(jobs: Sequence[Job], console: Console) -> None:
