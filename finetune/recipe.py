@@ -195,7 +195,7 @@ class Launch:
     """Where the stages run."""
 
     kind: str = one_of("local", "slurm")
-    """`local` runs here. `slurm` prepares the rows here, queues a job per stage on a Slurm cluster, and does not wait."""
+    """`local` runs here. `slurm` prepares the rows here, queues a job per stage on a cluster, and does not wait."""
     nodes: int = 1
     """Machines that train together."""
     devices: int = 1

@@ -1,4 +1,4 @@
-"""What may stand in a batch script: `problems(recipe)`. Settings go into its lines, so none may begin a line of its own."""
+"""What may stand in a batch script: `problems(recipe)`. Settings go into its lines: none may begin one of its own."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ ONLY_SLURM = ("gpus", *PATTERNS, "warn_seconds", "cpus_per_task", "sbatch", "set
 
 
 def problems(recipe: Recipe) -> Iterator[str]:
-    """A sentence for everything about `launch` that Slurm could not take, or that would do something else than it says."""
+    """A sentence for everything about `launch` that Slurm could not take, or that would do more than it says."""
     if recipe.launch.kind != "slurm":
         yield from _without_effect(recipe.launch)
         return
     if not Path(recipe.runs_dir).expanduser().is_absolute() or not SHARED_PATH.fullmatch(recipe.runs_dir):
         yield (
-            f"SLM-011 runs_dir={recipe.runs_dir!r} must be an absolute path of letters, digits and . _ - / + @ , = with "
-            "launch.kind=slurm: jobs write there from other machines. Set runs_dir=/a/shared/folder."
+            f"SLM-011 runs_dir={recipe.runs_dir!r} must be an absolute path of letters, digits and . _ - / + @ , = "
+            "with launch.kind=slurm: jobs write there from other machines. Set runs_dir=/a/shared/folder."
         )
     yield from _patterns(recipe.launch)
     yield from _options(recipe.launch)

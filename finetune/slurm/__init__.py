@@ -1,4 +1,4 @@
-"""Stages as jobs of a Slurm cluster: `queue(runs, stages)` submits them, `preflight(recipe)` says whether that can work.
+"""Stages as jobs of a Slurm cluster: `queue(runs, stages)` submits them, `preflight(recipe)` says whether it can.
 
 `train.sh` is what a training job does on its first node, `later.sh` any other stage.
 """
@@ -44,12 +44,12 @@ def refuse_queued(run_dir: RunDir) -> None:
         return
     jobs = {job["id"]: stage for stage, job in read_json(run_dir.slurm)["jobs"].items()}
     if living := client.alive(list(jobs)):
-        id, state = next(iter(living.items()))
+        listed = ", ".join(f"{id} ({jobs[id]}, {state.lower()})" for id, state in living.items())
         raise RunError(
             "SLM-005",
-            f"{run_dir.path} has jobs already: {', '.join(f'{id} ({jobs[id]}, {s.lower()})' for id, s in living.items())}",
+            f"{run_dir.path} has jobs already: {listed}",
             "two of them would work on one folder",
-            f"wait for job {id}, or: scancel {' '.join(living)}",
+            f"wait for them, or: scancel {' '.join(living)}",
         )
 
 
@@ -61,8 +61,8 @@ def queue(run_dirs: Sequence[RunDir], stages: Sequence[str], links: Path | None 
     use, or when Slurm refuses a job: then none is left behind.
     """
     recipe = read_recipe(run_dirs[0].recipe)
-    array = {"run": links, "tasks": len(run_dirs)} if links else {}
-    place = Place(**({"name": recipe.name, "python": sys.executable, "run": run_dirs[0].path.absolute()} | array))
+    folder, tasks = (links.absolute(), len(run_dirs)) if links else (run_dirs[0].path.absolute(), 0)
+    place = Place(name=recipe.name, python=sys.executable, run=folder, tasks=tasks)
     with ExitStack() as stack:
         for run_dir in run_dirs:
             stack.enter_context(run_dir.lock())

@@ -1,4 +1,4 @@
-"""What Slurm's own programs say and do: `preflight(launch)`, `send(script)`, `release(ids)`, `alive(ids)`, `cancel(ids)`."""
+"""What Slurm's own programs say and do: `preflight`, `send`, `release`, `alive`, `cancel`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def alive(ids: Sequence[str]) -> dict[str, str]:
     if said.returncode and "Invalid job id" not in said.stderr:
         raise _failed("squeue", said.stderr)
     found = dict(line.split() for line in said.stdout.splitlines() if line.strip())
-    return {id: state for id, state in found.items() if id in ids}
+    return {id: found[id] for id in ids if id in found}
 
 
 def _partition(launch: Launch) -> list[str]:
