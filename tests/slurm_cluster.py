@@ -73,7 +73,8 @@ class Cluster:
     def resume_node(self, name: str) -> None:
         """Brings a failed node back."""
         self.start_node(name)
-        run("scontrol", "update", f"nodename={name}", "state=resume")
+        _well("scontrol", "update", f"nodename={name}", "state=resume")  # it may be back by itself (ReturnToService)
+        until(lambda: _idle_nodes() > 0, 20, self.logs)
 
     def pid(self, daemon: str) -> int:
         """Process id of a daemon."""
@@ -129,8 +130,8 @@ def until(condition: Callable[[], T], seconds: float, what: Callable[[], str] | 
     return value
 
 
-def left_over(mark: str) -> list[str]:
-    """Live processes, other than this one, whose command line or environment names `mark`. A zombie is none."""
+def left_over(*marks: str) -> list[str]:
+    """Live processes, other than this one, whose command line and environment name every mark. A zombie is none."""
     found = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit() or int(folder.name) in (os.getpid(), os.getppid()):
@@ -138,13 +139,26 @@ def left_over(mark: str) -> list[str]:
         try:
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
             words = (folder / "cmdline").read_bytes()
-            named = mark.encode() in words + (folder / "environ").read_bytes()
+            about = words + (folder / "environ").read_bytes()
         except OSError:
             continue  # it has ended meanwhile, or is another user's
-        if named and state != "Z":
+        if state != "Z" and all(mark.encode() in about for mark in marks):
             line = words.replace(b"\0", b" ").decode(errors="replace")
             found.append(f"{folder.name}: {line[:200]}")
     return found
+
+
+@contextmanager
+def paused(*marks: str) -> Iterator[None]:
+    """Inside the block the one process with these marks stands still, so that what happens finds it where it was."""
+    (process,) = left_over(*marks)
+    pid = int(process.partition(":")[0])
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        if _alive(pid):
+            os.kill(pid, signal.SIGCONT)
 
 
 def _start(made: Cluster) -> None:
