@@ -13,12 +13,12 @@ import pytest
 from rich.console import Console
 
 from finetune import check, slurm, sweep
-from finetune.__main__ import read
+from finetune.__main__ import main, read
 from finetune.commands import _keep, _kept
 from finetune.errors import GateError, RecipeError, RunError
 from finetune.machine import settled
 from finetune.recipe import Launch, Recipe
-from finetune.run import STAGES, carry_on, start
+from finetune.run import STAGES, carry_on, run, start
 from finetune.rundir import RunDir, read_json, write_json
 from finetune.sbatch import seconds
 from finetune.slurm.script import HERE, Place, later_script, train_script
@@ -188,19 +188,19 @@ def test_scripts_are_bash_and_quote_what_they_hold(tmp_path: Path) -> None:
 
 def test_a_task_of_an_array_finds_its_own_run(tmp_path: Path) -> None:
     runs = [tmp_path / "runs" / "x" / f"000{n}" for n in (3, 7)]
-    for run in runs:
-        run.mkdir(parents=True)
-    links = link_folder([RunDir(run) for run in runs])
-    assert link_folder([RunDir(run) for run in runs]) != links
+    for path in runs:
+        path.mkdir(parents=True)
+    links = link_folder([RunDir(path) for path in runs])
+    assert link_folder([RunDir(path) for path in runs]) != links
     script = train_script(place(links, tasks=2), Launch(kind="slurm", gpus=False))
     assert "--array=0-1" in directives(script)
     assert f"--output={links}/%a/train-%A.log" in directives(script)
     head = script.partition("\n# ")[0] + "\necho $RUN"
-    for task, run in enumerate(runs):
+    for task, path in enumerate(runs):
         done = subprocess.run(
             ["bash"], input=head, text=True, capture_output=True, env=os.environ | {"SLURM_ARRAY_TASK_ID": str(task)}
         )
-        assert done.stdout.strip() == str(run)
+        assert done.stdout.strip() == str(path)
 
 
 def test_the_script_knows_by_which_files_training_is_done() -> None:
@@ -449,6 +449,49 @@ def test_the_runs_of_a_sweep_become_arrays_whose_tasks_wait_for_their_own(tmp_pa
         submit(runs, "evaluate", print, links, launch=stages)
 
 
+def test_several_values_of_a_word_become_arrays(
+    tmp_path: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("finetune.launch.work", lambda stage, run_dir, threads: Stages()(stage, run_dir))
+    words = [
+        "recipe=legal_quickstart",
+        "scale=rehearsal",
+        "launch=slurm",
+        "adapter.rank=2,4",
+        f"runs_dir={tmp_path}/runs",
+    ]
+    assert main(["-m", *words, f"cache_dir={tmp_path}/cache"]) == 0
+    assert "#SBATCH --array=0-1\n" in (tmp_path / "runs" / "legal_quickstart" / "0001" / "job.sbatch").read_text()
+    said = capsys.readouterr().out
+    assert f"task 1: {tmp_path}/runs/legal_quickstart/0002" in said
+    assert "train     job 1 (array of 2)" in said and "report    job 5 (array of 2), after 4" in said
+    folder = f"{tmp_path}/runs/legal_quickstart/sweep-0001"
+    assert f"python -m finetune table run={folder}" in said
+    assert main(["table", f"run={folder}"]) == 0
+    assert "adapter.rank=2" in capsys.readouterr().out
+    assert main(["table", "recipe=legal_quickstart"]) == 2
+
+
+def test_a_job_is_queued_by_its_words_and_again_by_its_folder(
+    tmp_path: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("finetune.launch.work", lambda stage, run_dir, threads: Stages()(stage, run_dir))
+    words = ["recipe=legal_quickstart", "scale=rehearsal", "launch=slurm", f"cache_dir={tmp_path}/cache"]
+    fake.answer("refused", "allocation failure: Invalid account")
+    assert main(["train", *words, f"runs_dir={tmp_path}/runs"]) == 3
+    assert "SLM-004 Slurm would refuse the job: Invalid account" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    (fake.folder / "refused").unlink()
+    assert main(["train", *words, f"runs_dir={tmp_path}/runs"]) == 0
+    run_dir = tmp_path / "runs" / "legal_quickstart" / "0001"
+    assert f"run: {run_dir}" in capsys.readouterr().out and len(fake.calls("sbatch")) == 1
+    assert main([f"run={run_dir}"]) == 0
+    assert len(fake.calls("sbatch")) == 1 + 5
+    fake.answer("squeue", "2 RUNNING\n")
+    assert main([f"run={run_dir}"]) == 3
+    assert "SLM-005" in capsys.readouterr().err
+
+
 def test_a_sweep_over_resources_is_no_array(tmp_path: Path, fake: FakeSlurm) -> None:
     recipes = [queued_recipe(tmp_path, launch__nodes=n) for n in (1, 2)]
     with pytest.raises(RecipeError, match="SLM-007"):
@@ -502,6 +545,12 @@ def test_a_script_is_written_for_a_job_that_is_there_already(tmp_path: Path) -> 
     for words in ([], [str(tmp_path)]):
         done = subprocess.run([sys.executable, "-m", "finetune.slurm", *words], capture_output=True, text=True)
         assert done.returncode == 3 and "Traceback" not in done.stderr
+
+
+def test_a_notebook_is_told_that_jobs_are_queued_from_the_shell(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="SLM-009"):
+        run(queued_recipe(tmp_path))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_jobs_of_a_run_without_a_note_are_not_asked_about(tmp_path: Path) -> None:

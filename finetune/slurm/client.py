@@ -15,8 +15,10 @@ SECONDS = 120
 
 
 def preflight(launch: Launch, scripts: Iterable[str]) -> list[str]:
-    """Notes worth reading. Raises RunError when Slurm's programs, the partition or its nodes are not there, or when
-    Slurm would refuse one of the scripts: an account, a limit, GPUs that no node has.
+    """Notes worth reading about the cluster, none when all is well.
+
+    Raises RunError when Slurm's programs, the partition or its nodes are not there, or when Slurm would refuse one of
+    the scripts: an account, a limit, GPUs that no node has.
     """
     if missing := [name for name in PROGRAMS if not shutil.which(name)]:
         raise RunError(
