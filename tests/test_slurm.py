@@ -283,7 +283,7 @@ def test_a_warning_reaches_the_ranks_and_the_job_is_queued_again(tmp_path: Path,
     assert code == -signal.SIGTERM  # by Slurm, here by the stand-in
 
 
-@pytest.mark.parametrize("state", ["CANCELLED", "PREEMPTED", "NODE_FAIL", ""])
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PREEMPTED", ""])
 def test_what_somebody_cancelled_or_slurm_itself_queues_again_is_not_queued_again(
     tmp_path: Path, fake: FakeSlurm, state: str
 ) -> None:
@@ -407,6 +407,21 @@ def test_a_run_whose_jobs_live_is_not_queued_again(tmp_path: Path, fake: FakeSlu
     fake.answer("squeue", "77 RUNNING\n")
     submit([run_dir], "report", print, launch=Stages())
     assert len(fake.calls("sbatch")) == 2 * len(before)
+
+
+def test_a_run_that_somebody_queued_while_its_rows_were_prepared_is_not_queued_again(
+    tmp_path: Path, fake: FakeSlurm
+) -> None:
+    run_dir = start(queued_recipe(tmp_path))
+
+    def meanwhile(stage: str, where: RunDir) -> None:
+        Stages()(stage, where)
+        write_json(where.slurm, {"submitted": "", "jobs": {"train": {"id": "9", "log": "train-9.log"}}})
+        fake.answer("squeue", "9 PENDING\n")
+
+    with pytest.raises(RunError, match=r"SLM-005 .* 9 \(train, pending\)"):
+        submit([run_dir], "report", print, launch=meanwhile)
+    assert fake.calls("sbatch") == []
 
 
 def test_a_run_that_is_in_use_is_not_queued(tmp_path: Path, fake: FakeSlurm) -> None:

@@ -44,12 +44,10 @@ train() { # sets code
 requeue() { # the same job once more, unless somebody has cancelled it
   local state
   state=$(scontrol show job "$SLURM_JOB_ID" --oneliner | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
-  case $state in
-    RUNNING | TIMEOUT)
-      say "stopped early with a checkpoint: $(cat "$RUN/REQUEUE"); queued again"
-      scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this script meanwhile
-      ;;
-  esac
+  if [ "$state" = RUNNING ]; then
+    say "stopped early with a checkpoint: $(cat "$RUN/REQUEUE"); queued again"
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this script meanwhile
+  fi
   say "not queued again by this script: Slurm says $state"
   exit 1 # never 0: the jobs that wait for this one would begin
 }
