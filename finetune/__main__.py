@@ -21,6 +21,10 @@ VERBS = {
     "report": ("finetune.commands:job", "... and a page to look at"),
     "plan": ("finetune.commands:plan", "what it needs, takes and costs; loads and fetches nothing"),
     "check": ("finetune.commands:check", "whether it can start here"),
+    "table": (
+        "finetune.commands:table",
+        "scores of all runs in a folder (run=FOLDER), e.g. of a sweep that was queued",
+    ),
     "recipes": ("finetune.commands:recipes", "the recipes there are"),
     "chat": ("finetune.commands:chat", "a prompt to talk to the tuned model (run=PATH)"),
     "verify": ("finetune.commands:verify", "whether a finished run is still what its record says (run=PATH)"),
@@ -36,6 +40,7 @@ Fine-tune an open-weight Mixture-of-Experts model in 4 bits, here, with proofs.
   python -m finetune run=runs/legal_quickstart/0001           carry on where a run stopped
   python -m finetune -m recipe=NAME adapter.rank=8,16         several jobs, a table and a plot of their scores
   python -m finetune -m sweep=runs/NAME/sweep-0001            carry on where that stopped
+  python -m finetune recipe=NAME launch=slurm                 as jobs on a Slurm cluster; does not wait
 
 python -m finetune [VERB] recipe=NAME [key=value ...] | run=PATH
 """
@@ -44,6 +49,8 @@ OPTIONS = """\
   -m, --multirun     one job for every value of key=a,b,c
   --config-dir DIR   look for recipes, models, data, ... in DIR first
   --json             plan as JSON
+  --here             carry stages out in this process, also with launch.kind=slurm: what the jobs themselves type
+  --run-file FILE    keep the run's path in FILE: the same words again carry on that run
   --rows N           how many rows `data preview` shows
   --version, --help
 
@@ -93,6 +100,10 @@ def read(words: list[str]) -> Request:
             request.sweep = True
         elif word == "--json":
             request.as_json = True
+        elif word == "--here":
+            request.here = True
+        elif name == "--run-file" and (value or rest):
+            request.run_file = value or rest.pop(0)
         elif name == "--config-dir" and (value or rest):
             request.config_dir = value or rest.pop(0)
         elif name == "--rows" and (value or rest):
@@ -102,7 +113,8 @@ def read(words: list[str]) -> Request:
                 problems.append(f"CFG-011 --rows {number} is no number of rows. Type: --rows 5")
         elif word.startswith("-"):
             problems.append(
-                f"CFG-011 {name} is no option. Options: -m, --config-dir DIR, --json, --rows N, --version, --help."
+                f"CFG-011 {name} is no option. Options: -m, --config-dir DIR, --json, --here, --run-file FILE, "
+                "--rows N, --version, --help."
             )
         elif word in VERBS and request.verb == "run":
             request.verb = word
@@ -116,6 +128,11 @@ def read(words: list[str]) -> Request:
             request.settings.append(word)
     if request.sweep and request.verb in VERBS and VERBS[request.verb][0] != VERBS["run"][0]:
         problems.append(f"CFG-011 -m does not go with {request.verb}. Leave one of them out.")
+    for option in [name for name, given in (("--here", request.here), ("--run-file", request.run_file)) if given]:
+        if request.sweep or (request.verb in VERBS and VERBS[request.verb][0] != VERBS["run"][0]):
+            problems.append(f"CFG-011 {option} goes with one job and its stages only. Leave it out.")
+    if request.run_file and request.run:
+        problems.append("CFG-011 --run-file keeps the path of a new run, run= names one. Leave one of them out.")
     if request.as_json and request.verb != "plan":
         problems.append("CFG-011 --json goes with plan only. Leave it out.")
     if problems:

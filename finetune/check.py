@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune import methods, sizes
+from finetune import methods, sbatch, sizes
 from finetune.engine import engine_problems
 from finetune.errors import RecipeError
 from finetune.licences import find_licence
@@ -53,6 +53,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "launch.nodes": (1, 100_000),
     "launch.devices": (1, 1024),
     "launch.cpu_threads": (0, 4096),
+    "launch.cpus_per_task": (0, 4096),
+    "launch.warn_seconds": (10, 65535),
     "evaluate.rows": (0, math.inf),
     "evaluate.batch_size": (1, math.inf),
     "evaluate.samples": (0, 1000),
@@ -255,8 +257,7 @@ def _trackers(recipe: Recipe) -> Iterator[str]:
 
 
 def _launch(recipe: Recipe) -> Iterator[str]:
-    if recipe.launch.kind == "slurm":
-        yield "LCH-001 launch.kind=slurm is not available yet. Set launch.kind=local and start it inside your own job."
+    yield from sbatch.problems(recipe)
     if recipe.launch.distribution == "deepspeed":
         yield (
             "LCH-011 launch.distribution=deepspeed is not offered: its own engine keeps states that our checkpoints "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from finetune.errors import RecipeError
 from finetune.recipe import Recipe
@@ -31,6 +33,10 @@ class Request:
     """Whether --json was given."""
     rows: int = 5
     """Number given with --rows."""
+    here: bool = False
+    """Whether --here was given."""
+    run_file: str = ""
+    """File given with --run-file, or empty."""
     run_dir: RunDir | None = None
     """The run that is worked on, as soon as it is known: errors name it."""
 
@@ -49,7 +55,14 @@ def job(request: Request) -> int:
     from finetune.run import carry_on, start
 
     recipe = _recipe(request)
+    queued = recipe.launch.kind == "slurm" and not request.here
+    if queued and not request.run_dir:
+        _ready(recipe, console)
     request.run_dir = request.run_dir or start(recipe)
+    if request.run_file:
+        _keep(request.run_dir, request.run_file)
+    if queued:
+        return _submit(request.run_dir, until, console)
     run_dir = carry_on(request.run_dir, until=until)
     if until == "report":
         for what, where in (
@@ -61,6 +74,19 @@ def job(request: Request) -> int:
             console.print(f"{what}: {where}", markup=False, highlight=False, soft_wrap=True)
     else:
         console.print(f"run: {run_dir.path}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def table(request: Request) -> int:
+    """Prints the scores of the runs in a folder, as a sweep does at its end."""
+    from rich.console import Console
+
+    from finetune.sweep import jobs_in
+    from finetune.sweep_table import show_jobs
+
+    if not request.run or request.settings:
+        raise RecipeError(["CFG-010 table takes run=FOLDER alone. Type: python -m finetune table run=runs/NAME"])
+    show_jobs(jobs_in(Path(request.run)), Console())
     return 0
 
 
@@ -100,8 +126,6 @@ def check(request: Request) -> int:
 
 def preview(request: Request) -> int:
     """Prints prepared rows with their trained tokens coloured, and writes them as a page beside."""
-    from pathlib import Path
-
     from rich.console import Console
 
     from finetune.data.output import dataset
@@ -140,8 +164,6 @@ def explain(request: Request) -> int:
 
 def index(request: Request) -> int:
     """Makes the index of an evaluation set, against which training rows are checked: hashes, no text."""
-    from pathlib import Path
-
     from finetune.data.benchmarks import items_of_card
     from finetune.data.contamination import build
     from finetune.data.items import read_items
@@ -204,6 +226,8 @@ def _recipe(request: Request) -> Recipe:
     """The recipe of the words, or the frozen one of run=."""
     from finetune.compose import compose, read_recipe
 
+    if request.run_file and not request.run and Path(request.run_file).is_file():
+        return _kept(request, compose(request.settings, request.config_dir))
     if not request.run:
         return compose(request.settings, request.config_dir)
     if words := [word for word in request.settings if not word.startswith(ALLOW)]:
@@ -228,6 +252,47 @@ def _allow(run_dir: RunDir, words: list[str]) -> None:
     earlier = read_json(run_dir.allowed) if run_dir.allowed.exists() else []
     now = {"when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "names": names}
     write_json(run_dir.allowed, [*earlier, now])
+
+
+def _keep(run_dir: RunDir, file: str) -> None:
+    """Writes the path of the run into the file of --run-file, before anything is done in it."""
+    from finetune.rundir import write_text
+
+    write_text(Path(file).absolute(), f"{run_dir.path.absolute()}\n")
+
+
+def _kept(request: Request, wanted: Recipe) -> Recipe:
+    """The frozen recipe of the run that the file of --run-file names. Raises RunError when the words have changed."""
+    from dataclasses import replace
+
+    from finetune.compose import read_recipe
+    from finetune.errors import RunError
+
+    request.run_dir = open_run(Path(request.run_file).read_text(encoding="utf-8").strip())
+    frozen = read_recipe(request.run_dir.recipe)
+    if wanted.train.precision == "auto":  # decided where the run began, which may be another machine
+        wanted = replace(wanted, train=replace(wanted.train, precision=frozen.train.precision))
+    if wanted != frozen:
+        what = f"{request.run_dir.path}, which --run-file {request.run_file} names, was started with other settings"
+        raise RunError("RUN-006", what, "a run keeps its settings", f"another file, or: rm {request.run_file}")
+    return frozen
+
+
+def _ready(recipe: Recipe, console: Any) -> None:
+    """Nothing, or what stands in the way of a new run as Slurm jobs: said before there is a folder of it."""
+    from finetune.machine import settled
+    from finetune.submit import ready
+
+    ready([settled(recipe)], lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
+
+
+def _submit(run_dir: RunDir, until: str, console: Any) -> int:
+    """Queues what is not done in a run."""
+    from finetune.submit import submit
+
+    console.print(f"run: {run_dir.path}", markup=False, highlight=False, soft_wrap=True)
+    submit([run_dir], until, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
+    return 0
 
 
 def _run_dir(request: Request) -> RunDir:

@@ -92,7 +92,8 @@ def settled(recipe: Recipe) -> Recipe:
     """The recipe with what depends on this machine decided: `train.precision=auto`."""
     if recipe.train.precision != "auto":
         return recipe
-    return replace(recipe, train=replace(recipe.train, precision="bf16" if multiplies_bf16() else "fp32"))
+    elsewhere = recipe.launch.kind == "slurm" and recipe.launch.gpus  # on GPUs, whatever the machine that submits has
+    return replace(recipe, train=replace(recipe.train, precision="bf16" if elsewhere or multiplies_bf16() else "fp32"))
 
 
 def multiplies_bf16() -> bool:

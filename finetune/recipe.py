@@ -226,7 +226,7 @@ class Launch:
     """Where the stages run."""
 
     kind: str = one_of("local", "slurm")
-    """`local` runs here. `slurm` is not available yet and is refused."""
+    """`local` runs here. `slurm` prepares the rows here, queues a job per stage on a cluster, and does not wait."""
     nodes: int = 1
     """Machines that train together."""
     devices: int = 1
@@ -236,6 +236,28 @@ class Launch:
     weights among them (GPUs only). `deepspeed` is refused, with the reason."""
     cpu_threads: int = 0
     """Threads for CPU arithmetic; 0 means one per core."""
+    gpus: bool = True
+    """With Slurm: ask for a GPU per process. False where training is to run on CPUs."""
+    partition: str = ""
+    """Slurm partition, or several with commas; empty means the cluster's default."""
+    account: str = ""
+    """Slurm account that the jobs are charged to; empty means your default."""
+    qos: str = ""
+    """Slurm quality of service; empty means your default."""
+    constraint: str = ""
+    """Features that nodes must have, as Slurm writes them, e.g. a100&ib."""
+    time: str = ""
+    """Time limit of each job, e.g. 04:00:00 or 2-00:00:00; empty means the partition's. Training goes on in another."""
+    warn_seconds: int = 180
+    """Seconds before that limit at which training saves and is queued again: more than one update and one save."""
+    cpus_per_task: int = 0
+    """Cores per process; 0 means what the partition gives."""
+    memory: str = ""
+    """Memory per node, e.g. 200G; empty means what the partition gives."""
+    sbatch: list[str] = field(default_factory=list)
+    """Further options of sbatch, one each: [--exclusive, --mail-type=END]."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell before the program starts, one each: [module load cuda, source env.sh]."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -39,6 +39,9 @@ def run(
     `until` names the last stage to carry out; `launch(stage, run_dir)` carries one out. Raises RecipeError with every
     problem of the recipe before anything is written, WeightsError when the base is not at hand, and what stages raise.
     """
+    if recipe.launch.kind == "slurm" and launch is launch_here:
+        what, why = "launch.kind=slurm: run() carries a job out here and waits for it", "jobs are queued from the shell"
+        raise RunError("SLM-009", what, why, "python -m finetune recipe=NAME launch=slurm, or launch=local")
     if run_dir is None:
         return carry_on(start(recipe), until=until, launch=launch)
     if read_recipe(run_dir.recipe) != machine.settled(recipe):

@@ -61,6 +61,21 @@ class RunDir:
         return self.path / "REQUEUE"
 
     @property
+    def job(self) -> Path:
+        """Batch script of the training, as it was submitted to Slurm."""
+        return self.path / "job.sbatch"
+
+    @property
+    def later(self) -> Path:
+        """Batch script of a later stage."""
+        return self.path / "later.sbatch"
+
+    @property
+    def slurm(self) -> Path:
+        """Which Slurm jobs were submitted for this run, and their logs."""
+        return self.path / "slurm.json"
+
+    @property
     def allowed(self) -> Path:
         """Changes that the user has allowed since the run began, by name and date."""
         return self.path / "allowed.json"

@@ -5,12 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.compose import compose, expand_sweep
-from finetune.errors import RecipeError
+from finetune.compose import compose, expand_sweep, read_recipe
+from finetune.errors import RecipeError, RunError
+from finetune.keys import flatten, settings
+from finetune.machine import settled
+from finetune.recipe import Recipe
 from finetune.run import refuse, start
+from finetune.rundir import RunDir
 from finetune.sweep_folder import Job, Sweep, create_sweep, read_sweep, refuse_again
 from finetune.sweep_table import show_jobs, write_results
 
@@ -35,7 +40,12 @@ def sweep(
     `sweep=PATH` alone continues a sweep: jobs that finished are left alone. `carry_out` takes the words of one job.
     Raises RecipeError with the problems of all jobs before the first starts.
     """
-    found = to_continue(words) or begin(words, config_dir, until)
+    found = to_continue(words)
+    if found is None:
+        variants, recipes = composed(words, config_dir)
+        if recipes[0].launch.kind == "slurm":
+            return queue(recipes, until, console)
+        found = begin(words, until, variants, recipes)
     try:
         found = carry_out_jobs(found, console, carry_out)
     finally:
@@ -59,8 +69,8 @@ def to_continue(words: Sequence[str]) -> Sweep | None:
     return read_sweep(Path(given[0]))
 
 
-def begin(words: Sequence[str], config_dir: str | None, until: str) -> Sweep:
-    """A new sweep with a run folder for every job. Raises RecipeError with the problems of all, before any is made."""
+def composed(words: Sequence[str], config_dir: str | None) -> tuple[list[list[str]], list[Recipe]]:
+    """The words of every job and its recipe. Raises RecipeError with the problems of all."""
     variants = expand_sweep(words)
     recipes, problems = [], []
     for variant in variants:
@@ -72,6 +82,11 @@ def begin(words: Sequence[str], config_dir: str | None, until: str) -> Sweep:
             problems += error.problems
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
+    return variants, recipes
+
+
+def begin(words: Sequence[str], until: str, variants: Sequence[list[str]], recipes: Sequence[Recipe]) -> Sweep:
+    """A new sweep with a run folder for every job. Raises RecipeError where the same words are under way."""
     refuse_again(Path(recipes[0].runs_dir).expanduser() / recipes[0].name, words, until)
     jobs = []
     for variant, recipe in zip(variants, recipes, strict=True):
@@ -93,3 +108,32 @@ def carry_out_jobs(found: Sweep, console: Console, carry_out: Callable[[list[str
         if found.jobs[number].exit_code in (130, -2, 75):  # Ctrl-C reached the child: the user means the whole sweep
             break
     return found
+
+
+def queue(recipes: Sequence[Recipe], until: str, console: Console) -> int:
+    """Queues the jobs as Slurm arrays, one task per job, and prints how to see their scores later; gives 0."""
+    from finetune.submit import link_folder, ready, submit
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    ready([settled(recipe) for recipe in recipes], say)
+    run_dirs = [start(recipe) for recipe in recipes]
+    links = link_folder(run_dirs)
+    for number, run_dir in enumerate(run_dirs):
+        say(f"task {number}: {run_dir.path}")
+    submit(run_dirs, until, say, links)
+    say(f"scores, later: python -m finetune table run={links}")
+    return 0
+
+
+def jobs_in(folder: Path) -> list[Job]:
+    """A job for every run in a folder, with the settings in which it differs. Raises RunError where there are none."""
+    run_dirs = [RunDir(path.parent.resolve()) for path in sorted(folder.glob("*/recipe.yaml"))]
+    if not run_dirs:
+        raise RunError("RUN-004", f"run={folder} has no run folders in it", "", "run=runs/NAME, or a sweep's folder")
+    known = settings(Recipe)
+    flat = [dict(flatten(asdict(read_recipe(run_dir.recipe)), known)) for run_dir in run_dirs]
+    differ = [key for key in known if any(tree[key] != flat[0][key] for tree in flat)]
+    words = [tuple(f"{key}={tree[key]}" for key in differ) for tree in flat]
+    return [Job(own, run_dir, 0) for own, run_dir in zip(words, run_dirs, strict=True)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune.errors import RecipeError, RunError
 from finetune.rundir import RunDir, read_json, write_json
 
-STOPPED = (None, 130, -2)
+STOPPED = (None, 130, -2, 75)
 """Exit codes of jobs that did not come to an end: not begun, or stopped with Ctrl-C."""
 
 
