@@ -28,7 +28,7 @@ def main(run: str, out: str) -> None:
     trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     parts = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Parts))
     read = sum(mine.numel() * mine.element_size() for _, _, mine in parts.held)
-    parts.on_train_begin(None, None, None)
+    parts.on_train_begin(None, None, None, model=trainer.model)
     after, whole = _bytes(trainer.model, whole=False), _bytes(trainer.model, whole=True)
     assert read == after[0]  # no process read more of the stacks than it holds
     held = {"mine": sum(after), "whole": sum(whole), "experts_mine": after[0], "experts_whole": whole[0]}

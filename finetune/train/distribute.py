@@ -82,7 +82,7 @@ class Parts(TrainerCallback):
                     self.held.append((module, name, mine.detach()))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Fills the places. Raises RunError (LCH-010) where FSDP2 has split a stack otherwise than it was read."""
+        """Fills the places. Raises RunError (LCH-010) where FSDP2 has left a weight whole or split it otherwise."""
         from torch.distributed.tensor import DTensor
 
         for module, name, mine in self.held:
@@ -93,6 +93,10 @@ class Parts(TrainerCallback):
             part = DTensor.from_local(mine, mesh, place.placements, run_check=False, shape=shape, stride=stride)
             module.load_state_dict({name: part}, strict=False, assign=True)
         self.held = []
+        whole = [name for name, parameter in kwargs["model"].named_parameters() if not isinstance(parameter, DTensor)]
+        if whole:
+            what = f"{len(whole)} weights are whole in every process, e.g. {whole[0]}"
+            raise RunError("LCH-010", what, "FSDP2 was to split them all", "launch.distribution=ddp")
 
 
 def require_ranks(trainer: Any, recipe: Recipe, ranks: Ranks) -> None:
