@@ -57,6 +57,11 @@ def problems(recipe: Recipe) -> Iterator[str]:
             f"SLM-011 runs_dir={recipe.runs_dir!r} must be an absolute path of letters, digits and . _ - / + @ , = "
             "with launch.kind=slurm: jobs write there from other machines. Set runs_dir=/a/shared/folder."
         )
+    if recipe.launch.distribution == "fsdp2" and not recipe.launch.gpus:
+        yield (
+            "SLM-017 launch.distribution=fsdp2 with launch.gpus=false: on CPUs Accelerate would hold the whole base in "
+            "every process. Set launch.distribution=ddp."
+        )
     yield from _patterns(recipe.launch)
     yield from _options(recipe.launch)
     yield from _setup(recipe.launch)

@@ -119,6 +119,12 @@ def test_a_time_limit_leaves_time_to_train(tmp_path: Path) -> None:
     assert found.startswith("SLM-016 launch.time=00:03:00 is 180 s")
 
 
+def test_a_base_is_not_split_among_cpus(tmp_path: Path) -> None:
+    (found,) = check.problems(queued_recipe(tmp_path, launch__distribution="fsdp2", launch__nodes=2))
+    assert found.startswith("SLM-017")
+    assert check.problems(queued_recipe(tmp_path, launch__distribution="fsdp2", launch__gpus=True)) == []
+
+
 def test_a_setting_for_slurm_is_refused_where_it_has_no_effect(tmp_path: Path) -> None:
     for name, value in (("partition", "main"), ("gpus", False), ("setup", ["module load x"]), ("time", "1:0:0")):
         (found,) = check.problems(ready_recipe(tmp_path, **{f"launch__{name}": value}))
