@@ -15,6 +15,12 @@ check() { # name, then the command: all of them run, so that one call shows ever
   "${@:2}" || failed+=("$1")
 }
 
+# All tests at once are shared out among processes, a file to one of them; whoever names tests or a tier sees them in turn.
+if [ $# -eq 0 ]; then
+  set -- -n "${TEST_PROCESSES:-2}" --dist loadfile
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+fi
+
 python=.venv/bin/python
 check "lint" "$python" -m ruff check
 check "format" "$python" -m ruff format --check
