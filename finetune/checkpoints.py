@@ -62,6 +62,8 @@ class Found:
     """The newest that verified, if any."""
     passed_over: list[str] = field(default_factory=list)
     """A sentence for every newer folder that did not."""
+    damaged: set[int] = field(default_factory=set)
+    """The steps of these folders."""
 
 
 def stage(root: Path, step: int, need_bytes: int) -> Path:
@@ -117,6 +119,7 @@ def newest(root: Path) -> Found:
     for path in sorted(folders, key=_step, reverse=True):
         if wrong := faults(path, _step(path)):
             found.passed_over.append(f"{path.name}: {wrong[0]}")
+            found.damaged.add(_step(path))
             continue
         found.checkpoint = Checkpoint(path, _step(path), _manifest(path)["about"])
         break
@@ -146,11 +149,17 @@ def faults(folder: Path, step: int) -> list[str]:
     return found
 
 
-def retain(root: Path, keep: int, spare: Collection[int] = ()) -> None:
-    """Removes all but the newest `keep` checkpoints, those of the steps in `spare`, and the one LATEST names."""
+def retain(root: Path, keep: int, spare: Collection[int] = (), damaged: Collection[int] = ()) -> None:
+    """Removes all but the newest `keep` checkpoints, those of the steps in `spare`, and the one LATEST names.
+
+    Steps in `damaged` do not count as kept; they go when a whole one is newer.
+    """
     folders = sorted((p for p in root.iterdir() if p.is_dir() and FOLDER.fullmatch(p.name)), key=_step)
     pointed = latest(root)
-    for path in folders[: max(0, len(folders) - keep)]:
+    whole = [path for path in folders if _step(path) not in damaged]
+    older = whole[: max(0, len(whole) - keep)]
+    outdone = [path for path in folders if _step(path) in damaged and whole and _step(path) < _step(whole[-1])]
+    for path in [*older, *outdone]:
         if path.name != pointed and _step(path) not in spare:
             _remove(path)
 

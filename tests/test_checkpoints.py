@@ -168,6 +168,20 @@ def test_the_newest_are_kept_and_the_best_and_the_one_latest_names(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == [f"step-00000{n}" for n in (1, 2, 4, 5)]
 
 
+def test_damaged_ones_take_no_place_of_whole_ones(tmp_path):
+    for step in (33, 36):
+        staging = stage(tmp_path, step, 0)
+        publish(staging, step, [put(staging, n, d) for n, d in FILES.items()], {})
+    (tmp_path / "step-000036" / "memory.json").unlink()
+    damaged = newest(tmp_path).damaged
+    assert damaged == {36}
+    for step, left in ((34, {33, 34, 36}), (35, {34, 35, 36}), (37, {35, 37})):
+        staging = stage(tmp_path, step, 0)
+        publish(staging, step, [put(staging, n, d) for n, d in FILES.items()], {})
+        retain(tmp_path, 2, damaged=damaged)
+        assert {int(p.name[5:]) for p in tmp_path.glob("step-*")} == left
+
+
 def test_a_save_that_does_not_fit_is_refused_before_it_begins(tmp_path, monkeypatch):
     save(tmp_path, 1)
     usage = SimpleNamespace(total=2**40, used=0, free=checkpoints.SPARE_BYTES + 999)

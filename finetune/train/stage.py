@@ -108,6 +108,7 @@ def prepare(
         newest=recipe.train.keep_checkpoints,
         about=about,
         kept={"progress": progress, "batches": boundary, "resumed": resumed},
+        damaged=set(),
         counted={"heard": heard, "router": router},
     )
     lengths = [len(ids) for ids in rows["input_ids"]] if recipe.train.group_by_length else None
@@ -180,6 +181,7 @@ def _run(job: Job) -> None:
     for sentence in found.passed_over:
         job.console.print(f"checkpoint passed over: {sentence}", markup=False, highlight=False, soft_wrap=True)
     trainer, start = job.trainer, found.checkpoint
+    trainer.keeping.damaged = found.damaged
     steps = job.ranks.gather(start.step if start else 0)
     if len(set(steps)) > 1:
         raise RunError(

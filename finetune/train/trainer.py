@@ -58,6 +58,8 @@ class Keeping:
     """What the run is, for `identity.changes`."""
     kept: dict[str, Kept]
     """Name -> what is remembered by the first rank."""
+    damaged: set[int]
+    """Steps of checkpoints that were passed over, until they are written anew."""
     counted: dict[str, Counted]
     """Name -> what every rank counts for itself."""
 
@@ -127,7 +129,8 @@ class Trainer(SFTTrainer):
     def _publish(self, staging: Path, entries: list[checkpoints.Entry]) -> str:
         path = checkpoints.publish(staging, self.state.global_step, entries, self.keeping.about)
         best = [self.state.best_global_step] if self.state.best_global_step else []
-        checkpoints.retain(self.keeping.root, self.keeping.newest, best)
+        self.keeping.damaged.discard(self.state.global_step)
+        checkpoints.retain(self.keeping.root, self.keeping.newest, best, self.keeping.damaged)
         return path.name
 
     def _together(self, work: Callable[[], Any]) -> str:
