@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints import newest
+from finetune.checkpoints import faults, newest
 from finetune.compose import load_recipe
 from finetune.record import versions
 from finetune.run import carry_on, start
@@ -101,18 +101,24 @@ def one_run(name: str, disk: Disk, straight: list[Any], soak: Soak, draw: random
             fault = "kill -9"
         before = step_of(run_dir)
         if fault in DAMAGE:
+            kept = whole_ones(run_dir)
             damage(run_dir, fault, draw)
             whole = step_of(run_dir)
+            if whole != (kept[1] if len(kept) > 1 else 0):
+                soak.violations.append(f"{name}: {fault} of step {kept[0]} of {kept}, and {whole} is left")
             said = let_alone(training(run_dir), run_dir, draw)
             named = "passed over" in said
             if not named or whole >= before:
                 soak.violations.append(f"{name}: {fault} at step {before} was not noticed")
             soak.note(fault, f"named, went on from {before - whole} steps before" if named else "NOT NOTICED")
             continue
+        saved = whole_ones(run_dir)
         process = training(run_dir)
         outcome = inject(fault, process, run_dir, disk, draw)
         if step_of(run_dir) < before:
             soak.violations.append(f"{name}: {fault}: step {before} is lost, {step_of(run_dir)} is the newest")
+        if step_of(run_dir) >= max([0, *saved]) + 6 and len(whole_ones(run_dir)) < 2 and not run_dir.train.exists():
+            soak.violations.append(f"{name}: {fault}: two saves, and one is left")
         soak.note(fault, outcome)
     said = let_alone(training(run_dir), run_dir, draw)
     soak.runs[name] += 1
@@ -269,6 +275,12 @@ def step_of(run_dir: RunDir) -> int:
         except OSError:
             time.sleep(0.01)
     return 0
+
+
+def whole_ones(run_dir: RunDir) -> list[int]:
+    """The steps of all checkpoints that verify, the newest first."""
+    folders = sorted((int(p.name[5:]), p) for p in run_dir.checkpoints.glob("step-*"))
+    return [step for step, path in reversed(folders) if not faults(path, step)]
 
 
 def told(run_dir: RunDir) -> list[Any]:
