@@ -239,6 +239,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 if __name__ == "__main__":  # a cluster to try things on: python -m tests.slurm_cluster FOLDER, until Ctrl-C
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])  # so that they end the wait, not Python
     with cluster(Path(sys.argv[1]).resolve()) as here:
         print(f"export SLURM_CONF={here.conf}", flush=True)
         signal.sigwait([signal.SIGINT, signal.SIGTERM])

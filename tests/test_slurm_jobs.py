@@ -271,7 +271,7 @@ def test_one_batch_script_does_a_whole_job_and_makes_its_run_once(
     monkeypatch.setenv("PYTHON", sys.executable)
     words = ["recipe=legal_quickstart", "scale=rehearsal", "train.precision=fp32", f"cache_dir={place / 'cache'}"]
     words += ["train.max_steps=20", "train.save_steps=2", "evaluate.min_gain=1.0"]
-    script, resources = str(ROOT / "scripts" / "slurm" / "train.sbatch"), ("--nodes=2", "--cpus-per-task=1")
+    script, resources = str(ROOT / "scripts" / "slurm" / "train.sbatch"), ("--nodes=1", "--cpus-per-task=1")
     done = subprocess.run(
         ["sbatch", "--parsable", *resources, script, *words],
         cwd=tmp_path,
@@ -282,7 +282,7 @@ def test_one_batch_script_does_a_whole_job_and_makes_its_run_once(
     number = done.stdout.strip()
     log, runs = tmp_path / f"finetune-{number}.log", tmp_path / "runs" / "legal_quickstart"
     until(lambda: saved(RunDir(runs / "0001"), 2), 120, lambda: log.read_text() if log.exists() else "no log")
-    with paused("finetune.worker", f"SLURM_JOB_ID={number}\0", "\0RANK=0\0"):
+    with paused("finetune.worker", f"SLURM_JOB_ID={number}\0", "SLURM_STEP_ID=0\0"):
         run("scancel", "--batch", "--signal=USR1", number)
         until(lambda: "Slurm warns" in log.read_text(), 60, log.read_text)
     assert ends(number, 200, log) == "FAILED", log.read_text()  # the gate is not met
@@ -290,6 +290,6 @@ def test_one_batch_script_does_a_whole_job_and_makes_its_run_once(
     assert restarts(number) == 1
     assert [path.name for path in runs.iterdir()] == ["0001"]
     run_dir = RunDir(runs / "0001")
-    assert read_json(run_dir.train)["processes"] == 2
+    assert read_json(run_dir.train)["processes"] == 1
     assert read_json(run_dir.train)["resumed"][0]["after_step"] >= 2
     assert run_dir.scores.exists() and not run_dir.merged.exists()
