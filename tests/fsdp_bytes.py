@@ -17,7 +17,8 @@ def main(run: str, out: str) -> None:
 
     from finetune.ranks import expected
     from finetune.stop import Request
-    from finetune.train.distribute import Parts, join
+    from finetune.train.distribute import join
+    from finetune.train.parts import Parts
     from finetune.train.stage import prepare
 
     run_dir = RunDir(Path(run))

@@ -31,10 +31,6 @@ def train(run_dir: RunDir) -> None:
     """
     from rich.console import Console
 
-    from finetune.train.distribute import join
-    from finetune.train.results import finish
-    from finetune.train.trackers import tracking
-
     recipe = read_recipe(run_dir.recipe)
     first = expected()[0] == 0
     if first:
@@ -42,6 +38,12 @@ def train(run_dir: RunDir) -> None:
     with ExitStack() as stack:
         request = stack.enter_context(asked_to_stop())
         scratch = stack.enter_context(TemporaryDirectory(prefix="finetune-"))
+        if recipe.engine == "unsloth":
+            take_over(Path(scratch))  # before anything below imports transformers
+        from finetune.train.distribute import join
+        from finetune.train.results import finish
+        from finetune.train.trackers import tracking
+
         ranks = join(recipe)
         with ranks.one_for_all():
             trackers = stack.enter_context(tracking(recipe, run_dir.logs))
@@ -68,9 +70,6 @@ def prepare(
     trackers: Sequence[Any] = (),
 ) -> Job:
     """Base, adapter, rows and trainer of this process."""
-    unsloth = recipe.engine == "unsloth"
-    if unsloth:
-        take_over(Path(scratch))
     from transformers import PrinterCallback
 
     from finetune.adapters import coverage_table, keeping_fp32, print_coverage
@@ -78,15 +77,16 @@ def prepare(
     from finetune.progress import Guard, TrainingProgress
     from finetune.recompute import Recompute
     from finetune.source import base_folder
-    from finetune.train.distribute import Parts, as_stored, is_sharded, require_ranks
+    from finetune.train.distribute import as_stored, is_sharded, require_ranks
     from finetune.train.optimizer import loraplus
     from finetune.train.order import Order
+    from finetune.train.parts import Parts
     from finetune.train.rehearsal import Rehearsal
     from finetune.train.router_load import RouterLoad
     from finetune.train.rows import collator, heldout, names, numbered
     from finetune.train.trainer import Boundary, Keeping, Trainer
 
-    folder = base_folder(recipe)
+    unsloth, folder = recipe.engine == "unsloth", base_folder(recipe)
     packed = load_packed(run_dir)
     rows = load_splits(run_dir).train if packed is None else packed
     part = Part(ranks.rank, ranks.world) if is_sharded(recipe) else None
