@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune import guard
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, Preempted
 from finetune.rundir import RunDir
 
 INTERRUPTED, BROKEN_PIPE, UNEXPECTED, RUNTIME = 130, 141, 1, 3
@@ -37,6 +37,8 @@ def explain(error: BaseException, run_dir: RunDir | None) -> int:
     again = f" To continue: python -m finetune run={run_dir.path}" if run_dir else ""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else UNEXPECTED
+    if isinstance(error, Preempted):
+        return _say(error.sentence() + again, error.exit_code)
     if isinstance(error, FinetuneError):
         return _say(error.sentence(), error.exit_code)
     if isinstance(error, KeyboardInterrupt):

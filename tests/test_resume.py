@@ -60,6 +60,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(tmp_path):
     code, said = ended(process)
     assert code == 75, said
     assert "TRN-005 stopped by SIGTERM after step " in said
+    assert f"the checkpoint is whole. To continue: python -m finetune run={stopped.path}" in said
     assert stopped.requeue.read_text().startswith("SIGTERM after step ")
     assert not stopped.adapter.exists()
     assert "Traceback" not in said
