@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import RunError
-from finetune.rundir import TEMPORARY, sha256_file
+from finetune.rundir import TEMPORARY, fsync, sha256_file
 
 MANIFEST, LATEST = "manifest.json", "LATEST"
 FOLDER = re.compile(r"step-(\d{6,})")
@@ -99,7 +99,7 @@ def publish(staging: Path, step: int, entries: Collection[Entry], about: dict[st
     if wrong := faults(staging, step):
         shutil.rmtree(staging, ignore_errors=True)
         raise RunError("CKP-001", f"{staging}: {wrong[0]}", "the disk gave back other bytes", "another runs_dir=")
-    _fsync(staging)
+    fsync(staging)
     target = root / folder_name(step)
     if target.exists() and not faults(target, step):
         shutil.rmtree(staging)
@@ -107,7 +107,7 @@ def publish(staging: Path, step: int, entries: Collection[Entry], about: dict[st
         if target.exists():
             _remove(target)
         os.rename(staging, target)  # noqa: PTH104  # os.rename never replaces a folder that has files
-        _fsync(root)
+        fsync(root)
     _point(root, target.name)
     return target
 
@@ -201,7 +201,7 @@ def _point(root: Path, name: str) -> None:
     partial = root / f"{TEMPORARY}{LATEST}-{uuid.uuid4().hex[:8]}"
     _write(partial, f"{name}\n".encode())
     os.replace(partial, root / LATEST)  # noqa: PTH105  # beside os.rename above: one place to count file operations
-    _fsync(root)
+    fsync(root)
 
 
 def _remove(folder: Path) -> None:
@@ -220,14 +220,6 @@ def _write(path: Path, data: bytes) -> None:
             if done == 0:
                 raise OSError(errno.EIO, "nothing could be written", str(path))
             left = left[done:]
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
         os.fsync(handle)
     finally:
         os.close(handle)

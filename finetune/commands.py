@@ -248,7 +248,9 @@ def _allow(run_dir: RunDir, words: list[str]) -> None:
 
     names = [n.strip() for word in words for n in word.removeprefix(ALLOW).strip("[]").split(",") if n.strip()]
     if wrong := sorted(set(names) - set(CHANGEABLE)):
-        raise RecipeError([f"LCH-003 {ALLOW[:-1]}: {', '.join(wrong)} is none of {', '.join(CHANGEABLE)}."])
+        raise RecipeError(
+            [f"LCH-003 {ALLOW[:-1]}: {', '.join(wrong)} is none of {', '.join(CHANGEABLE)}. Choose of them."]
+        )
     earlier = read_json(run_dir.allowed) if run_dir.allowed.exists() else []
     now = {"when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "names": names}
     write_json(run_dir.allowed, [*earlier, now])

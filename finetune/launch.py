@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -103,6 +104,9 @@ def handed_on(running: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
             if process.poll() is None:
                 process.send_signal(signal.SIGUSR1)
 
+    if threading.current_thread() is not threading.main_thread():  # of a notebook, say: Python lets none be handled
+        yield
+        return
     before: dict[signal.Signals, Any] = {}
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         before[number] = signal.signal(number, tell)

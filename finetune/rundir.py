@@ -205,8 +205,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in sorted(partial.rglob("*")):
-            _fsync(path)
-        _fsync(partial)
+            fsync(path)
+        fsync(partial)
         if target.exists():
             old = partial.with_name(partial.name + "-old")
             target.rename(old)
@@ -214,7 +214,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             partial.rename(target)
-        _fsync(target.parent)
+        fsync(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -227,9 +227,9 @@ def atomic_file(target: Path) -> Iterator[Path]:
     partial = target.parent / f"{TEMPORARY}{target.name}-{uuid.uuid4().hex[:8]}"
     try:
         yield partial
-        _fsync(partial)
+        fsync(partial)
         partial.rename(target)
-        _fsync(target.parent)
+        fsync(target.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -263,7 +263,8 @@ def sha256_tree(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): sha256_file(p) for p in files}
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Makes the disk hold what a file or folder holds. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

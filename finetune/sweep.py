@@ -131,7 +131,9 @@ def jobs_in(folder: Path) -> list[Job]:
     """A job for every run in a folder, with the settings in which it differs. Raises RunError where there are none."""
     run_dirs = [RunDir(path.parent.resolve()) for path in sorted(folder.glob("*/recipe.yaml"))]
     if not run_dirs:
-        raise RunError("RUN-004", f"run={folder} has no run folders in it", "", "run=runs/NAME, or a sweep's folder")
+        raise RunError(
+            "RUN-004", f"run={folder} has no run folders in it", "", "run=runs/NAME, or the folder array-0001 in it"
+        )
     known = settings(Recipe)
     flat = [dict(flatten(asdict(read_recipe(run_dir.recipe)), known)) for run_dir in run_dirs]
     differ = [key for key in known if any(tree[key] != flat[0][key] for tree in flat)]

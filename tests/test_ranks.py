@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from safetensors.torch import load_file
@@ -143,6 +144,15 @@ def test_what_does_not_fit_this_machine_is_refused_before_anything_is_loaded(mon
     monkeypatch.setattr(machine, "gpu_count", lambda: 4)
     assert machine.launch_problems(good(launch__devices=8))[0].startswith("LCH-008 launch.devices=8 is more than the 4")
     assert any(p.startswith("LCH-009 launch.nodes=2") for p in problems(good(launch__nodes=2)))
+
+
+def test_processes_are_started_from_another_thread_too(tmp_path):
+    """As a notebook may do; signals can be handled in the main thread only."""
+    code = "import os, pathlib; pathlib.Path(os.environ['OUT'] + os.environ['RANK']).touch()"
+    os.environ["OUT"] = str(tmp_path / "rank-")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(together, [sys.executable, "-c", code], 2).result()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank-0", "rank-1"]
 
 
 def test_a_port_is_free():
