@@ -11,13 +11,13 @@ import dataclasses
 import glob
 import gzip
 import io
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.data.elements import elements
 from finetune.errors import DataError
 
 KINDS = {
@@ -198,18 +198,23 @@ def _skip(handle: Any, raw: bytes) -> bytes:
 
 
 def _json(source: Source) -> Iterator[Block]:
-    """A JSON array, read whole; a file of objects, one a line, is read as such whatever it is called."""
+    """The elements of a JSON array, one after the other; a file of objects, one a line, is read as such."""
     with opened(source) as handle:
         head = handle.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if head[:1] == b"{":
         yield from _lines(source)
         return
+    batch: list[tuple[int, bytes]] = []
+    size = number = 0
     with opened(source) as handle:
-        values = json.loads(handle.read().decode("utf-8-sig"))
-    if not isinstance(values, list):
-        raise ValueError(f"it is {type(values).__name__}, expected a list of objects")
-    for start in range(0, len(values), BLOCK_ROWS):
-        yield Block(file=source.name, kind="values", line=start + 1, payload=values[start : start + BLOCK_ROWS])
+        for number, element in enumerate(elements(io.TextIOWrapper(handle, "utf-8-sig", newline=""), LINE_LIMIT), 1):
+            batch.append((number, element.encode()))
+            size += len(element)
+            if len(batch) == BLOCK_ROWS or size >= BLOCK_BYTES:
+                yield Block(file=source.name, kind="jsonl", line=batch[0][0], payload=batch)
+                batch, size = [], 0
+    if batch:
+        yield Block(file=source.name, kind="jsonl", line=batch[0][0], payload=batch)
 
 
 def _text(source: Source) -> Iterator[Block]:

@@ -1,0 +1,77 @@
+"""The elements of a JSON array, read one after the other, so that the file need not fit into memory."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Protocol
+
+PIECE = 2**20
+"""Characters that are read at once."""
+NEAR = 16
+"""An error this close to the end of what was read may be that end: no escape, number part or literal is longer."""
+
+_space = re.compile(r"[^ \t\r\n]|\Z")
+_decode = json.JSONDecoder().raw_decode
+
+
+class Text(Protocol):
+    """What gives its next characters."""
+
+    def read(self, size: int, /) -> str:
+        """At most `size` characters, none at the end."""
+
+
+def elements(stream: Text, limit: int) -> Iterator[str]:
+    """The text of each element of the array in `stream`; never more of it in memory than one element and a piece.
+
+    Raises ValueError where it is no array, and for an element that is no JSON or longer than `limit` characters.
+    """
+    text, number, ended = stream.read(PIECE), 0, False
+    while (at := _behind_space(text, 0)) == len(text) and (more := stream.read(PIECE)):
+        text = more
+    if text[at : at + 1] != "[":
+        raise ValueError(f"it begins with {text[at : at + 1]!r}, expected a list of objects")
+    at += 1
+    while True:
+        at = _behind_space(text, at)
+        if number == 0 and text[at : at + 1] == "]":
+            at += 1
+            break
+        try:
+            _, end = _decode(text, at)
+            behind = _behind_space(text, end)
+            if behind == len(text) or (not ended and text[behind] not in ",]"):  # a number may go on
+                raise json.JSONDecodeError(_followed(text[behind : behind + 1]), text, behind)
+        except json.JSONDecodeError as error:
+            cut = error.msg.startswith("Unterminated string") or error.pos > len(text) - NEAR
+            if ended or not cut:
+                raise ValueError(f"element {number + 1} cannot be read: {error.msg}") from None
+            if len(text) - at > limit:
+                raise ValueError(f"element {number + 1} has more than {limit:,} characters") from None
+            more = stream.read(max(PIECE, len(text) - at))
+            text, at, ended = text[at:] + more, 0, not more
+            continue
+        except RecursionError:
+            raise ValueError(f"element {number + 1} is nested too deeply") from None
+        if text[behind] not in ",]":
+            raise ValueError(f"element {number + 1} cannot be read: {_followed(text[behind])}")
+        number += 1
+        yield text[at:end]
+        at = behind + 1
+        if text[behind] == "]":
+            break
+    while rest := text[at:].strip(" \t\r\n") or stream.read(PIECE):
+        if rest.strip(" \t\r\n"):
+            raise ValueError(f"{rest.strip()[:20]!r} follows the list")
+        text = ""
+
+
+def _behind_space(text: str, at: int) -> int:
+    found = _space.search(text, at)
+    return found.start() if found else len(text)
+
+
+def _followed(character: str) -> str:
+    return f"it is followed by {character!r}, expected a comma" if character else "the file ends inside the list"
