@@ -113,7 +113,8 @@ def staging(target: Path, what: dict[str, Any]) -> Iterator[Staging]:
     """The staging folder of `target`, which becomes `target` when the block ends well.
 
     It is removed when the block ends with an error that would come again (weights, adapter, gates), and kept for the
-    next time when the block is interrupted in another way. Raises RunError RUN-003 when another process merges into the same target.
+    next time when the block is interrupted in another way. Raises RunError RUN-003 when another process merges into the
+    same target.
     """
     folder = target.with_name(RESUMED + target.name)
     folder.mkdir(parents=True, exist_ok=True)
