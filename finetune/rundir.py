@@ -111,6 +111,16 @@ class RunDir:
         return self.path / "merged"
 
     @property
+    def parity(self) -> Path:
+        """The proof that the merged weights answer as the adapter does."""
+        return self.merged / "parity.json"
+
+    @property
+    def answers(self) -> Path:
+        """Answers of base and tuned to held-out prompts, token by token: what exports and servers are compared with."""
+        return self.merged / "answers.json"
+
+    @property
     def export(self) -> Path:
         """What a server loads."""
         return self.path / "export"
