@@ -22,6 +22,9 @@ from finetune.errors import RunError
 TEMPORARY = ".partial-"
 """Prefix of everything that is not finished; `RunDir.sweep` removes such leftovers of a killed run."""
 
+RESUMED = ".merging-"
+"""Prefix of a folder that is not finished and that the same command goes on with after it was killed."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
@@ -214,20 +217,25 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for path in sorted(partial.rglob("*")):
-            fsync(path)
-        fsync(partial)
-        if target.exists():
-            old = partial.with_name(partial.name + "-old")
-            target.rename(old)
-            partial.rename(target)
-            shutil.rmtree(old)
-        else:
-            partial.rename(target)
-        fsync(target.parent)
+        publish(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Gives a finished folder its name, in place of an older one, once the disk holds every file of it."""
+    for path in sorted(partial.rglob("*")):
+        fsync(path)
+    fsync(partial)
+    if target.exists():
+        old = target.with_name(f"{TEMPORARY}{target.name}-old-{uuid.uuid4().hex[:8]}")
+        target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old)
+    else:
+        partial.rename(target)
+    fsync(target.parent)
 
 
 @contextmanager
