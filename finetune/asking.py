@@ -75,7 +75,7 @@ def complete(
 
 def chat(
     endpoint: Endpoint,
-    messages: list[dict[str, str]],
+    messages: list[dict[str, Any]],
     *,
     max_tokens: int,
     logprobs: bool = True,

@@ -51,7 +51,7 @@ KEY = "FINETUNE_API_KEY"
 class Prompt:
     """A recorded prompt to which base and tuned model answer differently."""
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     """The conversation."""
     text: str
     """The same as the chat template renders it."""
@@ -186,7 +186,7 @@ def _prompt(entry: dict[str, Any]) -> Prompt:
     base, tuned = entry["base"], entry["tuned"]
     lengths = [len(side["ids"]) for side in (base, tuned)]
     prompt = Prompt(
-        messages=[{"role": str(m["role"]), "content": str(m["content"])} for m in entry["messages"]],
+        messages=[dict(message) for message in entry["messages"]],
         text=str(entry["text"]),
         base=str(base["text"]).strip(),
         base_logprobs=[float(x) for x in base["logprobs"]],

@@ -13,12 +13,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from finetune import __version__
-from finetune.compose import load_recipe, read_recipe
+from finetune.compose import load_recipe
 from finetune.run import carry_on, start
-from finetune.rundir import RunDir, open_run, read_json, write_json, write_text
+from finetune.rundir import RunDir, open_run, write_text
 
 WORDS = [
     "recipe=legal_quickstart",
@@ -53,59 +52,6 @@ def folder() -> Path:
     return made
 
 
-def answers(run_dir: RunDir) -> dict[str, Any]:
-    """What base and tuned model answered when they were merged, as `merged/answers.json` holds it."""
-    path = run_dir.merged / "answers.json"
-    if not path.exists():
-        write_json(path, record(run_dir))
-    found: dict[str, Any] = read_json(path)
-    return found
-
-
-def record(run_dir: RunDir) -> dict[str, Any]:
-    """The same, computed here: argmax after argmax of full forward passes in fp32, no cache and no generate."""
-    import torch
-
-    from finetune.adapters import load_adapter
-    from finetune.base import load_base
-    from finetune.data import load_splits
-    from finetune.source import base_folder
-
-    recipe = read_recipe(run_dir.recipe)
-    base = load_base(base_folder(recipe), load_in_4bit=False, precision="fp32")
-    model, tok = load_adapter(base, run_dir.adapter).eval(), base.tokenizer
-    limit = recipe.evaluate.max_new_tokens
-
-    def scores(ids: list[int], count: int) -> Any:
-        logits = model(input_ids=torch.tensor([ids])).logits[0, -count - 1 : -1]
-        return torch.log_softmax(logits.float(), -1)
-
-    def greedy(prompt: list[int]) -> dict[str, Any]:
-        ids: list[int] = []
-        while len(ids) < limit and (not ids or ids[-1] != tok.eos_token_id):
-            ids.append(int(scores([*prompt, *ids, 0], 1)[0].argmax()))
-        logprobs = of(prompt, ids)
-        return {"ids": ids, "text": tok.decode(ids, skip_special_tokens=True), "logprobs": logprobs}
-
-    def of(prompt: list[int], ids: list[int]) -> list[float]:
-        table = scores([*prompt, *ids], len(ids))
-        return [round(float(table[place, token]), 6) for place, token in enumerate(ids)]
-
-    prompts = []
-    rows = load_splits(run_dir).heldout
-    with torch.inference_mode(), base.arithmetic():
-        for row in rows.select(range(recipe.export.parity_prompts)):
-            messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"][:-1]]
-            text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            ids = tok(text, add_special_tokens=False).input_ids
-            tuned = greedy(ids)
-            with model.disable_adapter():
-                bare, under = greedy(ids), of(ids, tuned["ids"])
-            sides = {"base": bare, "tuned": tuned, "tuned_under_base": under}
-            prompts.append({"messages": messages, "text": text, "ids": ids, **sides})
-    return {"schema": 1, "precision": "fp32", "max_new_tokens": limit, "prompts": prompts}
-
-
 def _words() -> tuple[str, ...]:
     name, *words = WORDS
     return (name.removeprefix("recipe="), f"runs_dir={folder() / 'runs'}", *words)
@@ -120,6 +66,4 @@ def _held(place: Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    made = finished()
-    answers(made)
-    print(made.path)
+    print(finished().path)
