@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.export.parity import Parity
+from finetune.parity import Parity
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir, read_json
 
