@@ -15,9 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from finetune import __version__
-from finetune.compose import load_recipe
+from finetune.compose import load_recipe, read_recipe
+from finetune.export.converter import converter
+from finetune.families import FAMILIES
 from finetune.run import carry_on, start
 from finetune.rundir import RunDir, open_run, write_text
+from finetune.source import base_folder
 
 WORDS = [
     "recipe=legal_quickstart",
@@ -41,6 +44,36 @@ def finished(until: str = "merge") -> RunDir:
             write_text(kept, str(run_dir.path))
         carry_on(run_dir, until=until)
         return run_dir
+
+
+def base() -> Path:
+    """The folder of its base."""
+    return base_folder(read_recipe(finished().recipe))
+
+
+def gguf(model: Path, name: str) -> Path:
+    """A model folder of this job (its base, or what was merged) as a GGUF file in f16, by llama.cpp's converter."""
+    run_dir = finished()
+    recipe = read_recipe(run_dir.recipe)
+    target = folder() / "gguf" / f"{name}-f16.gguf"
+    with _held(folder()):
+        if not target.exists():
+            made = converter(recipe, folder() / "gguf.log")
+            made.model(model, target, "f16", FAMILIES[recipe.model.family])
+    return target
+
+
+def exported(place: Path) -> RunDir:
+    """A run folder whose export is what was merged, for transformers' sake and for llama.cpp's, without copies."""
+    run_dir = finished()
+    copy = RunDir(place / run_dir.path.parent.name / "0001")
+    write_text(copy.recipe, run_dir.recipe.read_text(encoding="utf-8"))
+    (copy.export / "gguf").mkdir(parents=True)
+    copy.merged.symlink_to(run_dir.merged)
+    (copy.export / "hf").symlink_to(run_dir.merged)
+    file = gguf(run_dir.merged, "tuned")
+    (copy.export / "gguf" / file.name).symlink_to(file)
+    return copy
 
 
 def folder() -> Path:

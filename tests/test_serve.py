@@ -18,11 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from finetune import serve
+from finetune import canary, serve
 from finetune.__main__ import main
-from finetune.errors import RunError, ServerError
+from finetune.errors import GateError, RunError, ServerError
 from finetune.rundir import RunDir, write_json, write_text
-from finetune.servers import Server
+from finetune.servers import NAMES, Server, found, started
+from tests import serving_job
 from tests.test_servers import gguf, program, runs, seen
 
 __all__ = ["gguf", "program"]  # fixtures
@@ -126,3 +127,59 @@ def test_wrong_words_are_told(
 ) -> None:
     assert main(["serve", f"run={run.path}", *words]) == code
     assert capsys.readouterr().err.startswith(begin)
+
+
+# --- real servers, a real model -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def installed() -> dict[str, Server]:
+    """Every server, set up on a bare machine in a Python of their own."""
+    subprocess.run(["bash", str(ROOT / "scripts" / "setup_serving.sh")], check=True)
+    servers = {server.name: server for server in found()}
+    assert set(servers) == set(NAMES)
+    return servers
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A small real run, trained, merged and ready to be served."""
+    return serving_job.exported(tmp_path_factory.mktemp("served"))
+
+
+@pytest.mark.serving
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_export_is_served_and_known_as_the_tuned_model(
+    installed: dict[str, Server], job: RunDir, name: str
+) -> None:
+    process, printed = serving(job, f"with={name}", "port=0")
+    try:
+        words = shlex.split(re.search(r"python -m finetune (verify .*)", printed)[1])  # type: ignore[index]
+        done = subprocess.run([sys.executable, "-m", "finetune", *words], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ": tuned; of 8 prompts" in done.stdout and (name == "transformers") == ("by words alone" in done.stdout)
+        line = re.search(r"curl .*", printed)[0].replace('"..."', '"Which licence?"')  # type: ignore[index]
+        reply = subprocess.run(shlex.split(line), capture_output=True, text=True, check=True).stdout
+        assert json.loads(reply)["choices"][0]["message"]["content"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+@pytest.mark.serving
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_base_on_a_real_server_is_known_as_the_base(
+    installed: dict[str, Server], job: RunDir, name: str, tmp_path: Path
+) -> None:
+    base = serving_job.base()
+    model = serving_job.gguf(base, "base") if name == "llama.cpp" else base
+    said: list[str] = []
+    with (
+        started(installed[name], model, log=tmp_path / "x.log", name="law") as endpoint,
+        pytest.raises(GateError, match="SRV-012 the server's model is the base"),
+    ):
+        canary.canary(job, endpoint.url, said.append, model=endpoint.model)
+    assert f"{endpoint.model}: base; of 8 prompts" in said[-1]
