@@ -110,6 +110,7 @@ class Fake:
     seconds: float = 0.0
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
+    fetched: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -120,6 +121,7 @@ def serving(models: dict[str, Model] | Model, **words: Any) -> Iterator[Fake]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            fake.fetched.append(self.path)
             self.answer({"object": "list", "data": fake.listed} if self.path == "/v1/models" else None)
 
         def do_POST(self) -> None:

@@ -285,7 +285,7 @@ def test_verify_isolation_takes_both_names(run: RunDir, capsys: pytest.CaptureFi
         ),
         ({"reply": b'{"choices": [{"text": "a", "logprobs": {"tokens": ["a"], "token_logprobs": [NaN]}}]}'}, "SRV-007"),
         ({"reply": b"\x1b[2Jboo", "status": 500}, "SRV-007"),
-        ({"status": 307}, "SRV-007"),
+        ({"status": 302}, "SRV-007"),
         ({"status": 403}, "SRV-006"),
         ({"listed": [{"name": "m"}]}, "SRV-007"),
     ],
@@ -297,7 +297,7 @@ def test_a_server_that_talks_nonsense_is_an_error_in_a_sentence(
         assert main(["verify", f"serve={server.url}", f"run={run.path}"]) == 3
     said = capsys.readouterr().err
     assert said.startswith(code) and "Traceback" not in said and "\x1b" not in said
-    assert len(server.asked) <= 1  # a redirect is not followed
+    assert len(server.asked) <= 1 and server.fetched == ["/v1/models"]  # a redirect is not followed
 
 
 def test_a_server_that_is_silent_is_an_error_after_a_while(run: RunDir) -> None:
