@@ -7,30 +7,20 @@ config.json in the words it knows (`Family.converter_config`).
 
 from __future__ import annotations
 
-import ast
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from finetune import OFFLINE, fetch
+from finetune import OFFLINE, fetch, machine
 from finetune.errors import WeightsError
 from finetune.export.config import text_fields
 from finetune.families import Family
 from finetune.recipe import Recipe
 from finetune.rundir import atomic_file, read_json, write_json
-
-NAME, VERSION = "llama-cpp-python", "0.3.36"
-SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-SIZE_MB, LICENCE = 76.6, "MIT"
-BELOW, KEEP = "vendor/llama.cpp", ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "gguf-py/gguf/")
-DIRECT = ("f32", "f16", "bf16", "q8_0")
-"""Types that the converter writes itself; any other is made of an f16 file by a quantiser."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +33,7 @@ class Converter:
     """What it says is added to this file."""
 
     def model(self, source: Path, target: Path, kind: str, family: Family) -> None:
-        """Writes the model in `source` as the GGUF file `target` of type `kind`, one of `DIRECT`.
+        """Writes the model in `source` as the GGUF file `target` of type `kind`, one of `check.GGUF_TYPES`.
 
         Raises WeightsError EXP-010 with the converter's last words.
         """
@@ -65,14 +55,6 @@ class Converter:
             words = ["--outtype", "f32", "--outfile", str(partial), "--base", str(seen), str(source)]
             self._run([*script, *words], target)
 
-    def architectures(self) -> set[str]:
-        """Names of the model classes it converts, as config.json has them. Reads its table without running it."""
-        tree = ast.parse((self.folder / "conversion" / "__init__.py").read_text(encoding="utf-8"))
-        for node in tree.body:
-            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "TEXT_MODEL_MAP" and node.value:
-                return set(ast.literal_eval(node.value))
-        raise WeightsError("EXP-010", f"{self.folder} has no table of models", "it is another version", VERSION)
-
     def _run(self, words: list[str], target: Path) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("a+", encoding="utf-8", errors="replace") as log:
@@ -91,10 +73,7 @@ class Converter:
 
 def converter(recipe: Recipe, log: Path) -> Converter:
     """The converter, fetched on first use where the recipe allows the network. Raises FetchError."""
-    cache = fetch.cache_folder(recipe)
-    facts: dict[str, Any] = {"size_mb": SIZE_MB, "licence": LICENCE, "form": fetch.SOURCES}
-    sources = fetch.fetch_package(NAME, VERSION, SHA256, cache=cache, network=recipe.network, **facts)
-    return Converter(fetch.unpack(sources, BELOW, KEEP, cache=cache), log)
+    return Converter(fetch.fetch_converter(fetch.cache_folder(recipe), network=recipe.network), log)
 
 
 def stage(source: Path, target: Path, family: Family) -> None:
@@ -129,17 +108,7 @@ def pre_tokenizer(folder: Path) -> str:
     return "smollm" if before == [{"type": "Digits", "individual_digits": True}] else ""
 
 
-def quantiser() -> list[str]:
-    """The words that start a program which makes smaller types: `words SOURCE TARGET TYPE`. Empty without one."""
-    program = shutil.which("llama-quantize")
-    if program:
-        return [program]
-    from importlib.util import find_spec
-
-    return [sys.executable, "-m", "finetune.export.quantise_child"] if find_spec("llama_cpp") else []
-
-
 def quantise(source: Path, target: Path, kind: str, log: Path) -> None:
     """Writes the f16 GGUF file `source` as `target` in a smaller type such as q4_k_m. Raises WeightsError EXP-010."""
     with atomic_file(target) as partial:
-        Converter(source.parent, log)._run([*quantiser(), str(source), str(partial), kind.upper()], target)
+        Converter(source.parent, log)._run([*machine.quantiser(), str(source), str(partial), kind.upper()], target)

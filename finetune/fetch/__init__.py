@@ -10,6 +10,7 @@ from pathlib import Path
 
 from finetune.fetch.child import FetchError
 from finetune.fetch.hub import fetch_hub
+from finetune.fetch.llama_cpp import fetch_converter, has_converter
 from finetune.fetch.package import SOURCES, extract, fetch_package, find_package, open_wheel, unpack
 from finetune.recipe import Recipe
 
@@ -18,9 +19,11 @@ __all__ = [
     "FetchError",
     "cache_folder",
     "extract",
+    "fetch_converter",
     "fetch_hub",
     "fetch_package",
     "find_package",
+    "has_converter",
     "open_wheel",
     "unpack",
 ]
