@@ -43,6 +43,8 @@ FLIP_BY_LIKELIHOOD = 0.02
 """The same with the other one's log-probabilities, too."""
 DOUBT = 0.02
 """Highest probability of a wrong verdict, under these assumptions."""
+UNLISTED = (404, 405, 500, 501)
+"""HTTP's numbers for an address that a server does not have; transformers serve fails to list without a hub's cache."""
 KEY = "FINETUNE_API_KEY"
 """Environment variable with the server's key."""
 
@@ -299,7 +301,12 @@ def _asker(server: Endpoint, prompts: list[Prompt], key: str, say: Say) -> Calla
 def _reached(typed: str, say: Say, count: int, model: str) -> tuple[Endpoint, str]:
     """The model that is asked, and the key."""
     url, key = _open(typed, say, count)
-    listed = models(Endpoint(url, ""), api_key=key)
+    try:
+        listed = models(Endpoint(url, ""), api_key=key)
+    except ServerError as error:
+        if error.status not in UNLISTED:
+            raise
+        listed = []
     names = [entry["id"] for entry in listed]
     if not model and len(names) > 1:
         adapted = [entry["id"] for entry in listed if entry.get("parent")]

@@ -194,6 +194,13 @@ def test_a_server_with_several_models_wants_to_know_which(tmp_path: Path) -> Non
         assert server.asked[0]["add_special_tokens"] is False
 
 
+def test_a_server_that_lists_no_models_is_asked_all_the_same(tmp_path: Path) -> None:
+    with serving({"": fake.tuned, "m": fake.base}, unlisted=True) as server:
+        assert found(recorded_run(tmp_path), server.url)[0] == "tuned"
+        assert found(recorded_run(tmp_path), server.url, model="m")[0] == "base"
+    assert "model" not in server.asked[0] and server.asked[-1]["model"] == "m"
+
+
 def test_where_prompts_go_is_said_when_it_is_not_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     refused = ServerError("SRV-005", "no network here")
