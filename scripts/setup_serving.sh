@@ -31,5 +31,10 @@ say "set-up: 3/3 torch $TORCH"
 "$python" -m pip install -q --no-deps "torch==$TORCH" || offline
 "$python" -c 'import torch, vllm, xllamacpp, fastapi, uvicorn, openai, transformers' ||
   fail "a package of .venv-serving cannot be imported (see above)." "rm -rf $venv"
+# What llama.cpp's converter needs beside our own packages, for tests: nothing else of this Python must be seen by ours.
+mkdir -p "$venv/converter"
+for part in sentencepiece sentencepiece.libs; do
+  ln -sfn "$("$python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/$part" "$venv/converter/$part"
+done
 printf '%s\n' "$wanted" >"$venv/.finished"
 say "set-up: done; python -m finetune serve run=PATH finds it"

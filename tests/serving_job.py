@@ -33,6 +33,10 @@ WORDS = [
 """The job: enough updates for other answers, few enough for a test machine."""
 
 
+CONVERTER = Path(__file__).resolve().parent.parent / ".venv-serving" / "converter"
+"""What llama.cpp's converter needs beside our own packages; scripts/setup_serving.sh puts it there."""
+
+
 def finished(until: str = "merge") -> RunDir:
     """The run, with every stage up to `until` done. Later calls, also by other processes, find it."""
     with _held(folder()):
@@ -55,6 +59,7 @@ def gguf(model: Path, name: str) -> Path:
     """A model folder of this job (its base, or what was merged) as a GGUF file in f16, by llama.cpp's converter."""
     run_dir = finished()
     recipe = read_recipe(run_dir.recipe)
+    os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(CONVERTER)])
     target = folder() / "gguf" / f"{name}-f16.gguf"
     with _held(folder()):
         if not target.exists():
