@@ -295,6 +295,7 @@ def test_verify_isolation_takes_both_names(run: RunDir, capsys: pytest.CaptureFi
         ({"status": 302}, "SRV-007"),
         ({"status": 403}, "SRV-006"),
         ({"listed": [{"name": "m"}]}, "SRV-007"),
+        ({"listed": [{"id": "m\x1b[2J"}]}, "SRV-007"),
     ],
 )
 def test_a_server_that_talks_nonsense_is_an_error_in_a_sentence(
