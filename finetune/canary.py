@@ -43,6 +43,8 @@ FLIP_BY_LIKELIHOOD = 0.02
 """The same with the other one's log-probabilities, too."""
 DOUBT = 0.02
 """Highest probability of a wrong verdict, under these assumptions."""
+PATIENCE_SECONDS = 600.0
+"""How long one answer may take: a processor without a server's arithmetic is slow."""
 UNLISTED = (404, 405, 500, 501)
 """HTTP's numbers for an address that a server does not have; transformers serve fails to list without a hub's cache."""
 KEY = "FINETUNE_API_KEY"
@@ -283,13 +285,13 @@ def _asker(server: Endpoint, prompts: list[Prompt], key: str, say: Say) -> Calla
     """What asks one prompt: the rendered text, or the conversation where the server takes no texts."""
 
     def by_text(endpoint: Endpoint, prompt: Prompt) -> Answer:
-        return complete(endpoint, prompt.text, max_tokens=prompt.length, api_key=key)
+        return complete(endpoint, prompt.text, max_tokens=prompt.length, api_key=key, timeout_s=PATIENCE_SECONDS)
 
     def by_chat(endpoint: Endpoint, prompt: Prompt) -> Answer:
-        return chat(endpoint, prompt.messages, max_tokens=prompt.length, api_key=key)
+        return chat(endpoint, prompt.messages, max_tokens=prompt.length, api_key=key, timeout_s=PATIENCE_SECONDS)
 
     try:
-        complete(server, prompts[0].text, max_tokens=1, api_key=key)
+        complete(server, prompts[0].text, max_tokens=1, api_key=key, timeout_s=PATIENCE_SECONDS)
     except ServerError as error:
         if error.status not in (404, 405, 501):
             raise
