@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune import methods, sbatch, sizes
+from finetune import methods, sbatch, sizes, terms
 from finetune.engine import engine_problems
 from finetune.errors import RecipeError
-from finetune.licences import find_licence
 from finetune.recipe import Data, Recipe
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -61,6 +60,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "evaluate.max_new_tokens": (1, math.inf),
     "evaluate.min_gain": (-1, 1),
     "export.parity_prompts": (1, math.inf),
+    "licence.monthly_users": (0, math.inf),
+    "model.pretraining_tokens": (0, math.inf),
     "costs.price_per_hour": (0, math.inf),
     "costs.device_kw": (0, math.inf),
 }
@@ -89,8 +90,8 @@ BELOW_ONE = ("adapter.dropout", "evaluate.confidence")
 def problems(recipe: Recipe) -> list[str]:
     """A sentence for every setting that cannot work: id, `key=value`, why, what to type. Empty when all is well."""
     rules = (
-        *(_choices, _ranges, _names, _model, methods.problems, _train, _data, _trackers, _launch, _export, _licence),
-        engine_problems,
+        *(_choices, _ranges, _names, _model, methods.problems, _train, _data, _trackers, _launch, _export),
+        *(terms.problems, engine_problems),
     )
     return [sentence for rule in rules for sentence in rule(recipe)]
 
@@ -276,14 +277,4 @@ def _export(recipe: Recipe) -> Iterator[str]:
         yield (
             f"EXP-001 export.formats=[{','.join(recipe.export.formats)}] must name some of {', '.join(EXPORT_FORMATS)}."
             f" Set export.formats=[{','.join(EXPORT_FORMATS)}]."
-        )
-
-
-def _licence(recipe: Recipe) -> Iterator[str]:
-    licence = find_licence(recipe.model.licence)
-    name = recipe.export.name or recipe.name
-    if licence and licence.name_prefix and not name.startswith(licence.name_prefix):
-        yield (
-            f'LIC-001 export.name={name} must begin with "{licence.name_prefix}": the {licence.title} says so. '
-            f"Set export.name={licence.name_prefix}-{name}."
         )

@@ -20,6 +20,7 @@ from finetune.families import family_of
 from finetune.licences import find_licence
 from finetune.recipe import Recipe
 from finetune.shards import check_shards, quantisation_of
+from finetune.signing import signing_problems
 
 FLOORS = {
     "torch": ((2, 10), "CVE-2026-24747"),
@@ -51,7 +52,7 @@ def environment_problems() -> list[str]:
 
 def fit_problems(recipe: Recipe) -> list[str]:
     """A sentence for everything that this recipe asks of this machine in vain."""
-    return [*launch_problems(recipe), *tracker_problems(recipe), *device_problems(recipe)]
+    return [*launch_problems(recipe), *tracker_problems(recipe), *device_problems(recipe), *signing_problems(recipe)]
 
 
 def launch_problems(recipe: Recipe) -> list[str]:

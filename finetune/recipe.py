@@ -35,6 +35,10 @@ class Model:
     """Licence key of the weights, as in `finetune/licences.yaml`, e.g. `apache-2.0`."""
     licence_url: str = ""
     """Where the licence text can be read."""
+    pretraining_tokens: float = 0.0
+    """Tokens that the base was trained on, as published; 0 means not known. The record compares compute with it."""
+    pretraining_source: str = ""
+    """Where that was read."""
     facts_source: str = ""
     """Where the facts in `config` were read."""
     facts_date: str = ""
@@ -293,6 +297,24 @@ class Export:
 
 
 @dataclass(kw_only=True, slots=True)
+class Licence:
+    """What you say about your use of base and data, so that their licences can be checked. Nothing is sent."""
+
+    use: str = one_of("not_said", "commercial", "research", "personal")
+    """What the tuned model is for. Bases and rows that are not for commercial use ask for it."""
+    established_in: str = ""
+    """Country where you are domiciled or have your principal place of business, as two letters, e.g. US or DE; empty
+    means not said. Some licences give no rights in the European Union."""
+    monthly_users: int = 0
+    """Monthly users of your products, as the base's licence counts them; 0 means not said."""
+    accept: str = ""
+    """sha256 of a licence text beside the base's weights that you have read and accept. An export asks for it, and
+    shows it, when we do not know the text; it may be given beside run=, and the record keeps it."""
+    of_rows: str = ""
+    """Licence of your own rows (`data.train_files`), e.g. CC-BY-4.0; empty means that they are yours. Cards say it."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Costs:
     """What `plan` computes hours and money with. None of it is measured: these are the user's own figures."""
 
@@ -348,5 +370,10 @@ class Recipe:
     """How base and tuned are compared."""
     export: Export = field(default_factory=Export)
     """What is left for a server."""
+    licence: Licence = field(default_factory=Licence)
+    """What you say about your use of base and data."""
+    sign: str = ""
+    """Private key (EC, PEM file) that signs export/ and run.json when the record is written; empty signs nothing. Needs
+    the extra [sign]. A key with a passphrase takes it from FINETUNE_KEY_PASSPHRASE."""
     costs: Costs = field(default_factory=Costs)
     """Prices and speeds that `plan` uses."""
