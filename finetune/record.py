@@ -60,7 +60,7 @@ def content(run_dir: RunDir, recipe: Recipe, base: Path) -> dict[str, Any]:
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **derived(run_dir, recipe, base),
         "inputs": hashed_inputs(run_dir, recipe, base),
-        "outputs": {name: sha256_file(run_dir.path / name) for name in output_names(run_dir)},
+        "outputs": hashes(run_dir.path, output_names(run_dir)),
         "versions": versions(recipe.engine),
         "packages": installed(),
         "platform": {
@@ -191,6 +191,19 @@ def input_files(recipe: Recipe, base: Path) -> list[Path]:
 
     files = [source.path for source in sources([*recipe.data.train_files, *recipe.data.heldout_files])]
     return sorted({p.absolute() for p in (*base.iterdir(), *files) if p.is_file()})
+
+
+def hashes(folder: Path, names: list[str]) -> dict[str, str]:
+    """Name -> hash of files below a folder. Those that share bytes on disk, as export and merged, are read once."""
+    known: dict[tuple[int, int], str] = {}
+    found = {}
+    for name in names:
+        stat = (folder / name).stat()
+        place = (stat.st_dev, stat.st_ino)
+        if place not in known:
+            known[place] = sha256_file(folder / name)
+        found[name] = known[place]
+    return found
 
 
 def output_names(run_dir: RunDir) -> list[str]:

@@ -8,17 +8,17 @@ from pathlib import Path
 
 from finetune.compose import read_recipe
 from finetune.errors import GateError
-from finetune.export.card import card
+from finetune.export.papers import require_permits, write_papers
 from finetune.export.parity import Parity, prove
 from finetune.recipe import Recipe
-from finetune.rundir import RunDir, atomic_folder, write_json, write_text
+from finetune.rundir import RunDir, atomic_folder, write_json
 
 
 def export(run_dir: RunDir) -> None:
-    """Writes export/ of a run: the formats the recipe names, parity.json and README.md.
+    """Writes export/ of a run: the formats the recipe names, parity.json, README.md, LICENSE, NOTICE and bom.cdx.json.
 
-    Raises GateError (MRG-010 to MRG-012, exit code 4) when what stock transformers loads is not what was trained; the
-    adapter and the merged weights stay where they are.
+    Raises RecipeError (LIC-00x) where a licence forbids it, and GateError (MRG-010 to MRG-012, exit code 4) when what
+    stock transformers loads is not what was trained; the adapter and the merged weights stay where they are.
     """
     from rich.console import Console
 
@@ -27,19 +27,21 @@ def export(run_dir: RunDir) -> None:
 
     recipe = read_recipe(run_dir.recipe)
     adapter = run_dir.require(run_dir.adapter, "train")
+    base = base_folder(recipe)
+    require_permits(run_dir, recipe, base)
     console = Console()
     with atomic_folder(run_dir.export) as folder:
         parity = None
         if "hf" in recipe.export.formats:
             link_tree(run_dir.require(run_dir.merged, "merge"), folder / "hf")
             console.print("comparing the export, loaded by stock transformers, with the adapter on its base ...")
-            parity = prove(base_folder(recipe), adapter, folder / "hf", load_splits(run_dir).heldout, recipe)
+            parity = prove(base, adapter, folder / "hf", load_splits(run_dir).heldout, recipe)
             console.print(parity.sentence())
             write_json(folder / "parity.json", parity.as_dict())
             refuse_drift(parity, recipe)
         if "peft" in recipe.export.formats:
             link_tree(adapter, folder / "peft")
-        write_text(folder / "README.md", card(run_dir, recipe, parity))
+        write_papers(run_dir, recipe, base, folder, parity.as_dict() if parity else None)
 
 
 def refuse_drift(parity: Parity, recipe: Recipe) -> None:
