@@ -63,10 +63,12 @@ def findings(run_dir: RunDir, public_key: Path | None = None) -> list[Finding]:
     files = list(_files(run_dir, read))
     found = [*wrong, *files]
     if not wrong:
+        changed = {finding.name for finding in files} & {*read["outputs"]}
         found += _events(run_dir, read)
-        if not any(finding.name == "recipe.yaml" for finding in files):
+        if "recipe.yaml" not in changed:
             recipe = read_recipe(run_dir.recipe)
-            found += [*_derived(run_dir, recipe, read), *_parity(recipe, read), *_licences(run_dir, recipe, read)]
+            found += [*_parity(recipe, read), *_licences(run_dir, recipe, read)]
+            found += [] if changed else _derived(run_dir, recipe, read)  # named already, and by the file
     return found + _signatures(run_dir, read, public_key)
 
 

@@ -42,6 +42,29 @@ def ready(tmp_path: Path, **changes: Any) -> Recipe:
     return good(**(places | changes))
 
 
+REPORT = {
+    "source": {"kind": "own files", "licence": "the user's own", "attribution": ""},
+    "rows_read": 12,
+    "kept": 11,
+    "dropped": {"copy": 1},
+    "splits": {"train": {"rows": 10, "tokens": 500}, "heldout": {"rows": 1, "tokens": 50}},
+    "content_sha256": "0" * 64,
+}
+"""What the data stage says, as far as others read it."""
+
+TRAIN = {
+    "steps": [],
+    "tokens": 500,
+    "trainable_tokens": 100,
+    "seconds": 36.0,
+    "device": "cpu",
+    "processes": 1,
+    "distribution": "none",
+    "peak_memory_gib": 0.5,
+}
+"""The same of the training."""
+
+
 class Stages:
     """Stands in for `launch`: notes the stages and writes their outputs. `fail` names a stage that raises `error`."""
 
@@ -57,13 +80,15 @@ class Stages:
         scores = {
             "base": {"loss": 2.0, "accuracy": None},
             "tuned": {"loss": 1.0, "accuracy": None},
+            "rows": 1,
+            "verdict": "Too few rows to say.",
             "gates": [{"gate": "gain", "limit": 0.1, "value": 0.0, "passed": self.passed}],
         }
         if stage == "data":
-            write_json(run_dir.data / "report.json", {"splits": {"train": {"rows": 10, "tokens": 500}}})
+            write_json(run_dir.data / "report.json", REPORT)
         elif stage == "train":
             write_text(run_dir.adapter / "adapter_model.safetensors", "adapter")
-            write_json(run_dir.train, {"steps": []})
+            write_json(run_dir.train, TRAIN)
             write_text(run_dir.logs / "events", "log")
         elif stage == "evaluate":
             write_json(run_dir.scores, scores)
