@@ -273,7 +273,7 @@ def _allow(run_dir: RunDir, words: list[str]) -> None:
     now = [{"when": when, "names": names}] if changes else []
     now += [{"when": when, "names": [], "licence": text} for text in texts]
     write_json(run_dir.allowed, [*earlier, *now])
-    run_dir.record.unlink(missing_ok=True)  # it will not describe the folder any longer
+    run_dir.reopen()
     for entry in now:
         events.note(run_dir, "allowed", changes=entry["names"], licence=entry["licence"] if "licence" in entry else "")
 

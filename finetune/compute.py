@@ -5,22 +5,23 @@ Own arithmetic on purpose: the count that transformers keeps takes all parameter
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from finetune import sizes
 from finetune.recipe import Recipe
 
-PEAK_TFLOPS = {
-    "A100": 312.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "L4": 121.0,
-    "L40S": 362.0,
-    "RTX 4090": 165.0,
-}
-"""Part of a device's name -> dense bf16 TFLOP/s, from NVIDIA's data sheets; the longest part that fits counts."""
+PEAK_TFLOPS = (
+    (r"A100", 312.0),
+    (r"H100 PCIe", 756.0),
+    (r"H100 .*HBM3", 989.0),
+    (r"H200", 989.0),
+    (r"L4", 121.0),
+    (r"L40S", 362.0),
+    (r"GeForce RTX 4090", 165.0),
+)
+"""How NVIDIA's driver names a device, and its dense bf16 TFLOP/s by the data sheet. Others are not known here."""
 DIFFERENCE = 0.3
 """Relative difference of the two methods from which they are said to disagree."""
 DUTY_SHARE = 1 / 3
@@ -69,9 +70,11 @@ def compute(recipe: Recipe, train: dict[str, Any]) -> dict[str, Any]:
 
 
 def peak_tflops(device: str) -> float | None:
-    """Dense bf16 TFLOP/s of a device by its name, or None when it is not known."""
-    fits = [name for name in PEAK_TFLOPS if all(word in device.split() for word in name.split())]
-    return PEAK_TFLOPS[max(fits, key=len)] if fits else None
+    """Dense bf16 TFLOP/s of a device by its driver's name, or None when it is not known."""
+    for pattern, peak in PEAK_TFLOPS:
+        if re.fullmatch(rf"NVIDIA {pattern}(-(SXM|PCIE)[\w-]*| \d+GB)?", device):
+            return peak
+    return None
 
 
 def _by_hours(recipe: Recipe, train: dict[str, Any], flops: float) -> dict[str, Any]:
@@ -79,8 +82,7 @@ def _by_hours(recipe: Recipe, train: dict[str, Any], flops: float) -> dict[str, 
     hours = train["seconds"] * count / 3600
     told = {"device": device, "device_hours": hours, "utilisation_assumed": recipe.costs.utilisation}
     unknown = {"peak_tflops": None, "flop": None, "difference": None, "agrees": None, "utilisation_reached": None}
-    # NVIDIA's own names write the form factor with hyphens: A100-SXM4-80GB.
-    peak = peak_tflops(device.replace("-", " "))
+    peak = peak_tflops(device)
     if peak is None:
         return told | unknown | {"how": f"the peak of {device} is not known, so this method gives nothing"}
     most = hours * 3600 * peak * 1e12

@@ -80,7 +80,7 @@ def carry_on(run_dir: RunDir, *, until: str = "report", launch: Callable[[str, R
             print(f"[{number}/{len(STAGES)}] {stage}: done before", flush=True)
         else:
             print(f"[{number}/{len(STAGES)}] {stage}", flush=True)
-            run_dir.record.unlink(missing_ok=True)  # it will not describe the folder any longer
+            run_dir.reopen()
             if stage == "train" and not run_dir.inputs.exists():
                 before_training(recipe, run_dir, until)
             with events.stage(run_dir, stage):

@@ -144,6 +144,11 @@ class RunDir:
         """Signature of the record; that of the export is `SIGNATURE` in it."""
         return self.path / "run.json.sig"
 
+    def reopen(self) -> None:
+        """Removes the record and the signatures: they will not describe the folder any longer."""
+        for path in (self.record, self.signature, self.export / SIGNATURE):
+            path.unlink(missing_ok=True)
+
     def require(self, path: Path, stage: str) -> Path:
         """`path` if it exists; otherwise an error that says which stage makes it."""
         if not path.exists():

@@ -85,7 +85,7 @@ def _wrong(target: Path, signature: Path, public_key: Path) -> str:
         config.verify(target, signature)
     except Exception as error:  # a damaged signature raises whatever its parser does
         told = str(error)
-        differ = re.findall(r"Hash mismatch for '([^']*)'", told)
+        differ = re.findall(r"Hash mismatch for \\?'([^'\\]*)\\?'", told)
         others = re.findall(r"(?:Extra|Missing) files (?:found )?in model '[^']*': ([^\"]*)", told)
         names = ", ".join(name if name != "." else target.name for name in [*differ, *others])
         return f"different: {names}" if names else " ".join(told.split())[:200] or type(error).__name__
@@ -97,8 +97,9 @@ def _ignored(target: Path) -> list[str]:
     return [SIGNATURE] if target.is_dir() else []
 
 
-def _passphrase() -> str | None:
-    return os.environ[PASSPHRASE] if PASSPHRASE in os.environ else None
+def _passphrase() -> Any:
+    # model-signing 1.1.1 says that it takes a text, and hands it to cryptography, which takes bytes.
+    return os.environ[PASSPHRASE].encode() if PASSPHRASE in os.environ else None
 
 
 def _unfit(path: Path) -> str:
@@ -108,9 +109,8 @@ def _unfit(path: Path) -> str:
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    words = _passphrase()
     try:
-        key: Any = load_pem_private_key(path.read_bytes(), words.encode() if words else None)
+        key: Any = load_pem_private_key(path.read_bytes(), _passphrase())
     except (ValueError, TypeError) as error:
         asks = "encrypted" in str(error) or "assword" in str(error)
         return f"it has a passphrase, which {PASSPHRASE} must hold" if asks else "it is no private key in PEM form"

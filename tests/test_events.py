@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,7 +40,12 @@ def test_a_changed_line_breaks_it_wherever_it_stands(chain: RunDir, line: int) -
 
 def test_a_line_that_was_taken_out_put_in_or_moved_breaks_it(chain: RunDir) -> None:
     end, lines = events.head(chain), chain.events.read_text().splitlines(keepends=True)
-    for others in ([*lines[:1], *lines[2:]], lines[:3], [lines[0], lines[0], *lines[1:]], [lines[1], lines[0], *lines[2:]]):
+    for others in (
+        [*lines[:1], *lines[2:]],
+        lines[:3],
+        [lines[0], lines[0], *lines[1:]],
+        [lines[1], lines[0], *lines[2:]],
+    ):
         chain.events.write_text("".join(others))
         assert events.breaks(chain, end)
     chain.events.unlink()
@@ -116,12 +122,36 @@ def test_a_stretch_that_was_not_counted_is_said(second: list[dict[str, object]])
     assert not told["whole"] and told["kwh"] in (None, pytest.approx(1 / 3_600_000))
 
 
-def test_energy_that_nobody_measured_is_null_with_the_reason() -> None:
-    told = energy.used([{"what": "started", "stage": "train", **energy.reading()}])
-    if "joules" not in energy.reading():
-        assert told["kwh"] is None and told["how"].startswith("not measured: the")
+def test_energy_that_nobody_measured_is_null_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(energy, "_counters", dict)
+    with events.stage(RunDir(tmp_path), "train"):
+        pass
+    told = energy.used(events.events(RunDir(tmp_path)))
+    assert told["kwh"] is None and not told["whole"]
+    assert told["how"] in (
+        "not measured: the package nvidia-ml-py is not installed",
+        "not measured: there was no NVIDIA GPU that counts its energy",
+    )
+    assert energy.used([])["how"] == "not measured: no stage was noted"
 
 
-def test_a_line_of_energy_is_json(tmp_path: Path) -> None:
-    events.note(RunDir(tmp_path), "x", **energy.reading())
-    assert json.loads((tmp_path / "events.jsonl").read_text())["what"] == "x"
+def test_counters_are_read_through_nvml_in_joules_by_the_ids_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NVMLError(Exception):
+        pass
+
+    def old(handle: int) -> int:
+        if handle == 1:
+            raise NVMLError  # an old GPU does not count
+        return 5_000
+
+    fake = SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda number: number,
+        nvmlDeviceGetUUID=lambda handle: f"GPU-{handle}",
+        nvmlDeviceGetTotalEnergyConsumption=old,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    assert energy.reading()["joules"] == {"GPU-0": 5.0}

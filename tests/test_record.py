@@ -227,7 +227,9 @@ def test_a_licence_rule_that_an_export_breaks_is_found_with_its_source(tmp_path:
     (tmp_path / "base" / "LICENSE").write_text("Other terms.")
     found = differences(run_dir)
     assert f"{tmp_path / 'base' / 'LICENSE'} has changed" in found
-    assert any(phrase.startswith("LIC-007 the text of LICENSE beside the weights is not known here") for phrase in found)
+    assert any(
+        phrase.startswith("LIC-007 the text of LICENSE beside the weights is not known here") for phrase in found
+    )
 
 
 def test_the_record_of_the_same_run_says_the_same_but_for_when_it_was_written(done: RunDir, tmp_path: Path) -> None:
