@@ -50,7 +50,7 @@ def _why_unknown() -> str:
     try:
         import pynvml  # noqa: F401
     except ImportError:
-        return "the package nvidia-ml-py is not installed"
+        return "the package nvidia-ml-py (extra [energy]) is not installed"
     return "there was no NVIDIA GPU that counts its energy"
 
 

@@ -129,7 +129,7 @@ def test_energy_that_nobody_measured_is_null_with_the_reason(tmp_path: Path, mon
     told = energy.used(events.events(RunDir(tmp_path)))
     assert told["kwh"] is None and not told["whole"]
     assert told["how"] in (
-        "not measured: the package nvidia-ml-py is not installed",
+        "not measured: the package nvidia-ml-py (extra [energy]) is not installed",
         "not measured: there was no NVIDIA GPU that counts its energy",
     )
     assert energy.used([])["how"] == "not measured: no stage was noted"
