@@ -90,7 +90,7 @@ BELOW_ONE = ("adapter.dropout", "evaluate.confidence")
 def problems(recipe: Recipe) -> list[str]:
     """A sentence for every setting that cannot work: id, `key=value`, why, what to type. Empty when all is well."""
     rules = (
-        *(_choices, _ranges, _names, _model, methods.problems, _train, _data, _trackers, _launch, _export),
+        *(_choices, _ranges, _names, _model, methods.problems, _train, _data, _trackers, _launch, _merge, _export),
         *(terms.problems, engine_problems),
     )
     return [sentence for rule in rules for sentence in rule(recipe)]
@@ -268,6 +268,21 @@ def _launch(recipe: Recipe) -> Iterator[str]:
         yield (
             f"LCH-009 launch.nodes={recipe.launch.nodes}: launch.kind=local starts processes on this machine only. "
             "Set launch=slurm, or launch.nodes=1."
+        )
+
+
+def _merge(recipe: Recipe) -> Iterator[str]:
+    if recipe.merge.base == "original":
+        return
+    if not recipe.adapter.load_in_4bit:
+        yield (
+            "MRG-007 merge.base=dequantised has no effect with adapter.load_in_4bit=false: training sees the original "
+            "weights. Leave it out."
+        )
+    elif recipe.engine == "unsloth":
+        yield (
+            "MRG-007 merge.base=dequantised with engine=unsloth: what it packed is not packed again here to the bit. "
+            "Set merge.base=original."
         )
 
 

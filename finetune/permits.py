@@ -47,8 +47,12 @@ def licence_files(base: Path) -> list[Path]:
 
 
 def licence_text(base: Path) -> terms.Text | None:
-    """The licence text beside a base's weights; of several the first by name. None when there is none."""
-    found = sorted({path for pattern in terms.TEXTS for path in base.glob(pattern) if path.is_file()})
+    """The licence text beside a base's weights, or None. Of several that of the model, not of its code, then by name."""
+
+    def rank(path: Path) -> tuple[bool, bool, str]:
+        return "MODEL" not in path.name.upper(), "CODE" in path.name.upper(), path.name
+
+    found = sorted({p for pattern in terms.TEXTS for p in base.glob(pattern) if p.is_file()}, key=rank)
     if not found:
         return None
     words = found[0].read_bytes().decode("utf-8", errors="replace")

@@ -283,6 +283,18 @@ class Evaluate:
 
 
 @dataclass(kw_only=True, slots=True)
+class Merge:
+    """The adapter in the original weights."""
+
+    base: str = one_of("original", "dequantised")
+    """What the update is added to: the original weights, or what training in 4 bits saw of them (packed into NF4 and
+    unpacked again), which answers more like the model that was trained and less like the published one."""
+    quantised: str = one_of("bf16", "requantise")
+    """What a base in fp8 or fp4 becomes: `bf16` weights, or fp8 again with new scales, of the tensors with an update
+    alone, in the same layout. Never 4 bits: those are too coarse for an update."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Export:
     """What is left for a server."""
 
@@ -291,9 +303,10 @@ class Export:
     name: str = ""
     """Name of the exported model; empty means `<recipe>-<run>`. Some licences prescribe how it must begin."""
     parity_prompts: int = 8
-    """Held-out rows on which merged and adapter are compared before the export counts as done."""
+    """Held-out rows on which merged and adapter are compared before the merge counts as done; their answers are what
+    exports and servers are compared with."""
     max_kl: float = 0.05
-    """Largest mean KL divergence (nats per token) allowed between the adapter on its original base and the export."""
+    """Largest mean KL divergence (nats per token) allowed between merged weights and the adapter beside its base."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -368,6 +381,8 @@ class Recipe:
     """Where it runs."""
     evaluate: Evaluate = field(default_factory=Evaluate)
     """How base and tuned are compared."""
+    merge: Merge = field(default_factory=Merge)
+    """What the adapter is added to."""
     export: Export = field(default_factory=Export)
     """What is left for a server."""
     licence: Licence = field(default_factory=Licence)

@@ -92,19 +92,13 @@ def derived(run_dir: RunDir, recipe: Recipe, base: Path) -> dict[str, Any]:
         "data": data,
         "training": training(train),
         "metrics": metrics(scores),
-        "parity": read(parity_file(run_dir)),
+        "parity": read(run_dir.parity),
         "compute": compute(recipe, train) if train else None,
         "energy": energy.used(events.events(run_dir)),
         "licences": licences(run_dir, recipe, base),
         "allowed": read(run_dir.allowed) or [],
         "events": events.head(run_dir),
     }
-
-
-def parity_file(run_dir: RunDir) -> Path:
-    """Where the proof lies that the merged weights answer as the adapter does."""
-    with_weights = run_dir.merged / "parity.json"
-    return with_weights if with_weights.exists() else run_dir.export / "parity.json"
 
 
 def rows(report: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -22,6 +22,9 @@ from finetune.errors import RunError
 TEMPORARY = ".partial-"
 """Prefix of everything that is not finished; `RunDir.sweep` removes such leftovers of a killed run."""
 
+RESUMED = ".merging-"
+"""Prefix of a folder that is not finished and that the same command goes on with after it was killed."""
+
 
 SIGNATURE = "model.sig"
 """Name of the signature in export/, as model-signing calls it."""
@@ -123,6 +126,16 @@ class RunDir:
     def merged(self) -> Path:
         """Weights with the adapter added, in the original checkpoint's key layout."""
         return self.path / "merged"
+
+    @property
+    def parity(self) -> Path:
+        """The proof that the merged weights answer as the adapter does."""
+        return self.merged / "parity.json"
+
+    @property
+    def answers(self) -> Path:
+        """Answers of base and tuned to held-out prompts, token by token: what exports and servers are compared with."""
+        return self.merged / "answers.json"
 
     @property
     def export(self) -> Path:
@@ -228,20 +241,25 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for path in sorted(partial.rglob("*")):
-            fsync(path)
-        fsync(partial)
-        if target.exists():
-            old = partial.with_name(partial.name + "-old")
-            target.rename(old)
-            partial.rename(target)
-            shutil.rmtree(old)
-        else:
-            partial.rename(target)
-        fsync(target.parent)
+        publish(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Gives a finished folder its name, in place of an older one, once the disk holds every file of it."""
+    for path in sorted(partial.rglob("*")):
+        fsync(path)
+    fsync(partial)
+    if target.exists():
+        old = target.with_name(f"{TEMPORARY}{target.name}-old-{uuid.uuid4().hex[:8]}")
+        target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old)
+    else:
+        partial.rename(target)
+    fsync(target.parent)
 
 
 @contextmanager

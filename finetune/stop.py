@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import sys
 import threading
@@ -30,6 +31,13 @@ class Request:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
+
+
+def end_with_parent() -> None:
+    """From now on this process ends when the one that started it does, however that ends (Linux: prctl)."""
+    if hasattr(libc := ctypes.CDLL(None), "prctl"):
+        parent_death_signal = 1
+        libc.prctl(parent_death_signal, signal.SIGKILL)
 
 
 _listening: list[Request] = []

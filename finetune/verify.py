@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import __version__, events, permits, record, signing
+from finetune import __version__, events, parity, permits, record, signing
 from finetune.compose import read_recipe
-from finetune.errors import FinetuneError, RunError
+from finetune.errors import FinetuneError, GateError, RunError
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir, read_json, sha256_file
 
@@ -129,18 +129,17 @@ def _derived(run_dir: RunDir, recipe: Recipe, read: dict[str, Any]) -> Iterator[
 
 
 def _parity(recipe: Recipe, read: dict[str, Any]) -> Iterator[Finding]:
-    proof = read["parity"]
-    if proof is None:
+    """The proof of the merge against its limits, which may not have been those of then."""
+    if read["parity"] is None:
         return
     try:
-        mean, effect, limit = proof["mean_kl"], proof["effect_kl"], recipe.export.max_kl
-        if not mean <= limit:
-            yield Finding(about="parity", name="parity:", what=f"mean_kl={mean:.3g} is above export.max_kl={limit:g}")
-        if not effect > mean:
-            what = f"effect_kl={effect:.3g} is not above mean_kl={mean:.3g}: the merged model may be the base"
-            yield Finding(about="parity", name="parity:", what=what)
-    except (KeyError, TypeError):
-        yield Finding(about="parity", name="parity:", what="has no mean_kl and effect_kl to compare with the limits")
+        parity.refuse(
+            parity.Parity(**{name: value for name, value in read["parity"].items() if name != "schema"}), recipe
+        )
+    except GateError as error:
+        yield Finding(about="parity", name="parity:", what=error.what)
+    except TypeError:
+        yield Finding(about="parity", name="parity:", what="is no proof of a merge: figures are missing or strange")
 
 
 def _licences(run_dir: RunDir, recipe: Recipe, read: dict[str, Any]) -> Iterator[Finding]:

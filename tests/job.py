@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.families import FAMILIES
+from finetune.parity import Parity
 from finetune.recipe import Data, Model, Recipe
 from finetune.rundir import RunDir, write_json, write_text
 
@@ -65,6 +66,31 @@ TRAIN = {
 """The same of the training."""
 
 
+PARITY = Parity(
+    prompts=2,
+    tokens=9,
+    precision="fp32",
+    reference="original",
+    mean_kl=1e-5,
+    max_kl=2e-5,
+    top1_agreement=1.0,
+    effect_kl=0.2,
+    base_kl=0.2,
+    original_kl=1e-5,
+    four_bit_kl=None,
+    same_answers=2,
+    answers=2,
+    tensors=1,
+    tensors_changed=1,
+    tensors_zero=0,
+    tensors_rounded_away=0,
+    strangers=[],
+    loaded_by="transformers",
+    quantised="none",
+).as_dict()
+"""The same of the merge's proof."""
+
+
 class Stages:
     """Stands in for `launch`: notes the stages and writes their outputs. `fail` names a stage that raises `error`."""
 
@@ -92,7 +118,10 @@ class Stages:
             write_text(run_dir.logs / "events", "log")
         elif stage == "evaluate":
             write_json(run_dir.scores, scores)
-        elif stage in ("merge", "export"):
-            write_text((run_dir.merged if stage == "merge" else run_dir.export) / "model.safetensors", stage)
+        elif stage == "merge":
+            write_text(run_dir.merged / "model.safetensors", stage)
+            write_json(run_dir.parity, PARITY)
+        elif stage == "export":
+            write_text(run_dir.export / "model.safetensors", stage)
         else:
             write_text(run_dir.report, "<html>")

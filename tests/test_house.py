@@ -118,6 +118,7 @@ SETTINGS = {
     "data",
     "launch",
     "evaluate",
+    "merge",
     "export",
     "costs",
     "model",
@@ -349,7 +350,7 @@ def test_rooms_import_downwards_only() -> None:
     ("module", "line"),
     [
         ("rundir.py", "from finetune import run"),
-        ("merge.py", "from finetune import train"),
+        ("chat.py", "from finetune import train"),
         ("utils.py", "import json"),
     ],
     ids=["upwards", "from stage to stage", "a room with no place"],

@@ -17,7 +17,7 @@ from finetune.record import PACKAGES, content, output_names, schema_problems
 from finetune.run import carry_on, run
 from finetune.rundir import RunDir, read_json, write_json
 from finetune.verify import differences, verify
-from tests.job import WEIGHTS, Stages, ready
+from tests.job import PARITY, WEIGHTS, Stages, ready
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_the_record_holds_a_hash_of_every_output_but_itself_the_events_and_the_l
     told = json.loads(done.record.read_text())
     files = {p.relative_to(done.path).as_posix() for p in done.path.rglob("*") if p.is_file()}
     assert files - set(told["outputs"]) <= {"run.json", ".lock", "logs/events", "events.jsonl"}
-    assert "logs/events" in files and len(told["outputs"]) == 10
+    assert "logs/events" in files and len(told["outputs"]) == 11
     for name, sha in told["outputs"].items():
         assert hashlib.sha256((done.path / name).read_bytes()).hexdigest() == sha
 
@@ -110,13 +110,13 @@ def test_a_record_of_another_form_is_told_where(done: RunDir, keys: tuple[str, .
 
 def test_an_untouched_run_verifies(done: RunDir) -> None:
     assert differences(done) == []
-    assert verify(done) == 13
+    assert verify(done) == 14
 
 
 def test_every_changed_byte_is_found_by_the_name_of_its_file(done: RunDir, tmp_path: Path) -> None:
     paths = [*(done.path / name for name in output_names(done)), tmp_path / "base" / "model.safetensors"]
     rooms = {path.parent.name for path in paths}
-    assert len(paths) == 11 and {"adapter", "merged", "export", "data"} <= rooms
+    assert len(paths) == 12 and {"adapter", "merged", "export", "data"} <= rooms
     for path in paths:
         before = path.read_bytes()
         path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
@@ -188,7 +188,7 @@ def test_a_base_that_changed_while_it_was_trained_gets_no_record(tmp_path: Path)
         carry_on(run_dir, launch=Stages())
     assert not run_dir.record.exists()
     weights.write_bytes(WEIGHTS)  # another time, the same bytes
-    assert verify(carry_on(run_dir, launch=Stages())) == 12
+    assert verify(carry_on(run_dir, launch=Stages())) == 13
 
 
 def test_files_that_share_their_bytes_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,20 +201,22 @@ def test_files_that_share_their_bytes_are_read_once(tmp_path: Path, monkeypatch:
     assert len(read) == 2
 
 
-def test_parity_beyond_its_limits_is_found(done: RunDir) -> None:
-    told = read_json(done.record)
-
-    def found(**numbers: float) -> list[str]:
-        write_json(done.export / "parity.json", numbers)
-        name = "export/parity.json"
-        sha = hashlib.sha256((done.path / name).read_bytes()).hexdigest()
-        write_json(done.record, told | {"parity": numbers, "outputs": told["outputs"] | {name: sha}})
-        return differences(done)
-
-    assert found(mean_kl=0.01, effect_kl=0.2) == []
-    assert found(mean_kl=0.06, effect_kl=0.2) == ["parity: mean_kl=0.06 is above export.max_kl=0.05"]
-    assert "effect_kl=0.01 is not above mean_kl=0.02" in found(mean_kl=0.02, effect_kl=0.01)[0]
-    assert found(other=1.0) == ["parity: has no mean_kl and effect_kl to compare with the limits"]
+@pytest.mark.parametrize(
+    ("figures", "told"),
+    [
+        ({}, []),
+        ({"mean_kl": 0.06}, ["parity: merged and adapter differ by 0.0600 nats per token, export.max_kl=0.05"]),
+        ({"base_kl": 1e-6}, ["parity: merged is as near to the base (1e-06 nats) as to the adapter (1e-05)"]),
+        ({"strangers": ["a.weight"]}, ["parity: 1 tensors are not what the adapter makes of them, e.g. a.weight"]),
+        ({"other": 1.0}, ["parity: is no proof of a merge: figures are missing or strange"]),
+    ],
+)
+def test_a_proof_beyond_its_limits_is_found(done: RunDir, figures: dict[str, Any], told: list[str]) -> None:
+    record, name = read_json(done.record), "merged/parity.json"
+    write_json(done.parity, PARITY | figures)
+    sha = hashlib.sha256(done.parity.read_bytes()).hexdigest()
+    write_json(done.record, record | {"parity": PARITY | figures, "outputs": record["outputs"] | {name: sha}})
+    assert differences(done) == told
 
 
 def test_a_licence_rule_that_an_export_breaks_is_found_with_its_source(tmp_path: Path) -> None:

@@ -239,6 +239,17 @@ def test_a_text_that_is_fetched_later_is_looked_at_before_training(tmp_path: Pat
     assert stages.done == ["data"]
 
 
+def test_of_several_texts_the_one_of_the_weights_counts(tmp_path: Path) -> None:
+    for name in ("LICENSE-CODE", "LICENSE-MODEL", "LICENSE"):
+        (tmp_path / name).write_text(DEEPSEEK if name == "LICENSE-MODEL" else mit())
+    text = permits.licence_text(tmp_path)
+    assert (
+        text is not None and text.file == "LICENSE-MODEL" and licences.recognise(text.words).key == "deepseek-model-1.0"
+    )
+    (tmp_path / "LICENSE-MODEL").unlink()
+    assert permits.licence_text(tmp_path).file == "LICENSE"
+
+
 def test_every_verdict_of_a_run_has_a_source(tmp_path: Path) -> None:
     recipe = load_recipe("llama4_70b_legal", "licence.established_in=DE", "licence.use=commercial")
     found = permits.verdicts(recipe, None)

@@ -10,6 +10,7 @@ from typing import Any
 from finetune import terms
 from finetune.check import source_kind
 from finetune.licences import find_licence
+from finetune.parity import Parity
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir
 
@@ -130,12 +131,8 @@ def _proof(facts: Facts) -> list[str]:
     proof = facts["parity"]
     if proof is None:
         return []
-    said = f"mean KL {proof['mean_kl']:.2e} nats per token against the adapter on its base"
-    if "effect_kl" in proof:
-        said += f"; the bare base is {proof['effect_kl']:.2e} away"
-    if "top1_agreement" in proof:
-        said += f"; same likeliest token {proof['top1_agreement']:.1%} of the time"
-    return ["", "## Is it what was trained?", "", f"The merged weights, loaded from disk: {said}."]
+    said = Parity(**{name: value for name, value in proof.items() if name != "schema"}).sentence()
+    return ["", "## Is it what was trained?", "", f"{said}."]
 
 
 def _licence(facts: Facts) -> list[str]:

@@ -22,9 +22,9 @@ def require_permits(run_dir: RunDir, recipe: Recipe, base: Path) -> None:
         raise RecipeError([verdict.sentence() for verdict in broken])
 
 
-def write_papers(run_dir: RunDir, recipe: Recipe, base: Path, folder: Path, parity: dict[str, Any] | None) -> None:
+def write_papers(run_dir: RunDir, recipe: Recipe, base: Path, folder: Path) -> None:
     """Writes the papers into an export that is otherwise complete; LICENSE and NOTICE into each part of it too."""
-    facts = record.derived(run_dir, recipe, base) | {"parity": parity}
+    facts = record.derived(run_dir, recipe, base)
     name = export_name(run_dir, recipe)
     carried = copy_texts(recipe, base, folder)
     write_text(folder / "NOTICE", notice(name, recipe, facts, base, carried))
