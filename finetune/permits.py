@@ -47,7 +47,7 @@ def licence_files(base: Path) -> list[Path]:
 
 
 def licence_text(base: Path) -> terms.Text | None:
-    """The licence text beside a base's weights, or None. Of several that of the model, not of its code, then by name."""
+    """The licence text beside a base's weights, or None. Of several that of the model, not of its code."""
 
     def rank(path: Path) -> tuple[bool, bool, str]:
         return "MODEL" not in path.name.upper(), "CODE" in path.name.upper(), path.name
