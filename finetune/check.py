@@ -6,19 +6,26 @@ import dataclasses
 import glob
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from finetune import methods, sbatch, sizes, terms
 from finetune.engine import engine_problems
 from finetune.errors import RecipeError
+from finetune.families import FAMILIES, Family
 from finetune.recipe import Data, Recipe
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PACKAGE = re.compile(r"package:[A-Za-z0-9][\w.-]*==[\w.!+-]+/[^\s]+")
-EXPORT_FORMATS = ("hf", "peft")
+EXPORT_FORMATS = ("hf", "peft", "peft_per_expert", "gguf", "ollama", "vllm")
+NEEDED_FORMATS = {"ollama": "gguf", "vllm": "hf"}
+"""Format -> the one that it starts."""
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
+"""Types of GGUF files that llama.cpp's converter writes."""
+GGUF_SMALL = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k")
+"""Types that llama.cpp's quantiser makes of an f16 file."""
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 RANGES: dict[str, tuple[float, float]] = {
@@ -287,9 +294,53 @@ def _merge(recipe: Recipe) -> Iterator[str]:
 
 
 def _export(recipe: Recipe) -> Iterator[str]:
-    wrong = [name for name in recipe.export.formats if name not in EXPORT_FORMATS]
-    if wrong or not recipe.export.formats:
+    export = recipe.export
+    wrong = [name for name in export.formats if name not in EXPORT_FORMATS]
+    if wrong or not export.formats:
         yield (
-            f"EXP-001 export.formats=[{','.join(recipe.export.formats)}] must name some of {', '.join(EXPORT_FORMATS)}."
-            f" Set export.formats=[{','.join(EXPORT_FORMATS)}]."
+            f"EXP-001 export.formats=[{','.join(export.formats)}] must name some of {', '.join(EXPORT_FORMATS)}."
+            f" Set export.formats=[{','.join(EXPORT_FORMATS[:2])}]."
         )
+    for name, other in NEEDED_FORMATS.items():
+        if name in export.formats and other not in export.formats:
+            words = ",".join([*export.formats, other])
+            yield f"EXP-002 export.formats: {name} starts what {other} is. Set export.formats=[{words}]."
+    if unknown := [kind for kind in export.gguf if kind not in (*GGUF_TYPES, *GGUF_SMALL)]:
+        known = ", ".join((*GGUF_TYPES, *GGUF_SMALL))
+        yield f"EXP-003 export.gguf names {', '.join(unknown)}. Set export.gguf=[f16], or some of {known}."
+    if "gguf" in export.formats and not export.gguf:
+        yield "EXP-003 export.gguf=[] leaves the format gguf without a file. Set export.gguf=[f16]."
+    if export.gguf_adapter and "peft_per_expert" not in export.formats:
+        words = ",".join([*export.formats, "peft_per_expert"])
+        yield f"EXP-002 export.gguf_adapter=true is made of peft_per_expert. Set export.formats=[{words}]."
+    if recipe.model.family in FAMILIES:
+        yield from _exported_family(recipe, FAMILIES[recipe.model.family])
+
+
+def _shape(recipe: Recipe) -> Mapping[str, Any]:
+    try:
+        return sizes.shape_config(recipe.model)
+    except RecipeError:  # another rule says so
+        return {}
+
+
+def _exported_family(recipe: Recipe, family: Family) -> Iterator[str]:
+    """Formats that this family, or this adapter, cannot have."""
+    export, tiny = recipe.export, recipe.model.tiny
+    weights = "gguf" in export.formats or export.gguf_adapter
+    if weights:
+        why = family.no_gguf(_shape(recipe))
+        if not why and tiny and family.gguf_tokenizer:
+            why = (
+                f"llama.cpp's converter asks for a tokenizer with what a tiny model's has not: {family.gguf_tokenizer}"
+            )
+        if why:
+            yield f"EXP-004 export.formats: gguf cannot be of {family.key}: {why}. Leave it out."
+    if export.gguf_adapter and family.no_gguf_adapter:
+        yield f"EXP-005 export.gguf_adapter=true: {family.no_gguf_adapter}. Merge it: export.formats=[gguf]."
+    if "peft_per_expert" in export.formats:
+        why = family.no_served_adapter
+        why = why or ("servers know no DoRA" if recipe.adapter.method == "dora" else "")
+        why = why or ("no server takes an adapted router" if recipe.adapter.router else "")
+        if why:
+            yield f"EXP-006 export.formats: peft_per_expert: {why}. Leave it out; hf has the merged weights."

@@ -38,6 +38,8 @@ class Request:
     """Whether --here was given."""
     run_file: str = ""
     """File given with --run-file, or empty."""
+    isolation: bool = False
+    """Whether --isolation was given."""
     run_dir: RunDir | None = None
     """The run that is worked on, as soon as it is known: errors name it."""
 
@@ -208,7 +210,9 @@ def recipes(request: Request) -> int:
 
 
 def verify(request: Request) -> int:
-    """Checks every file of a finished run against its record, and what the record says against its files."""
+    """Checks a finished run against its record and its files; with serve=URL, whether a server has the tuned model."""
+    if request.isolation or any(word.startswith("serve=") for word in request.settings):
+        return _verify_server(request)
     from finetune.verify import as_json, signature_state
     from finetune.verify import verify as verify_run
 
@@ -225,12 +229,67 @@ def verify(request: Request) -> int:
     return 0
 
 
+def _verify_server(request: Request) -> int:
+    """Asks a server the prompts that were recorded at the merge."""
+    from finetune import canary
+
+    usage = "serve=http://127.0.0.1:8000 run=runs/NAME/0001 [model=NAME] [--isolation [base_model=NAME]]"
+    words = _words(request, ["serve", "model", *(["base_model"] if request.isolation else [])], usage)
+    if "serve" not in words:
+        raise RecipeError([f"CFG-010 --isolation needs a server. Type: python -m finetune verify {usage}"])
+    run_dir = _run_dir(request)
+    server = words.pop("serve")
+    if request.isolation:
+        canary.isolation(run_dir, server, _print, **words)
+    else:
+        canary.canary(run_dir, server, _print, **words)
+    return 0
+
+
+def serve(request: Request) -> int:
+    """Serves the export of a run on this machine until Ctrl-C."""
+    from finetune.serve import serve as serve_run
+
+    usage = "run=runs/NAME/0001 [with=vllm|llama.cpp|transformers] [port=8000]"
+    words = _words(request, ["with", "port"], usage)
+    port = words["port"] if "port" in words else "8000"
+    if not port.isdigit() or int(port) > 65535:
+        raise RecipeError([f"CFG-010 port={port} is no port. Type: port=8000, or port=0 for any free one"])
+    run_dir = _run_dir(request)
+    try:
+        serve_run(run_dir, _print, name=words["with"] if "with" in words else "", port=int(port))
+    except KeyboardInterrupt:
+        _print("the server is ended.")
+    return 0
+
+
 def chat(request: Request) -> int:
     """Talks with the tuned model of a run."""
+    from finetune.chat import SIDES
     from finetune.chat import chat as talk
 
-    talk(_run_dir(request))
+    words = _words(request, ["of"], "run=runs/NAME/0001 [of=adapter|merged]")
+    of = words["of"] if "of" in words else SIDES[0]
+    if of not in SIDES:
+        raise RecipeError([f"CFG-010 of={of}: one can talk to {' or '.join(SIDES)}. Type: of={SIDES[0]}"])
+    talk(_run_dir(request), of)
     return 0
+
+
+def _words(request: Request, known: list[str], usage: str) -> dict[str, str]:
+    """The key=value words that a verb has of its own, taken out of the request. Raises RecipeError for any other."""
+    words = dict(word.split("=", 1) for word in request.settings if "=" in word)
+    if unknown := sorted(set(words) - set(known)):
+        what = f"CFG-010 {request.verb}: {unknown[0]}= is not known here."
+        raise RecipeError([f"{what} Type: python -m finetune {request.verb} {usage}"])
+    if empty := [name for name, value in words.items() if not value]:
+        raise RecipeError([f"CFG-010 {empty[0]}= lacks its value. Type: python -m finetune {request.verb} {usage}"])
+    request.settings = []
+    return words
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
 
 
 def _recipe(request: Request) -> Recipe:

@@ -299,7 +299,15 @@ class Export:
     """What is left for a server."""
 
     formats: list[str] = field(default_factory=lambda: ["hf", "peft"])
-    """`hf` = merged weights that stock transformers loads; `peft` = the adapter alone."""
+    """`hf` = merged weights that stock transformers loads; `peft` = the adapter alone; `peft_per_expert` = the adapter
+    with a pair of matrices per expert, for servers; `gguf` = merged weights for llama.cpp; `ollama` = a Modelfile for
+    the first GGUF file; `vllm` = a start line for `hf`. Each is loaded by its client and asked, where that is here."""
+    gguf: list[str] = field(default_factory=lambda: ["f16"])
+    """Types of GGUF files: f32, f16, bf16, q8_0; smaller ones such as q4_k_m need llama.cpp's quantiser."""
+    gguf_adapter: bool = False
+    """With peft_per_expert: the adapter as a GGUF file too, which llama.cpp adds to the base's when it starts."""
+    ask: bool = True
+    """Load every export by its client and compare its answers with the adapter's own. Off where nothing can hold it."""
     name: str = ""
     """Name of the exported model; empty means `<recipe>-<run>`. Some licences prescribe how it must begin."""
     parity_prompts: int = 8

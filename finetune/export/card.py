@@ -162,9 +162,14 @@ def _start(recipe: Recipe) -> list[str]:
             "```",
             "",
         ]
-    if "peft" in recipe.export.formats:
-        lines += [
-            "`peft/` is an ordinary PEFT adapter for the base above (`PeftModel.from_pretrained(base, 'peft')`).",
-            "",
-        ]
+    others = {
+        "peft": "`peft/` is an ordinary PEFT adapter for the base above (`PeftModel.from_pretrained(base, 'peft')`).",
+        "peft_per_expert": "`peft_per_expert/` is the same adapter in the layout that servers read, a pair per expert.",
+        "gguf": "`gguf/` is for llama.cpp: `llama-server -m gguf/NAME.gguf --jinja`.",
+        "ollama": "`ollama/` makes it known to Ollama: `cd ollama && ollama create NAME -f Modelfile`.",
+        "vllm": "`vllm/start.sh` starts vLLM with `hf/` on the loopback address.",
+    }
+    for name, sentence in others.items():
+        if name in recipe.export.formats:
+            lines += [sentence, ""]
     return lines

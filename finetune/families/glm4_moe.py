@@ -32,6 +32,7 @@ FAMILY = Family(
     shared=shapes.below("mlp.shared_experts"),
     dense=shapes.below("mlp"),
     licence="mit",
+    gguf_tokenizer="the tokens [gMASK], <|user|> and <|observation|>",
     tiny=shapes.TINY
     | {
         "model_type": "glm4_moe",
