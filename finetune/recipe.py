@@ -324,13 +324,11 @@ class Licence:
     use: str = one_of("not_said", "commercial", "research", "personal")
     """What the tuned model is for. Bases and rows that are not for commercial use ask for it."""
     established_in: str = ""
-    """Country where you are domiciled or have your principal place of business, as two letters, e.g. US or DE; empty
-    means not said. Some licences give no rights in the European Union."""
+    """Country of your domicile or principal place of business, e.g. US or DE; empty means not said."""
     monthly_users: int = 0
     """Monthly users of your products, as the base's licence counts them; 0 means not said."""
     accept: str = ""
-    """sha256 of a licence text beside the base's weights that you have read and accept. An export asks for it, and
-    shows it, when we do not know the text; it may be given beside run=, and the record keeps it."""
+    """sha256 of an unknown licence text beside the weights that you have read and accept; also beside run=."""
     of_rows: str = ""
     """Licence of your own rows (`data.train_files`), e.g. CC-BY-4.0; empty means that they are yours. Cards say it."""
 
@@ -396,7 +394,6 @@ class Recipe:
     licence: Licence = field(default_factory=Licence)
     """What you say about your use of base and data."""
     sign: str = ""
-    """Private key (EC, PEM file) that signs export/ and run.json when the record is written; empty signs nothing. Needs
-    the extra [sign]. A key with a passphrase takes it from FINETUNE_KEY_PASSPHRASE."""
+    """Private key (EC, PEM file) that signs export/ and run.json at the end, with the extra [sign]. Empty: no signing."""
     costs: Costs = field(default_factory=Costs)
     """Prices and speeds that `plan` uses."""
