@@ -57,7 +57,7 @@ python -m finetune [VERB] recipe=NAME [key=value ...] | run=PATH
 OPTIONS = """\
   -m, --multirun     one job for every value of key=a,b,c
   --config-dir DIR   look for recipes, models, data, ... in DIR first
-  --json             plan as JSON
+  --json             plan, or what verify found, as JSON
   --here             carry stages out in this process, also with launch.kind=slurm: what the jobs themselves type
   --run-file FILE    keep the run's path in FILE: the same words again carry on that run
   --isolation        `verify serve=URL`: ask base and tuned model of one server in turns
@@ -145,10 +145,10 @@ def read(words: list[str]) -> Request:
             problems.append(f"CFG-011 {option} goes with one job and its stages only. Leave it out.")
     if request.run_file and request.run:
         problems.append("CFG-011 --run-file keeps the path of a new run, run= names one. Leave one of them out.")
+    if request.as_json and request.verb not in ("plan", "verify"):
+        problems.append("CFG-011 --json goes with plan and verify only. Leave it out.")
     if request.isolation and request.verb != "verify":
         problems.append("CFG-011 --isolation goes with verify only. Leave it out.")
-    if request.as_json and request.verb != "plan":
-        problems.append("CFG-011 --json goes with plan only. Leave it out.")
     if problems:
         raise RecipeError(problems)
     return request

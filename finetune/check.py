@@ -10,11 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune import methods, sbatch, sizes
+from finetune import methods, sbatch, sizes, terms
 from finetune.engine import engine_problems
 from finetune.errors import RecipeError
 from finetune.families import FAMILIES, Family
-from finetune.licences import find_licence
 from finetune.recipe import Data, Recipe
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -68,6 +67,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "evaluate.max_new_tokens": (1, math.inf),
     "evaluate.min_gain": (-1, 1),
     "export.parity_prompts": (1, math.inf),
+    "licence.monthly_users": (0, math.inf),
+    "model.pretraining_tokens": (0, math.inf),
     "costs.price_per_hour": (0, math.inf),
     "costs.device_kw": (0, math.inf),
 }
@@ -96,21 +97,8 @@ BELOW_ONE = ("adapter.dropout", "evaluate.confidence")
 def problems(recipe: Recipe) -> list[str]:
     """A sentence for every setting that cannot work: id, `key=value`, why, what to type. Empty when all is well."""
     rules = (
-        *(
-            _choices,
-            _ranges,
-            _names,
-            _model,
-            methods.problems,
-            _train,
-            _data,
-            _trackers,
-            _launch,
-            _merge,
-            _export,
-            _licence,
-        ),
-        engine_problems,
+        *(_choices, _ranges, _names, _model, methods.problems, _train, _data, _trackers, _launch, _merge, _export),
+        *(terms.problems, engine_problems),
     )
     return [sentence for rule in rules for sentence in rule(recipe)]
 
@@ -353,13 +341,3 @@ def _exported_family(recipe: Recipe, family: Family) -> Iterator[str]:
         why = why or ("no server takes an adapted router" if recipe.adapter.router else "")
         if why:
             yield f"EXP-006 export.formats: peft_per_expert: {why}. Leave it out; hf has the merged weights."
-
-
-def _licence(recipe: Recipe) -> Iterator[str]:
-    licence = find_licence(recipe.model.licence)
-    name = recipe.export.name or recipe.name
-    if licence and licence.name_prefix and not name.startswith(licence.name_prefix):
-        yield (
-            f'LIC-001 export.name={name} must begin with "{licence.name_prefix}": the {licence.title} says so. '
-            f"Set export.name={licence.name_prefix}-{name}."
-        )

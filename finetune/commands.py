@@ -12,7 +12,8 @@ from finetune.recipe import Recipe
 from finetune.rundir import RunDir, open_run
 
 ALLOW = "train.allow_changed="
-"""The one setting that may stand beside run=."""
+ACCEPT = "licence.accept="
+"""The two settings that may stand beside run=; the run folder keeps them apart, and the record with it."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,7 +61,7 @@ def job(request: Request) -> int:
     queued = recipe.launch.kind == "slurm" and not request.here
     if queued and not request.run_dir:
         _ready(recipe, console)
-    request.run_dir = request.run_dir or start(recipe)
+    request.run_dir = request.run_dir or start(recipe, until)
     if request.run_file:
         _keep(request.run_dir, request.run_file)
     if queued:
@@ -118,10 +119,11 @@ def plan(request: Request) -> int:
 
 def check(request: Request) -> int:
     """Says whether a recipe or a run can start here, or everything that stops it."""
-    from finetune.run import refuse
+    from finetune.run import permit, refuse
 
     recipe = _recipe(request)
     refuse(recipe)
+    permit(recipe, request.run_dir, "report")
     print(f"{recipe.name}: nothing stands in the way.")
     return 0
 
@@ -208,13 +210,22 @@ def recipes(request: Request) -> int:
 
 
 def verify(request: Request) -> int:
-    """Checks every file of a finished run against its record; with serve=URL, whether a server has the tuned model."""
+    """Checks a finished run against its record and its files; with serve=URL, whether a server has the tuned model."""
     if request.isolation or any(word.startswith("serve=") for word in request.settings):
         return _verify_server(request)
+    from finetune.verify import as_json, signature_state
     from finetune.verify import verify as verify_run
 
-    run_dir = _run_dir(request)
-    print(f"{verify_run(run_dir)} files are as recorded in {run_dir.record}")
+    keys = [word.removeprefix("public_key=") for word in request.settings if word.startswith("public_key=")]
+    request.settings = [word for word in request.settings if not word.startswith("public_key=")]
+    run_dir, key = _run_dir(request), Path(keys[-1]) if keys else None
+    if request.as_json:
+        found = as_json(run_dir, key)
+        print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
+        return 0 if found["verified"] else 3
+    print(f"{verify_run(run_dir, key)} files are as recorded in {run_dir.record}")
+    if (signed := signature_state(run_dir, key)) != "none":
+        print(f"signatures: {signed}" + ("" if key else ", give public_key=pub.pem"))
     return 0
 
 
@@ -289,7 +300,7 @@ def _recipe(request: Request) -> Recipe:
         return _kept(request, compose(request.settings, request.config_dir))
     if not request.run:
         return compose(request.settings, request.config_dir)
-    if words := [word for word in request.settings if not word.startswith(ALLOW)]:
+    if words := [word for word in request.settings if not word.startswith((ALLOW, ACCEPT))]:
         sentence = f"CFG-010 {' '.join(words)}: a run keeps its settings. Leave out run= to start a new run with them."
         raise RecipeError([sentence])
     request.run_dir = open_run(request.run)
@@ -299,20 +310,31 @@ def _recipe(request: Request) -> Recipe:
 
 
 def _allow(run_dir: RunDir, words: list[str]) -> None:
-    """Notes in the run folder what may differ from its checkpoint: the one setting that goes with run=."""
+    """Notes in the run folder what may differ from its checkpoint, and which licence text is accepted."""
+    import re
     import time
 
+    from finetune import events
     from finetune.check import CHANGEABLE
     from finetune.rundir import read_json, write_json
 
-    names = [n.strip() for word in words for n in word.removeprefix(ALLOW).strip("[]").split(",") if n.strip()]
+    changes = [word.removeprefix(ALLOW) for word in words if word.startswith(ALLOW)]
+    texts = [word.removeprefix(ACCEPT) for word in words if word.startswith(ACCEPT)]
+    names = [n.strip() for word in changes for n in word.strip("[]").split(",") if n.strip()]
     if wrong := sorted(set(names) - set(CHANGEABLE)):
         raise RecipeError(
             [f"LCH-003 {ALLOW[:-1]}: {', '.join(wrong)} is none of {', '.join(CHANGEABLE)}. Choose of them."]
         )
+    if wrong := [text for text in texts if not re.fullmatch(r"[0-9a-f]{64}", text)]:
+        raise RecipeError([f"LIC-008 {ACCEPT}{wrong[0]} must be the 64 hex digits of the text. Type: sha256sum FILE"])
     earlier = read_json(run_dir.allowed) if run_dir.allowed.exists() else []
-    now = {"when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "names": names}
-    write_json(run_dir.allowed, [*earlier, now])
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    now = [{"when": when, "names": names}] if changes else []
+    now += [{"when": when, "names": [], "licence": text} for text in texts]
+    write_json(run_dir.allowed, [*earlier, *now])
+    run_dir.reopen()
+    for entry in now:
+        events.note(run_dir, "allowed", changes=entry["names"], licence=entry["licence"] if "licence" in entry else "")
 
 
 def _keep(run_dir: RunDir, file: str) -> None:

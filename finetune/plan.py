@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import memory, sizes
+from finetune import memory, sizes, terms
 from finetune.check import source_kind
 from finetune.figure import Figure, assumed, computed, given
 from finetune.licences import find_licence
@@ -39,7 +39,7 @@ class Plan:
     licence: str
     """Licence of the base, and whether it allows commercial use."""
     duties: tuple[str, ...]
-    """What the licence asks for."""
+    """What the licence asks for, and what it depends on that was not said."""
     parameters: tuple[Figure, ...]
     """Parameters of the base, per token, and of the adapter."""
     memory: tuple[Figure, ...]
@@ -81,15 +81,18 @@ def plan(recipe: Recipe, *, prepared: Path | None = None) -> Plan:
     parts = memory.memory(recipe)
     need = sum(part.value for part in parts)
     change = tuple(memory.smallest_change(recipe))
-    terms = f"{licence.title}; commercial use: {licence.commercial}" if licence else model.licence or "not stated"
+    under = f"{licence.title}; commercial use: {licence.commercial}" if licence else model.licence or "not stated"
     return Plan(
         recipe=recipe.name,
         scale=recipe.scale,
         model=f"a tiny random model of the family {model.family}" if model.tiny else model.title or model.name,
         note=model.note,
         facts=f"{model.facts_source} ({model.facts_date})" if model.facts_source else "not stated",
-        licence=terms,
-        duties=licence.duties if licence else ("Read the licence: its duties are not known here.",),
+        licence=under,
+        duties=(
+            *(licence.duties if licence else ("Read the licence: its duties are not known here.",)),
+            *terms.open_questions(recipe),
+        ),
         parameters=_parameters(recipe),
         memory=(*parts, computed("memory", need, "GiB", "sum of the parts above")),
         disk=_disk(recipe),

@@ -35,6 +35,10 @@ class Model:
     """Licence key of the weights, as in `finetune/licences.yaml`, e.g. `apache-2.0`."""
     licence_url: str = ""
     """Where the licence text can be read."""
+    pretraining_tokens: float = 0.0
+    """Tokens that the base was trained on, as published; 0 means not known. The record compares compute with it."""
+    pretraining_source: str = ""
+    """Where that was read."""
     facts_source: str = ""
     """Where the facts in `config` were read."""
     facts_date: str = ""
@@ -314,6 +318,22 @@ class Export:
 
 
 @dataclass(kw_only=True, slots=True)
+class Licence:
+    """What you say about your use of base and data, so that their licences can be checked. Nothing is sent."""
+
+    use: str = one_of("not_said", "commercial", "research", "personal")
+    """What the tuned model is for. Bases and rows that are not for commercial use ask for it."""
+    established_in: str = ""
+    """Country of your domicile or principal place of business, e.g. US or DE; empty means not said."""
+    monthly_users: int = 0
+    """Monthly users of your products, as the base's licence counts them; 0 means not said."""
+    accept: str = ""
+    """sha256 of an unknown licence text beside the weights that you have read and accept; also beside run=."""
+    of_rows: str = ""
+    """Licence of your own rows (`data.train_files`), e.g. CC-BY-4.0; empty means that they are yours. Cards say it."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Costs:
     """What `plan` computes hours and money with. None of it is measured: these are the user's own figures."""
 
@@ -371,5 +391,9 @@ class Recipe:
     """What the adapter is added to."""
     export: Export = field(default_factory=Export)
     """What is left for a server."""
+    licence: Licence = field(default_factory=Licence)
+    """What you say about your use of base and data."""
+    sign: str = ""
+    """Private key (EC, PEM file) that signs export/ and run.json at the end, with the extra [sign]. Empty: no signing."""
     costs: Costs = field(default_factory=Costs)
     """Prices and speeds that `plan` uses."""

@@ -26,6 +26,10 @@ RESUMED = ".merging-"
 """Prefix of a folder that is not finished and that the same command goes on with after it was killed."""
 
 
+SIGNATURE = "model.sig"
+"""Name of the signature in export/, as model-signing calls it."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunDir:
     """A run folder, `runs/<recipe>/<number>`; attributes are the paths in it."""
@@ -84,6 +88,16 @@ class RunDir:
         return self.path / "allowed.json"
 
     @property
+    def events(self) -> Path:
+        """What happened to the run, a line each, chained by hashes."""
+        return self.path / "events.jsonl"
+
+    @property
+    def inputs(self) -> Path:
+        """Hashes of every input file, taken before training began."""
+        return self.path / "inputs.json"
+
+    @property
     def logs(self) -> Path:
         """What trackers write: TensorBoard event files, and a folder each for others."""
         return self.path / "logs"
@@ -137,6 +151,16 @@ class RunDir:
     def record(self) -> Path:
         """The record: hashes of every input and output, licences, versions."""
         return self.path / "run.json"
+
+    @property
+    def signature(self) -> Path:
+        """Signature of the record; that of the export is `SIGNATURE` in it."""
+        return self.path / "run.json.sig"
+
+    def reopen(self) -> None:
+        """Removes the record and the signatures: they will not describe the folder any longer."""
+        for path in (self.record, self.signature, self.export / SIGNATURE):
+            path.unlink(missing_ok=True)
 
     def require(self, path: Path, stage: str) -> Path:
         """`path` if it exists; otherwise an error that says which stage makes it."""

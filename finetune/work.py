@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from finetune import sizes
+from finetune.compute import per_token as flops_per_token
 from finetune.figure import Basis, Figure, assumed, computed, given
 from finetune.recipe import Recipe
 
@@ -22,16 +22,14 @@ def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
     and token; a token counts its own experts only.
     """
     train, devices = recipe.train, recipe.launch.nodes * recipe.launch.devices
-    weights, family = sizes.matrices(recipe.model), sizes.family_of_card(recipe.model)
+    flops = flops_per_token(recipe)
     rows, length = _rows(recipe, prepared), _tokens_per_row(recipe, prepared)
     per_update, plural = train.batch_size * train.accumulation * devices, "s" if devices > 1 else ""
     seen = train.max_steps * per_update if train.max_steps else math.ceil(rows.value * train.epochs)
     steps = train.max_steps or math.ceil(seen / per_update)
     tokens = seen * length.value
-    active = sizes.active_parameters(weights)
-    trainable = sizes.active_lora_parameters(weights, family, recipe.adapter)
     basis: Basis = "assumed" if "assumed" in (rows.basis, length.basis) else "computed"
-    again = 2 * active * tokens if train.gradient_checkpointing else 0
+    again = flops.recompute * tokens
 
     def counted(name: str, value: float, unit: str, how: str) -> Figure:
         return Figure(name=name, value=value, unit=unit, basis=basis, how=how)
@@ -48,10 +46,10 @@ def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
         ),
         counted("steps", steps, "updates", "train.max_steps" if train.max_steps else f"{seen:,} rows / {per_update}"),
         counted("tokens", tokens, "tokens", f"{seen:,} rows x {length.value:,.0f}"),
-        counted("forward", 2 * active * tokens, "FLOP", f"{per_token}, attention scores not counted"),
-        counted("backward", 2 * active * tokens, "FLOP", f"{per_token}, through frozen weights"),
+        counted("forward", flops.forward * tokens, "FLOP", f"{per_token}, attention scores not counted"),
+        counted("backward", flops.backward * tokens, "FLOP", f"{per_token}, through frozen weights"),
         counted(
-            "adapter maths", 6 * trainable * tokens, "FLOP", "6 x trainable parameters of a token's experts x tokens"
+            "adapter maths", flops.adapter * tokens, "FLOP", "6 x trainable parameters of a token's experts x tokens"
         ),
         counted(
             "recompute",

@@ -22,11 +22,12 @@ from typing import Any
 from finetune.check import GGUF_TYPES
 from finetune.compose import read_recipe
 from finetune.export.asked import Clients, limits_of
-from finetune.export.card import card, export_name
+from finetune.export.card import export_name
 from finetune.export.chats import check_tokenizer, end_of_turn, stop_tokens
 from finetune.export.config import write_served
 from finetune.export.converter import Converter, converter, quantise
 from finetune.export.ollama import modelfile
+from finetune.export.papers import require_permits, write_papers
 from finetune.export.per_expert import write_per_expert
 from finetune.export.start import vllm_start
 from finetune.families import Family, family_of
@@ -64,11 +65,12 @@ class Job:
 
 
 def export(run_dir: RunDir) -> None:
-    """Writes export/ of a run: the formats the recipe names, clients.json, parity.json and README.md.
+    """Writes export/ of a run: the formats the recipe names, clients.json, parity.json, and the papers.
 
-    The merge has proved that its weights are what was trained; without it there is nothing to export. Raises GateError
-    (exit code 4): EXP-020 and EXP-021 when the tokenizer does not write or stop as in training, EXP-030 and EXP-031
-    when a client answers otherwise than the adapter or cannot load a format. Adapter and merged weights stay.
+    The merge has proved that its weights are what was trained; without it there is nothing to export. Raises
+    RecipeError (LIC-00x) where a licence forbids it, and GateError (exit code 4): EXP-020 and EXP-021 when the tokenizer
+    does not write or stop as in training, EXP-030 and EXP-031 when a client answers otherwise than the adapter or
+    cannot load a format. Adapter and merged weights stay.
     """
     from rich.console import Console
     from transformers import AutoTokenizer
@@ -79,6 +81,7 @@ def export(run_dir: RunDir) -> None:
     run_dir.require(run_dir.adapter, "train")
     console = Console()
     base = base_folder(recipe)
+    require_permits(run_dir, recipe, base)
     with atomic_folder(run_dir.export) as folder:
         parity = Parity.read(run_dir.require(run_dir.parity, "merge"))
         trained = AutoTokenizer.from_pretrained(base, local_files_only=True)
@@ -98,7 +101,7 @@ def export(run_dir: RunDir) -> None:
         if "hf" in recipe.export.formats:
             write_json(folder / "parity.json", parity.as_dict())
         write_json(folder / "clients.json", {"schema": 1, "clients": clients.told, "formats": notes})
-        write_text(folder / "README.md", card(run_dir, recipe, parity if "hf" in recipe.export.formats else None))
+        write_papers(run_dir, recipe, base, folder)
 
 
 def hf(job: Job) -> dict[str, Any]:
