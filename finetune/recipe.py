@@ -83,9 +83,12 @@ class Adapter:
     """With method=full: also train token embeddings and output head. A few rows train few of the words in them."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA), so that wide updates do not learn more slowly."""
-    init: str = one_of("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_16")
+    init: str = one_of("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_16", "eva")
     """How A and B begin. The update is zero at first in all of them. `pissa` (exact, or 16 iterations: far faster) and
-    `olora` begin at the base's own main directions; the file then has twice the rank, half of it subtracting them."""
+    `olora` begin at the base's own main directions; the file then has twice the rank, half of it subtracting them.
+    `eva` begins at the main directions of what linear maps are given on training rows; experts begin by default."""
+    eva_rho: float = 2.0
+    """With `eva`: how many times its rank a map may get, at the cost of maps that explain less; 1 keeps all ranks."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """End of a weight's path (a regular expression) -> its rank, e.g. {self_attn.q_proj: 32, mlp.experts.down_proj: 4}.
     The first that matches counts; an expression that matches nothing is an error."""

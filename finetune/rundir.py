@@ -86,6 +86,11 @@ class RunDir:
         return self.path / "logs"
 
     @property
+    def directions(self) -> Path:
+        """What the adapter began with, where that came from the training rows (EVA)."""
+        return self.path / "directions.safetensors"
+
+    @property
     def adapter(self) -> Path:
         """The finished PEFT adapter; its existence means: trained."""
         return self.path / "adapter"

@@ -76,6 +76,7 @@ def save(folder: Path, weights: dict[str, torch.Tensor], about: dict[str, Any]) 
     """Writes trained parameters by name into `folder`, in files of at most 5 GB, and `tuned.json` beside them."""
     from huggingface_hub import save_torch_state_dict
 
+    folder.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict({name: w.contiguous() for name, w in weights.items()}, folder, max_shard_size="5GB")
     parameters = sum(weight.numel() for weight in weights.values())
     write_json(folder / TUNED, {"schema": 1, "tensors": sorted(weights), "parameters": parameters} | about)
