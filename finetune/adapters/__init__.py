@@ -18,7 +18,7 @@ from peft import (
 from torch import nn
 
 from finetune.adapters.coverage import adapted_parameters, check_coverage, coverage, coverage_table, print_coverage
-from finetune.adapters.eva import Directions, begin_at, directions, left_out, summary
+from finetune.adapters.eva import Directions, begin_at, directions, eva_summary, left_out
 from finetune.adapters.initial import initialise, without_update
 from finetune.adapters.targets import lora_config, register_layers
 from finetune.base import Base
@@ -33,10 +33,10 @@ __all__ = [
     "coverage",
     "coverage_table",
     "directions",
+    "eva_summary",
     "keeping_fp32",
     "load_adapter",
     "print_coverage",
-    "summary",
     "to_fp32",
     "without_update",
 ]

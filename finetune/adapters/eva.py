@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from finetune import sizes
+from finetune.adapters.coverage import adapted_parameters
 from finetune.adapters.targets import wanted_names
 from finetune.base import Base
 from finetune.errors import NumbersError
@@ -49,7 +50,7 @@ def directions(base: Base, adapter: Adapter, batches: Sequence[dict[str, torch.T
     )
     left = PASSES
 
-    def forward(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    def forward(model: Any, batch: dict[str, torch.Tensor]) -> None:
         nonlocal left
         left -= 1
         if left < 0:
@@ -59,7 +60,8 @@ def directions(base: Base, adapter: Adapter, batches: Sequence[dict[str, torch.T
                 "a batch must have more tokens than adapter.rank x adapter.eva_rho, and alike in all batches",
                 "a larger train.batch_size, a smaller adapter.rank, or adapter.init=default",
             )
-        model(**batch, use_cache=False)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        model.base_model(**inputs, use_cache=False)  # below the head: nobody reads the logits
 
     with base.arithmetic():
         found: Directions = get_eva_state_dict(
@@ -99,19 +101,10 @@ def left_out(found: Directions) -> set[str]:
     return {path for path, directions_rI in found.items() if not len(directions_rI)}
 
 
-def summary(found: Directions, model: nn.Module) -> dict[str, Any]:
-    """What became of the ranks, for train.json; empty without directions."""
-    if not found:
-        return {}
-    by_default = sorted(
-        {
-            f"{path.removeprefix('base_model.model.').replace('.base_layer', '')}.{module.parameter_name}"
-            for path, module in model.named_modules()
-            if isinstance(module, LoraLayer)
-            and hasattr(module, "parameter_name")
-            and path.removeprefix("base_model.model.") not in found
-        }
-    )
+def eva_summary(found: Directions, model: nn.Module) -> dict[str, Any]:
+    """What became of the ranks, for train.json."""
+    plain = (path.removesuffix(".weight") for path in adapted_parameters(model))
+    by_default = sorted(path for path in plain if path not in found)
     return {
         "ranks": {path: len(directions_rI) for path, directions_rI in found.items()},
         "without_update": sorted(left_out(found)),

@@ -46,7 +46,4 @@ def batches(recipe: Recipe, base: Base, rows: Any, packed: bool) -> list[dict[st
     order = list(Order(len(rows), recipe.seed))[:MOST_ROWS]
     made = [collate([data[n] for n in order[begin : begin + size]]) for begin in range(0, len(order), size)]
     device = base.model.device
-    return [
-        {name: value.to(device) for name, value in batch.items() if name not in (NUMBER, DIGEST, "labels")}
-        for batch in made
-    ]
+    return [{name: value.to(device) for name, value in batch.items() if name not in (NUMBER, DIGEST)} for batch in made]

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from finetune.adapters import eva_summary
 from finetune.progress import peak_memory_gib
+from finetune.recipe import Recipe
 from finetune.record import versions
-from finetune.rundir import atomic_folder, write_json
+from finetune.rundir import RunDir, atomic_folder, write_json
 from finetune.train import state as states
 from finetune.train.job import Job
 from finetune.train.learnt import unlearnt
@@ -59,6 +62,7 @@ def finish(job: Job) -> None:
             "load_seconds": round(job.base.load_seconds, 2),
             "resident_gib": round(job.base.resident_gib, 4),
             "coverage": job.table,
+            "beginning": begun(recipe, run_dir, trainer.model),
             "heldout": [
                 {"step": entry["step"], "loss": entry["eval_loss"]}
                 for entry in trainer.state.log_history
@@ -78,6 +82,12 @@ def finish(job: Job) -> None:
             else torch.cuda.get_device_name(),
         },
     )
+
+
+def begun(recipe: Recipe, run_dir: RunDir, model: Any) -> dict[str, Any]:
+    """How the adapter began, and with EVA the ranks that came of it."""
+    found = load_file(run_dir.directions) if recipe.adapter.init == "eva" else {}
+    return {"init": recipe.adapter.init} | (eva_summary(found, model) if found else {})
 
 
 def save_adapter(model: Any, source: str, folder: Path, weights: dict[str, Any]) -> None:
