@@ -3,11 +3,14 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file
 
 from finetune.checkpoints import newest
+from finetune.launch import handed_on
 from finetune.rundir import read_json
 from finetune.stop import SIGNALS, asked_to_stop
 from tests.trained import ADAPTER, begun, ended, kill_after, prepared, told, wait_for
@@ -85,6 +88,26 @@ def test_each_signal_is_noted_and_a_second_ctrl_c_does_not_wait(number, capsys):
         else:
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
+
+
+def test_of_several_processes_the_first_says_that_a_checkpoint_follows(capsys, monkeypatch):
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with asked_to_stop() as request:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert request.signal == "SIGTERM"
+        assert ("a checkpoint follows" in capsys.readouterr().err) == (rank == "0")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_processes_of_a_training_hear_which_signal_came(number):
+    wait = "import signal as s; all = {s.SIGINT, s.SIGTERM, s.SIGUSR1}; s.pthread_sigmask(s.SIG_BLOCK, all); "
+    wait += "print('ready', flush=True); print(s.Signals(s.sigwait(all)).name)"
+    child = subprocess.Popen([sys.executable, "-c", wait], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert child.stdout.readline() == "ready\n"
+    with handed_on([child]):
+        os.kill(os.getpid(), number)
+    assert child.communicate(timeout=60)[0] == f"{signal.Signals(number).name}\n"
 
 
 def test_two_processes_stop_together_when_one_is_asked(tmp_path):
