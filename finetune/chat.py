@@ -44,11 +44,12 @@ def chat(run_dir: RunDir, of: str = SIDES[0]) -> None:
     from finetune.compose import read_recipe
     from finetune.data import load_splits
     from finetune.source import base_folder
+    from finetune.whole import load_trained
 
     recipe = read_recipe(run_dir.recipe)
     merged = of == "merged"
     folder = run_dir.require(run_dir.merged, "merge") if merged else None
-    adapter = None if merged else run_dir.require(run_dir.adapter, "train")
+    trained = None if merged else run_dir.require(run_dir.trained, "train")
     opening = opening_of(load_splits(run_dir).heldout[0]["messages"])
 
     def load(folder: Path) -> Any:
@@ -60,12 +61,7 @@ def chat(run_dir: RunDir, of: str = SIDES[0]) -> None:
         )
 
     base = load(folder or base_folder(recipe))
-    if adapter:
-        from finetune.adapters import load_adapter
-
-        model = load_adapter(base, adapter)
-    else:
-        model = base.model
+    model = load_trained(base, trained) if trained else base.model
     _to_talk(model, base)
 
     @functools.cache

@@ -36,6 +36,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "adapter.rank": (1, 4096),
     "adapter.expert_rank": (1, 4096),
     "adapter.lora_plus_ratio": (1, 10_000),
+    "adapter.eva_rho": (1, 16),
     "data.heldout_fraction": (0, 0.9),
     "data.train_rows": (0, math.inf),
     "data.heldout_rows": (0, math.inf),

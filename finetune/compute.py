@@ -35,9 +35,11 @@ class PerToken:
     forward: float
     """2 per active parameter; a token counts its own experts only, attention scores are not counted."""
     backward: float
-    """The same again, through frozen weights."""
-    adapter: float
-    """6 per trainable parameter that the token meets: forward, backward, its own gradient."""
+    """The same again, through the base's weights."""
+    trained: float
+    """`each` per trainable parameter that the token meets."""
+    each: int
+    """6 of an adapter's: forward, backward, its own gradient. 2 of the base's own: the gradient; the rest is above."""
     recompute: float
     """A second forward pass where all layers recompute their activations, else 0."""
 
@@ -46,21 +48,22 @@ def per_token(recipe: Recipe) -> PerToken:
     """What a token costs by the shapes of the base and the adapter. Raises RecipeError for a card without shapes."""
     weights, family = sizes.matrices(recipe.model), sizes.family_of_card(recipe.model)
     active = sizes.active_parameters(weights)
-    trainable = sizes.active_lora_parameters(weights, family, recipe.adapter)
+    trainable = sizes.active_trained_parameters(weights, family, recipe.adapter)
+    each = 2 if recipe.adapter.method == "full" else 6
     again = 2 * active if recipe.train.gradient_checkpointing else 0
-    return PerToken(forward=2 * active, backward=2 * active, adapter=6 * trainable, recompute=again)
+    return PerToken(forward=2 * active, backward=2 * active, trained=each * trainable, each=each, recompute=again)
 
 
 def compute(recipe: Recipe, train: dict[str, Any]) -> dict[str, Any]:
     """The compute of a finished training, from its train.json: two methods, their agreement, the share it adds."""
     token, tokens = per_token(recipe), train["tokens"]
-    flops = (token.forward + token.backward + token.adapter) * tokens
+    flops = (token.forward + token.backward + token.trained) * tokens
     told: dict[str, Any] = {
         "by_parameters": {
             "flop": flops,
             "recompute_flop": token.recompute * tokens,
             "tokens": tokens,
-            "how": "(2 + 2) x active parameters + 6 x trainable ones of a token's experts, x trained tokens without "
+            "how": f"(2 + 2) x active parameters + {token.each} x trainable ones of a token's experts, x trained tokens without "
             "padding; attention scores, evaluation and merge not counted; recompute apart",
         },
         "by_hours": _by_hours(recipe, train, flops + token.recompute * tokens),

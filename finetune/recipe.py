@@ -59,17 +59,18 @@ class Model:
 
 @dataclass(kw_only=True, slots=True)
 class Adapter:
-    """What is trained: LoRA beside the frozen base."""
+    """What is trained: LoRA beside the frozen base, or the base itself."""
 
     method: str = one_of("lora", "dora", "full")
     """`lora`: an update B A beside each weight. `dora`: that, and the length of each row of the sum; not for experts.
-    `full`, which keeps no frozen base, is not available yet and is refused."""
+    `full`: the base's own weights, without an adapter; ranks and alphas then mean nothing. Use a smaller `train.lr`."""
     load_in_4bit: bool = True
     """Store the frozen weights in 4 bits (NF4, block 64). False keeps them in bf16."""
     double_quantisation: bool = False
     """Store the maxima of NF4 in 8 bits too: 0.516 instead of 0.5625 bytes per weight, and a little more error."""
     targets: str = one_of("experts", "attention", "all")
-    """`attention`; `experts` = attention and routed experts; `all` = these and shared experts and dense MLPs."""
+    """`attention`; `experts` = attention and routed experts; `all` = these and shared experts and dense MLPs. With
+    method=full norms and biases of these parts are trained too, and with `all` every other one."""
     rank: int = 16
     """Width of the update outside the routed experts. Doubling it doubles adapter memory."""
     expert_rank: int = 8
@@ -82,11 +83,16 @@ class Adapter:
     """Dropout before the LoRA matrices. Must be 0 when experts are adapted: fused experts have no input to drop."""
     router: bool = False
     """Also adapt the router. Off by default: a router that moves changes which expert answers."""
+    embeddings: bool = False
+    """With method=full: also train token embeddings and output head. A few rows train few of the words in them."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA), so that wide updates do not learn more slowly."""
-    init: str = one_of("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_16")
+    init: str = one_of("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_16", "eva")
     """How A and B begin. The update is zero at first in all of them. `pissa` (exact, or 16 iterations: far faster) and
-    `olora` begin at the base's own main directions; the file then has twice the rank, half of it subtracting them."""
+    `olora` begin at the base's own main directions; the file then has twice the rank, half of it subtracting them.
+    `eva` begins at the main directions of what linear maps are given on training rows; experts begin by default."""
+    eva_rho: float = 2.0
+    """With `eva`: how many times its rank a map may get, at the cost of maps that explain less; 1 keeps all ranks."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """End of a weight's path (a regular expression) -> its rank, e.g. {self_attn.q_proj: 32, mlp.experts.down_proj: 4}.
     The first that matches counts; an expression that matches nothing is an error."""

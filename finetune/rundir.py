@@ -103,9 +103,24 @@ class RunDir:
         return self.path / "logs"
 
     @property
+    def directions(self) -> Path:
+        """What the adapter began with, where that came from the training rows (EVA)."""
+        return self.path / "directions.safetensors"
+
+    @property
     def adapter(self) -> Path:
         """The finished PEFT adapter; its existence means: trained."""
         return self.path / "adapter"
+
+    @property
+    def tuned(self) -> Path:
+        """What full fine-tuning leaves instead of an adapter: the base's own weights that were trained."""
+        return self.path / "tuned"
+
+    @property
+    def trained(self) -> Path:
+        """The adapter, or what stands in its place; its existence means: trained."""
+        return self.tuned if self.tuned.exists() else self.adapter
 
     @property
     def train(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 import threading
@@ -27,7 +28,9 @@ class Request:
         if not self.signal:
             self.signal = signal.Signals(number).name
             more = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
-            print(f"{self.signal}: a checkpoint follows at the end of this update{more}.", file=sys.stderr, flush=True)
+            said = f"{self.signal}: a checkpoint follows at the end of this update{more}."
+            if "RANK" not in os.environ or os.environ["RANK"] == "0":  # of several processes one says it
+                print(said, file=sys.stderr, flush=True)
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt

@@ -18,8 +18,8 @@ ASSUMED_ROWS = 1000
 def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
     """Rows, tokens, updates and FLOPs of the training, without evaluation and merge. `prepared` is a run's data folder.
 
-    Forward 2, backward through frozen weights 2, adapter 6 (forward, backward, its own gradients) FLOPs per parameter
-    and token; a token counts its own experts only.
+    Forward 2, backward through the base's weights 2, adapter 6 (forward, backward, its own gradients) FLOPs per
+    parameter and token; a token counts its own experts only. Weights of the base that are trained cost 2 more.
     """
     train, devices = recipe.train, recipe.launch.nodes * recipe.launch.devices
     flops = flops_per_token(recipe)
@@ -47,9 +47,12 @@ def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
         counted("steps", steps, "updates", "train.max_steps" if train.max_steps else f"{seen:,} rows / {per_update}"),
         counted("tokens", tokens, "tokens", f"{seen:,} rows x {length.value:,.0f}"),
         counted("forward", flops.forward * tokens, "FLOP", f"{per_token}, attention scores not counted"),
-        counted("backward", flops.backward * tokens, "FLOP", f"{per_token}, through frozen weights"),
+        counted("backward", flops.backward * tokens, "FLOP", f"{per_token}, through the base's weights"),
         counted(
-            "adapter maths", flops.adapter * tokens, "FLOP", "6 x trainable parameters of a token's experts x tokens"
+            "weight gradients" if recipe.adapter.method == "full" else "adapter maths",
+            flops.trained * tokens,
+            "FLOP",
+            f"{flops.each} x trainable parameters of a token's experts x tokens",
         ),
         counted(
             "recompute",

@@ -101,9 +101,7 @@ def test_other_ranks_and_scales_become_one_of_each_and_no_product_changes(tmp_pa
     scale = config["lora_alpha"] / 8
     wanted = expert_updates(base.family, fused, 0.5, 2)
     place = f"{ROOT}model.layers.1.mlp.experts.3.up_proj"
-    assert torch.equal(
-        scale * pairs[f"{place}.lora_B.weight"] @ pairs[f"{place}.lora_A.weight"], wanted[1, 3, "up"]
-    )
+    assert torch.equal(scale * pairs[f"{place}.lora_B.weight"] @ pairs[f"{place}.lora_A.weight"], wanted[1, 3, "up"])
     name = f"{ROOT}model.layers.1.self_attn.q_proj"
     one, two = (d[f"{name}.lora_B.weight"] @ d[f"{name}.lora_A.weight"] for d in (fused, pairs))
     assert torch.equal(2.0 * one, scale * two)

@@ -81,7 +81,10 @@ def test_a_plain_byte_level_tokenizer_has_a_name_and_another_has_none(base, tmp_
     path = tmp_path / "tokenizer.json"
     described = json.loads((base / "tokenizer.json").read_text())
     plain = described["pre_tokenizer"]
-    described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, plain]}
+    described["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, plain],
+    }
     path.write_text(json.dumps(described))
     assert pre_tokenizer(tmp_path) == "smollm"
     for other in (plain | {"add_prefix_space": True}, plain | {"use_regex": False}, {"type": "Whitespace"}):

@@ -78,7 +78,7 @@ def export(run_dir: RunDir) -> None:
     from finetune.source import base_folder
 
     recipe = read_recipe(run_dir.recipe)
-    run_dir.require(run_dir.adapter, "train")
+    run_dir.require(run_dir.trained, "train")
     console = Console()
     base = base_folder(recipe)
     require_permits(run_dir, recipe, base)

@@ -51,7 +51,7 @@ def merge(run_dir: RunDir) -> None:
     from finetune.source import base_folder
 
     recipe, console = read_recipe(run_dir.recipe), Console()
-    adapter = run_dir.require(run_dir.adapter, "train")
+    adapter = run_dir.require(run_dir.trained, "train")
     with merging(base_folder(recipe), adapter, run_dir.merged, how_of(recipe), console) as folder:
         _say(console, "proving it in a fresh process: the same prompts to adapter, base and merged files ...")
         prove(run_dir, folder)

@@ -8,9 +8,10 @@ from typing import BinaryIO
 
 import torch
 
-from finetune.merge.plan import Plan
-from finetune.merge.shard import PIECE, Copy, Place, Sheet, bytes_of, outputs, read_at, sheets
+from finetune.merge.plan import Change, Plan
+from finetune.merge.shard import PIECE, Copy, Place, Sheet, bytes_of, outputs, read_at, read_matrix, sheets
 from finetune.merge.sums import Tally
+from finetune.merge.updates import New
 
 
 @dataclass(slots=True)
@@ -87,8 +88,16 @@ def _is(plan: Plan, place: Place, file: BinaryIO, *, updated: bool) -> bool:
 def _is_zero(plan: Plan, place: Place) -> bool:
     share, shape = place.change.share, place.change.weight.shape
     assert share is not None
-    pairs = [share.pair(number) for number in (range(shape[0]) if len(shape) == 3 else (None,))]
-    return all(pair.lengths_O is None and not torch.count_nonzero(pair.left_Or) for pair in pairs)
+    return all(_changes_nothing(place.change, number) for number in (range(shape[0]) if len(shape) == 3 else (None,)))
+
+
+def _changes_nothing(change: Change, number: int | None) -> bool:
+    assert change.share is not None
+    pair, weight = change.share.pair(number), change.weight
+    if isinstance(pair, New):
+        base = weight.read(number) if weight.is_quantised else read_matrix(weight.entries[0], number)
+        return torch.equal(pair.values, base.float())
+    return pair.lengths_O is None and not torch.count_nonzero(pair.left_Or)
 
 
 def _first_difference(file: BinaryIO, copy: Copy) -> int | None:

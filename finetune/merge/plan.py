@@ -15,7 +15,7 @@ from finetune.errors import WeightsError
 from finetune.experts.loading import linears_to_keep
 from finetune.merge.four_bit import FourBit
 from finetune.merge.names import Renamer
-from finetune.merge.updates import Pair, Update, foreign, read_updates
+from finetune.merge.updates import New, Pair, Replacement, Update, foreign, read_updates
 from finetune.shards import FP8_TYPES, Entry, Weight, quantisation_of, read_headers, weights_of
 
 PLAIN_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -38,7 +38,7 @@ class How:
 class Share:
     """The part of an update that belongs to one tensor of a checkpoint."""
 
-    update: Update
+    update: Update | Replacement
     """The update."""
     expert: int | None
     """Whose matrix it is; None for a plain matrix, or the whole stack."""
@@ -47,7 +47,7 @@ class Share:
     count: int = 1
     """How many tensors make one matrix."""
 
-    def pair(self, matrix: int | None) -> Pair:
+    def pair(self, matrix: int | None) -> Pair | New:
         """The update of the tensor's only matrix (None), or of one of its stack."""
         return self.update.pair(self.expert if matrix is None else matrix, self.index, self.count)
 
@@ -87,7 +87,7 @@ class Plan:
     """The quantization_config of the base; empty for plain numbers."""
     names: Renamer
     """Keys and parameters."""
-    updates: dict[str, Update]
+    updates: dict[str, Update | Replacement]
     """Parameter -> its update."""
     entries: dict[str, Entry]
     """Key -> where every tensor of the base is."""
@@ -162,16 +162,15 @@ def expert_of(key: str) -> int:
 
 
 def share_of(
-    update: Update, key: str, shape: tuple[int, ...], expert: int | None, part: tuple[int, int] | None
+    update: Update | Replacement, key: str, shape: tuple[int, ...], expert: int | None, part: tuple[int, int] | None
 ) -> Share:
     """The part of an update that belongs to one checkpoint tensor, noted as used. Raises WeightsError MRG-001."""
     index, count = part or (0, 1)
-    rows, columns = update.shape
     if part is not None:
         update.expected = count * update.experts
-    wanted = (rows // count, columns) if expert is not None or not update.experts else (update.experts, rows, columns)
+    wanted = update.stored(expert, count)
     out_of_range = expert is not None and expert >= update.experts
-    if wanted != shape or rows % count or out_of_range or (expert, index) in update.parts:
+    if wanted != shape or out_of_range or (expert, index) in update.parts:
         raise foreign(f"{key} is {shape}, its update {wanted} of {max(update.experts, 1)}")
     if update.lengths is not None and count > 1:
         what = f"{key} is only a part of the weight whose rows have trained lengths"
@@ -226,7 +225,7 @@ def _untie(plan: Plan, places: dict[str, list[str]]) -> None:
             plan.extras.append(Change(end, weight, share))
 
 
-def _require_whole(updates: dict[str, Update]) -> None:
+def _require_whole(updates: dict[str, Update | Replacement]) -> None:
     lost = sorted(key for key, update in updates.items() if len(update.parts) != update.expected)
     if lost:
         raise WeightsError(

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from finetune.adapters import load_adapter
 from finetune.base import load_base, read_config
 from finetune.compose import read_recipe
 from finetune.failures import explain
@@ -28,6 +27,7 @@ from finetune.recipe import Recipe
 from finetune.rundir import RunDir, open_run, write_json
 from finetune.shards import check_shards
 from finetune.stop import end_with_parent
+from finetune.whole import load_trained
 
 FP32_LIMIT_GIB = 4.0
 """Checkpoints up to this size are compared in fp32, larger ones in bf16."""
@@ -69,13 +69,13 @@ def prove(run_dir: RunDir, folder: Path) -> None:
 
     recipe = read_recipe(run_dir.recipe)
     base = base_folder(recipe)
-    plan = make_plan(base, run_dir.adapter, how_of(recipe))
+    plan = make_plan(base, run_dir.trained, how_of(recipe))
     changed = compare(plan, folder)
     quantised = how_of(recipe).quantised if plan.quantisation else "none"
     del plan
     heldout = load_splits(run_dir).heldout
     rows = heldout.select(range(min(recipe.export.parity_prompts, len(heldout))))
-    parity, answers = compared(base, run_dir.adapter, folder, rows, recipe, changed, quantised)
+    parity, answers = compared(base, run_dir.trained, folder, rows, recipe, changed, quantised)
     write_json(folder / "answers.json", answers)
     write_json(folder / "parity.json", parity.as_dict())
 
@@ -188,7 +188,7 @@ def _adapted(base: Path, adapter: Path, precision: str, recipe: Recipe | None) -
     """(model, tokenizer, how to ask it) of the adapter beside its base: the original, or with a recipe in 4 bits."""
     double = recipe is not None and recipe.adapter.double_quantisation
     loaded = load_base(base, load_in_4bit=recipe is not None, precision=precision, double_quantisation=double)
-    model = load_adapter(loaded, adapter).eval()
+    model = load_trained(loaded, adapter).eval()
     say = _asker(_stops(model, loaded.tokenizer), loaded.tokenizer, use_cache=not loaded.family.routing_table)
     try:
         with loaded.arithmetic(), torch.inference_mode():

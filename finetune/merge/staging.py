@@ -43,7 +43,7 @@ def identity(base: Path, adapter: Path, how: How) -> dict[str, Any]:
         files[path.name] = [stat.st_size, stat.st_mtime_ns, hashlib.sha256(header).hexdigest()]
     return {
         "schema": 1,
-        "adapter": {path.name: sha256_file(path) for path in sorted(adapter.glob("adapter_*")) if path.is_file()},
+        "adapter": {path.name: sha256_file(path) for path in sorted(adapter.glob("*")) if path.is_file()},
         "base": str(base.resolve()),
         "config": sha256_file(base / "config.json"),
         "files": files,

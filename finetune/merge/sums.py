@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from finetune.merge.updates import Pair
+from finetune.merge.updates import New, Pair
 
 VALUES = 2**18
 """Values of a matrix that are summed at a time: small enough for the processor's cache."""
@@ -38,14 +38,16 @@ class Tally:
         return math.sqrt(self.four_bit / self.update) if self.update else 0.0
 
 
-def add(base_OI: torch.Tensor, pair: Pair | None, out_OI: torch.Tensor, tally: Tally) -> None:
+def add(base_OI: torch.Tensor, pair: Pair | New | None, out_OI: torch.Tensor, tally: Tally) -> None:
     """Writes base + update into `out`, which may be the base itself; sums are in fp32 and rounded once to its type.
 
     Every value is the sum of the matrix product, times the scale, and the base's value, in this order: as PEFT does it.
     """
+    if base_OI.dim() != 2:  # a vector, a convolution
+        base_OI, out_OI = (tensor.view(len(tensor) if tensor.dim() > 2 else 1, -1) for tensor in (base_OI, out_OI))
     rows = max(1, VALUES // base_OI.shape[1])
     exact_, plain_ = (torch.empty(min(rows, len(base_OI)), base_OI.shape[1]) for _ in "ab")  # used again and again
-    if pair is not None and pair.lengths_O is None:
+    if isinstance(pair, Pair) and pair.lengths_O is None:
         tally.update += pair.squares()
     for begin in range(0, len(base_OI), rows):
         part = slice(begin, begin + rows)
@@ -53,6 +55,9 @@ def add(base_OI: torch.Tensor, pair: Pair | None, out_OI: torch.Tensor, tally: T
         plain.copy_(base_OI[part])  # a sum of two types is slower than this and a sum of one
         if pair is None:
             exact.copy_(plain)
+        elif isinstance(pair, New):
+            exact.copy_(pair.values.reshape(base_OI.shape)[part])
+            tally.update += squares(exact - plain)
         else:
             torch.mm(pair.left_Or[part], pair.right_rI, out=exact)
             if pair.scale != 1:

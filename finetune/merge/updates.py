@@ -6,11 +6,13 @@ W' = W + scale * B A, per expert of a stack; with DoRA every row of W' is brough
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from finetune import whole
 from finetune.errors import WeightsError
 from finetune.layouts import LENGTHS, PREFIX, A, B, adaptable, read_adapter
 from finetune.merge.names import Renamer
@@ -33,6 +35,14 @@ class Pair:
         """The sum of squares of the update, from its factors: of L R it is that of (L^T L) * (R R^T)."""
         left, right = self.left_Or.double(), self.right_rI.double()
         return float(((left.mT @ left) * (right @ right.mT)).sum()) * self.scale**2
+
+
+@dataclass(frozen=True, slots=True)
+class New:
+    """A trained weight itself, in the place of the base's."""
+
+    values: torch.Tensor
+    """As it is stored, in fp32."""
 
 
 @dataclass(slots=True)
@@ -67,6 +77,13 @@ class Update:
         outputs, inputs = self.b.shape[-2], self.a.shape[-1]
         return (inputs, outputs) if self.transposed else (outputs, inputs)
 
+    def stored(self, expert: int | None, count: int) -> tuple[int, ...]:
+        """Shape of a tensor that holds one of `count` parts of an expert's matrix, or (None) all of the parameter."""
+        rows, columns = self.shape
+        if rows % count:
+            return ()
+        return (rows // count, columns) if expert is not None or not self.experts else (self.experts, rows, columns)
+
     def pair(self, expert: int | None, index: int = 0, count: int = 1) -> Pair:
         """The update of one matrix, or of one of the `count` parts of its rows that are tensors of their own."""
         b, a = (self.b, self.a) if expert is None else (self.b[expert], self.a[expert])
@@ -77,18 +94,51 @@ class Update:
         return Pair(left, right.contiguous(), scale, self.lengths)
 
 
-def read_updates(adapter: Path, names: Renamer) -> dict[str, Update]:
-    """Parameter name -> its update, of a PEFT folder in any layout that `layouts` can read.
+@dataclass(slots=True)
+class Replacement:
+    """A runtime parameter that full fine-tuning has trained."""
 
-    Raises AdapterError (ADP-011 to ADP-016) or, when the base lacks a weight, WeightsError MRG-001.
+    name: str
+    """The parameter."""
+    read: Callable[[int | None], torch.Tensor]
+    """Its values in fp32: of one expert, or (None) all."""
+    whole: tuple[int, ...]
+    """Its shape."""
+    experts: int
+    """Experts of the stack; 0 for any other parameter."""
+    lengths: None = None
+    """Only updates have them."""
+    parts: set[tuple[int | None, int]] = field(default_factory=set)
+    """As those of an update."""
+    expected: int = 1
+    """As that of an update."""
+
+    def stored(self, expert: int | None, count: int) -> tuple[int, ...]:
+        """Shape of a tensor that holds one of `count` parts of an expert's matrix, or (None) all of the parameter."""
+        shape = self.whole if expert is None else self.whole[1:]
+        return () if count > 1 and shape[0] % count else (shape[0] // count, *shape[1:])
+
+    def pair(self, expert: int | None, index: int = 0, count: int = 1) -> New:
+        """One matrix, or one of the `count` parts of its rows."""
+        values = self.read(expert).float()
+        return New(values if count == 1 else values.chunk(count)[index])
+
+
+def read_updates(adapter: Path, names: Renamer) -> dict[str, Update | Replacement]:
+    """Parameter name -> its update, of a PEFT folder in any layout that `layouts` can read, or of trained weights.
+
+    Raises AdapterError (ADP-011 to ADP-018) or, when the base lacks a weight, WeightsError MRG-001.
     """
+    if whole.is_tuned(adapter):
+        return {name: replacement(name, read, names) for name, read in whole.read(adapter).items()}
     file = read_adapter(adapter, adaptable(names.skeleton, names.family))
-    updates = {}
+    updates: dict[str, Update | Replacement] = {}
     for update in file.updates:
         a, b = (file.tensors.pop(PREFIX + update.key + end).float() for end in (A, B))
-        updates[update.parameter] = update_of(update.parameter, a, b, update.rank, update.scale, names)
+        made = update_of(update.parameter, a, b, update.rank, update.scale, names)
         if file.config.use_dora:
-            updates[update.parameter].lengths = file.tensors.pop(PREFIX + update.key + LENGTHS).float()
+            made.lengths = file.tensors.pop(PREFIX + update.key + LENGTHS).float()
+        updates[update.parameter] = made
     if file.tensors:
         what = f"{len(file.tensors)} tensors of {adapter} belong to no update, e.g. {next(iter(file.tensors))}"
         raise WeightsError("MRG-001", what, "nothing of an adapter may be left out", "the adapter as PEFT saved it")
@@ -111,6 +161,15 @@ def update_of(name: str, a: torch.Tensor, b: torch.Tensor, rank: int, scale: flo
     a_ErN = a.reshape(experts, rank, -1)
     b_EMr = b.reshape(b.shape[0], rank, experts).permute(2, 0, 1)
     return Update(name, a_ErN, b_EMr, scale, names.is_transposed(name))
+
+
+def replacement(name: str, read: Callable[[int | None], torch.Tensor], names: Renamer) -> Replacement:
+    """The trained weight `name` in place of the base's. Raises WeightsError MRG-001."""
+    if name not in names.state:
+        raise foreign(f"the base has no weight {name}")
+    shape = tuple(names.state[name].shape)
+    stacked = bool(names.family.experts) and name.rpartition(".")[0].endswith("." + names.family.experts)
+    return Replacement(name, read, shape, shape[0] if stacked and len(shape) == 3 else 0)
 
 
 def foreign(what: str) -> WeightsError:
