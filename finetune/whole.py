@@ -18,6 +18,7 @@ from torch import nn
 from finetune.adapters import load_adapter
 from finetune.base import Base, stored_bytes
 from finetune.errors import AdapterError, NumbersError
+from finetune.experts.stack import layout_of
 from finetune.recipe import Adapter
 from finetune.rundir import read_json, write_json
 from finetune.shards import read_headers
@@ -67,8 +68,10 @@ def fingerprints(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def experts_of(model: nn.Module, name: str) -> int:
     """How many experts a parameter of an experts module stacks; 0 for any other parameter."""
-    layout = getattr(model.get_submodule(name.rpartition(".")[0]), "finetune_layout", None)
-    experts: int = next(iter(layout.shapes.values()))[0] if layout else 0
+    module = model.get_submodule(name.rpartition(".")[0])
+    if not hasattr(module, "finetune_layout"):
+        return 0
+    experts: int = next(iter(layout_of(module).shapes.values()))[0]
     return experts
 
 
