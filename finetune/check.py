@@ -330,10 +330,7 @@ def _exported_family(recipe: Recipe, family: Family) -> Iterator[str]:
     weights = "gguf" in export.formats or export.gguf_adapter
     if weights:
         why = family.no_gguf(_shape(recipe))
-        if not why and tiny and family.gguf_tokenizer:
-            why = (
-                f"llama.cpp's converter asks for a tokenizer with what a tiny model's has not: {family.gguf_tokenizer}"
-            )
+        why = why or (family.gguf_tiny if tiny else "")
         if why:
             yield f"EXP-004 export.formats: gguf cannot be of {family.key}: {why}. Leave it out."
     if export.gguf_adapter and family.no_gguf_adapter:

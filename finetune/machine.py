@@ -99,8 +99,8 @@ def gguf_problems(recipe: Recipe) -> list[str]:
     found = []
     if not recipe.network and not fetch.has_converter(fetch.cache_folder(recipe)):
         found.append(
-            "EXP-007 export.formats: gguf needs llama.cpp's converter (package llama-cpp-python 0.3.36, sources, 77 MB), "
-            "which is not in the cache, and network=false. Set network=true, or leave gguf out."
+            "EXP-007 export.formats: gguf needs llama.cpp's converter (package llama-cpp-python 0.3.36, sources, "
+            "77 MB), which is not in the cache, and network=false. Set network=true, or leave gguf out."
         )
     small = [kind for kind in export.gguf if kind in GGUF_SMALL and "gguf" in export.formats]
     if small and not quantiser():

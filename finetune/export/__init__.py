@@ -1,4 +1,4 @@
-"""What a server loads: `export(run_dir)` leaves export/ with one folder per format, each loaded by its client and asked.
+"""What a server loads: `export(run_dir)` leaves export/ with a folder per format, each asked by its client.
 
 | format | what | asked by |
 |---|---|---|
@@ -37,7 +37,7 @@ from finetune.recipe import Recipe
 from finetune.rundir import RunDir, atomic_folder, read_json, write_json, write_text
 
 PEFT_LIMIT_GIB = 4.0
-"""Bases up to this size are loaded again to ask the adapter as stock PEFT applies it; the merge has asked it already."""
+"""Bases up to this size are loaded again to ask the adapter as stock PEFT applies it; the merge has asked it before."""
 
 
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -127,9 +127,7 @@ def peft(job: Job) -> dict[str, Any]:
     if size_gib <= PEFT_LIMIT_GIB:
         job.clients.transformers("peft", job.base, folder)
     else:
-        job.clients.not_asked(
-            "peft", "peft", f"the base has {size_gib:.0f} GiB; the merge's proof has asked it already"
-        )
+        job.clients.not_asked("peft", "peft", f"the base has {size_gib:.0f} GiB; the merge's proof has asked it")
     return {}
 
 
@@ -156,7 +154,7 @@ def gguf(job: Job) -> dict[str, Any]:
     """The merged weights as GGUF files."""
     tool = _converter(job)
     folder = job.folder / "gguf"
-    files = {}
+    files: dict[str, str] = {}
     for kind in job.recipe.export.gguf:
         target = folder / f"{job.name}-{kind}.gguf"
         job.clients.say(f"gguf: writing {target.name} (log: {tool.log}) ...")

@@ -73,7 +73,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def stop_tokens(folder: Path, tokenizer: Any) -> set[int]:
-    """Ids at which transformers and servers end an answer: those in generation_config.json, else the tokenizer's own."""
+    """Ids at which transformers and servers end an answer: by generation_config.json, else the tokenizer's own."""
     path = folder / "generation_config.json"
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     found = values.get("eos_token_id", tokenizer.eos_token_id)

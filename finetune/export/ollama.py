@@ -83,23 +83,23 @@ def shape_of(tokenizer: Any) -> Shape | None:
         whole = rendered(marked(SYSTEM, USER, ASSISTANT, USER), False)
         open_ = rendered(marked(SYSTEM, USER, ASSISTANT, USER))
         alone = rendered(marked(USER), False)
-        # Two turns of each side tell what stands between them apart into an end and a beginning.
         before_system, after_system = whole.split(MARKS[SYSTEM])
         between = after_system.split(MARKS[USER])
         to_user, from_user, end_user = between[0], between[1], between[2]
         to_assistant, back_to_user = from_user.split(MARKS[ASSISTANT])
         before_alone, after_alone = alone.split(MARKS[USER])
+        end_assistant = rendered(marked(USER, ASSISTANT), False).split(MARKS[ASSISTANT])[1]
     except (ValueError, IndexError, TemplateError):
         return None
-    if not open_.startswith(whole) or after_alone != end_user:
-        return None
-    user_before = _common_end(_common_end(to_user, back_to_user), before_alone)
-    if not to_assistant.startswith(end_user):
+    user_before = back_to_user.removeprefix(end_assistant)
+    framed = back_to_user.startswith(end_assistant) and to_assistant.startswith(end_user) and after_alone == end_user
+    alike = open_.startswith(whole) and to_user.endswith(user_before) and before_alone.endswith(user_before)
+    if not (framed and alike):
         return None
     around = {
         SYSTEM: ("", to_user.removesuffix(user_before)),
         USER: (user_before, end_user),
-        ASSISTANT: (to_assistant.removeprefix(end_user), back_to_user.removesuffix(user_before)),
+        ASSISTANT: (to_assistant.removeprefix(end_user), end_assistant),
     }
     lead = before_alone.removesuffix(user_before)
     begin = _common_start(before_system, lead) if lead else ""
@@ -116,10 +116,6 @@ def _try(rendered: Any, chat: Sequence[dict[str, str]]) -> str | None:
         return str(rendered(chat))
     except TemplateError:
         return None
-
-
-def _common_end(a: str, b: str) -> str:
-    return _common_start(a[::-1], b[::-1])[::-1]
 
 
 def _common_start(a: str, b: str) -> str:

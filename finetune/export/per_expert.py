@@ -61,7 +61,7 @@ def write_per_expert(base: Path, adapter: Path, target: Path) -> dict[str, Any]:
     target.mkdir()
     save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
     modules = sorted({key.removeprefix(PREFIX).removesuffix(A).rpartition(".")[2] for key in tensors if A in key})
-    changed = {
+    changed: dict[str, Any] = {
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "use_rslora": False,

@@ -1,4 +1,4 @@
-"""A GGUF file in a smaller type by the package llama_cpp: `python -m finetune.export.quantise_child SOURCE TARGET TYPE`.
+"""A GGUF file in a smaller type: `python -m finetune.export.quantise_child SOURCE TARGET TYPE`, by package llama_cpp.
 
 In a process of its own because the library speaks to the terminal and may end the process.
 """

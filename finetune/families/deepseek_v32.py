@@ -36,7 +36,7 @@ FAMILY = replace(
     model_types=("deepseek_v32",),
     block_class="DeepseekV32DecoderLayer",
     experts_class="DeepseekV32Experts",
-    gguf_tokenizer="add_bos_token=true in tokenizer_config.json",
+    gguf_tiny="its converter asks for a tokenizer with add_bos_token",
     tiny={
         **deepseek_v3.FAMILY.tiny,
         "model_type": "deepseek_v32",

@@ -114,8 +114,8 @@ class Family:
     """Fields that llama.cpp's converter reads in another way than transformers, from the text part."""
     no_gguf: Callable[[Mapping[str, Any]], str] = _no_reason
     """Why there is no GGUF file of a model, from the text part of its config.json; empty where there is one."""
-    gguf_tokenizer: str = ""
-    """What llama.cpp's converter asks of the tokenizer beyond what a tiny model's has; empty for nothing."""
+    gguf_tiny: str = ""
+    """Why there is none of a tiny model of this family; empty where there is."""
     no_served_adapter: str = ""
     """Why its adapter is not written with one pair per expert; empty where servers take it so."""
     no_gguf_adapter: str = ""

@@ -39,7 +39,7 @@ FAMILY = Family(
     text_config="text_config",
     licence="apache-2.0",
     converter_config=converter_config,
-    gguf_tokenizer="one that llama.cpp knows by its hash",
+    gguf_tiny="its converter asks for a tokenizer that llama.cpp knows",
     no_gguf_adapter=deepseek_v3.LATENT_ADAPTER,
     tiny=shapes.TINY
     | {

@@ -56,7 +56,8 @@ def find_package(name: str, version: str, sha256: str, *, cache: Path, form: str
 def unpack(sources: Path, below: str, keep: tuple[str, ...], *, cache: Path) -> Path:
     """The folder `below` of a package's sources, unpacked once at `<cache>/extracted/<hash of the sources>`.
 
-    Of its files only those whose path there begins with one of `keep`. Links and special files are left out, and nothing is written outside. Raises FetchError FET-007 or FET-008.
+    Of its files only those whose path there begins with one of `keep`. Links are left out, and nothing
+    is written outside. Raises FetchError FET-007 or FET-008.
     """
     target = cache / "extracted" / sha256_file(sources)[:16] / below
     if target.is_dir():
@@ -197,6 +198,7 @@ def _file_name(name: str, version: str, form: str) -> str:
 def _pip_error(text: str, name: str, version: str, sha256: str, folder: Path, form: str) -> FetchError:
     """What pip said, as one of our errors. The order matters: offline it also says `no matching distribution`."""
     wheel = _file_name(name, version, form)
+    shape = "wheel" if form == WHEEL else "sources"
     if "No module named pip" in text:
         return FetchError("FET-002", "pip is missing in this Python", sys.executable, f"{sys.executable} -m ensurepip")
     if "DO NOT MATCH THE HASHES" in text:
@@ -213,7 +215,7 @@ def _pip_error(text: str, name: str, version: str, sha256: str, folder: Path, fo
     if "No matching distribution" in text or "Could not find a version" in text:
         return FetchError(
             "FET-009",
-            f"the package index has no {'wheel' if form == WHEEL else 'sources'} of {name} {version} for this Python and machine",
+            f"the package index has no {shape} of {name} {version} for this Python and machine",
             last_line(text),
             f"another index (pip config), or copy {wheel} (sha256 {sha256}) into {folder}",
         )
