@@ -12,9 +12,9 @@ import pytest
 from finetune import canary
 from finetune.__main__ import main
 from finetune.asking import Answer
-from finetune.canary import Vote, at_least, judge, recorded, vote
 from finetune.errors import GateError, RunError, ServerError
 from finetune.rundir import RunDir, write_json, write_text
+from finetune.votes import FLIP_BY_LIKELIHOOD, Vote, at_least, judge, recorded, vote
 from tests import fake_server as fake
 from tests.fake_server import recorded_run, serving
 
@@ -124,7 +124,7 @@ def test_log_probabilities_count_as_far_as_the_words_agree(tmp_path: Path) -> No
     write_json(RunDir(tmp_path).answers, content)
     prompt = recorded(RunDir(tmp_path))[0]
     other_end = Answer("abcdefghij klmnopqrs xyz", ["abcdef", "ghij klmnopqrs", " xyz"], [-0.1, -0.1, -9.0])
-    assert vote(prompt, other_end) == Vote("tuned", canary.FLIP_BY_LIKELIHOOD, 0.0, pytest.approx(3.9))
+    assert vote(prompt, other_end) == Vote("tuned", FLIP_BY_LIKELIHOOD, 0.0, pytest.approx(3.9))
 
 
 def test_a_run_whose_answers_are_all_alike_says_that_nothing_can_tell(tmp_path: Path) -> None:
