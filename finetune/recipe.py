@@ -400,6 +400,6 @@ class Recipe:
     licence: Licence = field(default_factory=Licence)
     """What you say about your use of base and data."""
     sign: str = ""
-    """Private key (EC, PEM file) that signs export/ and run.json at the end, with the extra [sign]. Empty: no signing."""
+    """Private key (EC, PEM file) that signs export/ and run.json at the end (extra [sign]). Empty: none does."""
     costs: Costs = field(default_factory=Costs)
     """Prices and speeds that `plan` uses."""

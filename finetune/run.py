@@ -100,6 +100,9 @@ def before_training(recipe: Recipe, run_dir: RunDir, until: str) -> None:
 
     base = base_folder(recipe)
     permit(recipe, run_dir, until, base)
+    gib = sum(path.stat().st_size for path in record.input_files(recipe, base)) / 2**30
+    if gib >= 1:  # about a minute per 50 GiB
+        print(f"hashing {gib:,.1f} GiB of base and rows, for the record ...", flush=True)
     record.note_inputs(run_dir, recipe, base)
 
 

@@ -59,7 +59,7 @@ def serving(run: RunDir, *words: str) -> tuple[subprocess.Popen[str], str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serve_says_where_it_is_and_ends_with_the_server(program: Server, run: RunDir, number: signal.Signals) -> None:
-    process, printed = serving(run, "port=0")
+    process, printed = serving(run, "port=0", "with=llama.cpp")
     url = re.search(r"ready: (http://127.0.0.1:\d+/v1), on this machine only; model: law", printed)[1]  # type: ignore[index]
     assert f"python -m finetune verify serve={url} run={run.path}\n" in printed
     curl = shlex.split(re.search(r"curl .*", printed)[0])  # type: ignore[index]
@@ -110,6 +110,18 @@ def test_the_best_server_that_the_export_has_something_for_is_taken(
     monkeypatch.setattr(serve, "found", lambda: three[1:2])
     with pytest.raises(ServerError, match=r"SRV-015 .*nothing that llama.cpp loads.*export.formats=\[hf, gguf\]"):
         serve._fitting(run, "")
+
+
+def test_a_cpu_without_bf16_serves_in_float32_where_memory_is_enough(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run.export / "hf" / "model.safetensors").write_bytes(b"0" * 2**20)
+    vllm, llama_cpp = Server("vllm", "1", "/p", "vllm"), Server("llama.cpp", "1", "/p", "")
+    for has_bf16, gib, dtype in ((True, 9.0, "auto"), (False, 9.0, "float32"), (False, 0.002, "auto")):
+        monkeypatch.setattr(serve, "multiplies_bf16", lambda has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr(serve, "available_gib", lambda gib=gib: gib)
+        assert serve.arithmetic(vllm, run.export / "hf") == dtype
+        assert serve.arithmetic(llama_cpp, run.export / "hf") == "auto"
 
 
 @pytest.mark.parametrize(
@@ -174,11 +186,13 @@ def test_the_export_is_served_and_known_as_the_tuned_model(
 def test_the_base_on_a_real_server_is_known_as_the_base(
     installed: dict[str, Server], job: RunDir, name: str, tmp_path: Path
 ) -> None:
-    base = serving_job.base()
+    base, server = serving_job.base(), installed[name]
     model = serving_job.gguf(base, "base") if name == "llama.cpp" else base
     said: list[str] = []
     with (
-        started(installed[name], model, log=tmp_path / "x.log", name="law") as endpoint,
+        started(
+            server, model, log=tmp_path / "x.log", name="law", dtype=serve.arithmetic(server, model), wait_s=900
+        ) as endpoint,
         pytest.raises(GateError, match="SRV-012 the server's model is the base"),
     ):
         canary.canary(job, endpoint.url, said.append, model=endpoint.model)
