@@ -46,7 +46,12 @@ def serving(run: RunDir, *words: str) -> tuple[subprocess.Popen[str], str]:
     """(process of `serve`, everything it printed until it was ready)."""
     command = [sys.executable, "-m", "finetune", "serve", f"run={run.path}", *words]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background begin with it ignored
     )
     assert process.stdout is not None
     printed = ""
@@ -176,7 +181,10 @@ def test_the_export_is_served_and_known_as_the_tuned_model(
         assert json.loads(reply)["choices"][0]["message"]["content"]
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        try:
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 0
 
 
