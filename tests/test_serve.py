@@ -165,7 +165,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 @pytest.mark.serving
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(5400)  # the first one also installs, trains and converts
 @pytest.mark.parametrize("name", NAMES)
 def test_the_export_is_served_and_known_as_the_tuned_model(
     installed: dict[str, Server], job: RunDir, name: str
@@ -189,7 +189,7 @@ def test_the_export_is_served_and_known_as_the_tuned_model(
 
 
 @pytest.mark.serving
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(5400)  # the first one also installs, trains and converts
 @pytest.mark.parametrize("name", NAMES)
 def test_the_base_on_a_real_server_is_known_as_the_base(
     installed: dict[str, Server], job: RunDir, name: str, tmp_path: Path
