@@ -16,7 +16,6 @@ from pathlib import Path
 
 from finetune import __version__
 from finetune.compose import load_recipe, read_recipe
-from finetune.export.converter import converter
 from finetune.families import FAMILIES
 from finetune.run import carry_on, start
 from finetune.rundir import RunDir, open_run, write_text
@@ -57,6 +56,8 @@ def base() -> Path:
 
 def gguf(model: Path, name: str) -> Path:
     """A model folder of this job (its base, or what was merged) as a GGUF file in f16, by llama.cpp's converter."""
+    from finetune.export.converter import converter
+
     run_dir = finished()
     recipe = read_recipe(run_dir.recipe)
     os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(CONVERTER)])

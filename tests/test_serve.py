@@ -46,7 +46,12 @@ def serving(run: RunDir, *words: str) -> tuple[subprocess.Popen[str], str]:
     """(process of `serve`, everything it printed until it was ready)."""
     command = [sys.executable, "-m", "finetune", "serve", f"run={run.path}", *words]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background begin with it ignored
     )
     assert process.stdout is not None
     printed = ""
@@ -160,7 +165,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 @pytest.mark.serving
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(5400)  # the first one also installs, trains and converts
 @pytest.mark.parametrize("name", NAMES)
 def test_the_export_is_served_and_known_as_the_tuned_model(
     installed: dict[str, Server], job: RunDir, name: str
@@ -176,12 +181,15 @@ def test_the_export_is_served_and_known_as_the_tuned_model(
         assert json.loads(reply)["choices"][0]["message"]["content"]
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        try:
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 0
 
 
 @pytest.mark.serving
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(5400)  # the first one also installs, trains and converts
 @pytest.mark.parametrize("name", NAMES)
 def test_the_base_on_a_real_server_is_known_as_the_base(
     installed: dict[str, Server], job: RunDir, name: str, tmp_path: Path
