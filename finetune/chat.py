@@ -33,14 +33,14 @@ def chat(run_dir: RunDir) -> None:
 
     Raises RunError when the run has no adapter.
     """
-    from finetune.adapters import load_adapter
     from finetune.base import load_base
     from finetune.compose import read_recipe
     from finetune.data import load_splits
     from finetune.source import base_folder
+    from finetune.whole import load_trained
 
     recipe = read_recipe(run_dir.recipe)
-    run_dir.require(run_dir.adapter, "train")
+    run_dir.require(run_dir.trained, "train")
     opening = opening_of(load_splits(run_dir).heldout[0]["messages"])
     base = load_base(
         base_folder(recipe),
@@ -48,7 +48,7 @@ def chat(run_dir: RunDir) -> None:
         precision=recipe.train.precision,
         double_quantisation=recipe.adapter.double_quantisation,
     )
-    model = load_adapter(base, run_dir.adapter)
+    model = load_trained(base, run_dir.trained)
     model.eval()
     # A router that looks tokens up needs all of them in every step.
     model.generation_config.use_cache = not base.family.routing_table

@@ -50,7 +50,7 @@ LIMITS = (
         "experts",
     ),
     Limit("adapter.router", lambda r: r.adapter.router, "Unsloth's expert layers keep the router frozen", "false"),
-    Limit("adapter.method", lambda r: r.adapter.method == "dora", "Unsloth's layers have no DoRA", "lora"),
+    Limit("adapter.method", lambda r: r.adapter.method != "lora", "only LoRA is trained with it here", "lora"),
     Limit("adapter.rslora", lambda r: r.adapter.rslora, "its expert layers scale by alpha / rank", "false"),
     Limit("adapter.init", lambda r: r.adapter.init != "default", "Unsloth begins with B at zero", "default"),
     Limit("adapter.rank_pattern", lambda r: bool(r.adapter.rank_pattern), "experts have a rank of their own", "{}"),

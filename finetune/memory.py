@@ -24,8 +24,8 @@ STATE_BYTES = {
 }
 """`train.optimizer` -> bytes of its state per trainable parameter: one or two moments in fp32, or in 8 bits with an
 fp32 maximum per 256 of them. Adafactor's sums of rows and columns are next to nothing."""
-TRAINED = "adapter, gradients, optimizer"
-"""Name of the part that holds what is trained."""
+TRAINED = {True: "trained weights, gradients, optimizer", False: "adapter, gradients, optimizer"}
+"""Name of the part that holds what is trained, by whether that is the base itself."""
 LOGIT_BYTES = 2 + 4 + 4
 """Bytes per logit: as computed (bf16), as fp32 for the loss, and its gradient."""
 RESERVE_GIB = 1.5
@@ -45,7 +45,14 @@ def memory(recipe: Recipe) -> list[Figure]:
     stacks = sizes.total_parameters([m for m in packed if m.experts])
     linear = sizes.total_parameters(packed) - stacks
     rest = sizes.total_parameters(weights) - stacks - linear
-    trainable = sizes.lora_parameters(weights, family, adapter)
+    trainable = sizes.trained_parameters(weights, family, adapter)
+    whole = adapter.method == "full"
+    kept_bytes, kept_how = rest * plain, f"{rest:,} x {plain} B"
+    if whole:
+        frozen = [m for m in weights if not sizes.is_trained_whole(m, family, adapter)]
+        large = sizes.total_parameters([m for m in frozen if sizes.is_large(m.group)])
+        small = sizes.total_parameters(frozen) - large
+        kept_bytes, kept_how = large * plain + small * sizes.FP32_BYTES, f"{large:,} x {plain} B + {small:,} x 4 B"
 
     tokens = train.batch_size * recipe.data.max_length
     vocabulary, hidden = weights[0].rows, weights[0].columns
@@ -58,6 +65,8 @@ def memory(recipe: Recipe) -> list[Figure]:
         stored, kept = tokens * per_token, "every layer"
     stacked = sum(m.rows * m.columns * m.experts for m in packed)
     scratch = float(max(stacked, max((m.rows * m.columns for m in packed), default=0)) * plain)
+    if whole:  # the largest stack as it is multiplied with, and its gradient on the way to fp32
+        scratch = 2.0 * plain * max(m.rows * m.columns * max(m.experts, 1) for m in maps)
     share = shards(recipe)
     beside = packed_bytes - 0.5  # maxima of linear maps stay whole in every process
     if share > 1:
@@ -76,9 +85,11 @@ def memory(recipe: Recipe) -> list[Figure]:
     return [
         part("expert stacks, 4-bit", stacks * packed_bytes / share, f"{stacks:,} x {packed_bytes} B{split}"),
         part("other linear maps, 4-bit", linear * (0.5 / share + beside), f"{linear:,} x {packed_bytes} B{split}"),
-        part(f"weights kept in {train.precision}", rest * plain / share, f"{rest:,} x {plain} B{split}"),
+        part("frozen weights" if whole else f"weights kept in {train.precision}", kept_bytes / share, kept_how + split),
         part(
-            TRAINED, trainable * (8 + state) / share, f"{trainable:,} x (8 + {state:.3g}) B, {train.optimizer}{split}"
+            TRAINED[whole],
+            trainable * (8 + state) / share,
+            f"{trainable:,} x (8 + {state:.3g}) B, {train.optimizer}{split}",
         ),
         guess("activations", stored, f"{shape}, inputs and outputs of the linear maps of {kept}, {plain} B each"),
         guess("logits", tokens * vocabulary * LOGIT_BYTES, f"{shape} x {vocabulary:,} x (2 + 4 + 4) B"),
@@ -124,7 +135,9 @@ def layers_to_recompute(recipe: Recipe, layers: int, free_gib: float) -> int:
     one_layer, one_input = all_kept / layers, _with_inputs(recipe) / layers
     later = counted["logits"] + counted["unpacked weights"] + counted["reserve"]
     state = STATE_BYTES[recipe.train.optimizer]
-    later += counted[TRAINED] * (4 + state) / (4 + 4 + state)  # the values are there already
+    later += (
+        counted[TRAINED[recipe.adapter.method == "full"]] * (4 + state) / (4 + 4 + state)
+    )  # the values are there already
     for count in range(layers):
         if later + (layers - count) * one_layer + count * one_input + (one_layer if count else 0) <= free_gib:
             return count
@@ -173,7 +186,7 @@ def _changes(recipe: Recipe) -> Iterator[Callable[[Recipe], list[str]]]:
         yield _checkpointing
     if recipe.train.batch_size > 1:
         yield _single_rows
-    if not recipe.adapter.load_in_4bit:
+    if not recipe.adapter.load_in_4bit and recipe.adapter.method != "full":
         yield _four_bits
     adapter = recipe.adapter
     if adapter.targets != "attention" and not (adapter.rank_pattern or adapter.alpha_pattern):

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from finetune import whole
 from finetune.base import check_shards, read_config
 from finetune.compose import read_recipe
 from finetune.errors import WeightsError
@@ -42,6 +43,8 @@ class Update:
     """Gives the update."""
     experts: int
     """Experts of the stack; 0 for a plain matrix."""
+    replaces: bool = False
+    """Whether it is the new weight itself: full fine-tuning."""
     lengths: torch.Tensor | None = None
     """With DoRA, what length every row of the sum has in the end."""
     parts: set[tuple[int | None, int]] = field(default_factory=set)
@@ -57,7 +60,7 @@ def merge(run_dir: RunDir) -> None:
     from finetune.source import base_folder
 
     recipe = read_recipe(run_dir.recipe)
-    adapter = run_dir.require(run_dir.adapter, "train")
+    adapter = run_dir.require(run_dir.trained, "train")
     merge_folder(base_folder(recipe), adapter, run_dir.merged, Console())
 
 
@@ -163,7 +166,10 @@ def describe_plain(folder: Path, files: dict[str, str]) -> None:
 
 def merged_weight(update: Update, key: str, tensor: torch.Tensor, part: tuple[int, int] | None) -> torch.Tensor:
     """One checkpoint tensor with its part of an update, in fp32. Raises WeightsError MRG-001."""
-    total = tensor.float() + part_of(update, key, tensor, part)
+    total = part_of(update, key, tensor, part)
+    if update.replaces:
+        return total
+    total = tensor.float() + total
     if update.lengths is None:
         return total
     if part is not None or len(update.lengths) != len(total):
@@ -239,6 +245,8 @@ def read_updates(adapter: Path, names: Renamer) -> dict[str, Update]:
 
     Raises AdapterError (ADP-011 to ADP-016) or, when the base lacks a weight, WeightsError MRG-001.
     """
+    if whole.is_tuned(adapter):
+        return {name: replacement(name, value, names) for name, value in whole.read(adapter).items()}
     file = read_adapter(adapter, adaptable(names.skeleton, names.family))
     updates = {}
     for update in file.updates:
@@ -247,6 +255,15 @@ def read_updates(adapter: Path, names: Renamer) -> dict[str, Update]:
         if file.config.use_dora:
             updates[update.parameter].lengths = file.tensors.pop(PREFIX + update.key + LENGTHS).float()
     return updates
+
+
+def replacement(name: str, value: Delta, names: Renamer) -> Update:
+    """The trained weight `name` in place of the base's. Raises WeightsError MRG-001."""
+    if name not in names.state:
+        what = f"the base has no weight {name}"
+        raise WeightsError("MRG-001", what, "these weights are of another base", "the base they were trained from")
+    shape = names.state[name].shape
+    return Update(value, shape[0] if len(shape) == 3 else 0, replaces=True)
 
 
 def update_of(name: str, a: torch.Tensor, b: torch.Tensor, rank: int, scale: float, names: Renamer) -> Update:

@@ -9,10 +9,15 @@ from collections.abc import Iterator
 from finetune import sizes
 from finetune.errors import RecipeError
 from finetune.families import Family, Matrix
-from finetune.recipe import Recipe
+from finetune.recipe import Adapter, Recipe
 
 DOTTED = ("model.layers.", "model.language_model.layers.")
 """How paths of decoder layers begin, in text models and in multimodal ones."""
+
+UPDATES_ONLY = (
+    "double_quantisation", "dropout", "rslora", "init", "rank_pattern", "alpha_pattern", "lora_plus_ratio",
+)  # fmt: skip
+"""Settings of adapters that mean nothing to full fine-tuning. Ranks and alphas, which recipes set, are passed over."""
 
 
 def problems(recipe: Recipe) -> Iterator[str]:
@@ -24,11 +29,19 @@ def problems(recipe: Recipe) -> Iterator[str]:
         return  # said elsewhere
     yield from _full(recipe)
     yield from _sharded(recipe)
+    if recipe.adapter.method == "full":
+        yield from _targets(recipe, family)
+        yield from _balance(recipe, family)
+        return
     yield from _dropout(recipe, family)
     yield from _targets(recipe, family)
     yield from _dora(recipe, family)
     faults = [*_patterns(recipe, family, weights)]
     yield from faults or _beginning(recipe, family, weights)
+    yield from _balance(recipe, family)
+
+
+def _balance(recipe: Recipe, family: Family) -> Iterator[str]:
     if recipe.train.router_aux_loss_coef > 0 and not family.balances:
         yield (
             f"TRN-008 train.router_aux_loss_coef={recipe.train.router_aux_loss_coef:g}: no load-balancing loss "
@@ -54,10 +67,37 @@ def _sharded(recipe: Recipe) -> Iterator[str]:
 
 
 def _full(recipe: Recipe) -> Iterator[str]:
-    if recipe.adapter.method == "full":
+    """What has no meaning, or no way yet, when the base's own weights are trained."""
+    adapter, launch = recipe.adapter, recipe.launch
+    if adapter.method != "full":
+        if adapter.embeddings:
+            yield (
+                f"ADP-009 adapter.embeddings=true with adapter.method={adapter.method}: an adapter leaves "
+                "embeddings and head as they are. Set adapter.embeddings=false, or adapter=full."
+            )
+        return
+    if adapter.load_in_4bit:
         yield (
-            "ADP-009 adapter.method=full is not available yet: scores, merge and export compare an adapter with a "
-            "frozen base. Set adapter.method=lora; adapter.targets=all and a larger adapter.rank come nearest."
+            "ADP-017 adapter.load_in_4bit=true with adapter.method=full: weights in 4 bits cannot be trained. "
+            "Set adapter=full, which loads them in bf16, or adapter.method=lora."
+        )
+    usual = Adapter()
+    for name in UPDATES_ONLY:
+        value = getattr(adapter, name)
+        if value != getattr(usual, name):
+            yield (
+                f"ADP-009 adapter.{name}={value} with adapter.method=full: it says how an update beside a weight is "
+                "made, and there is none. Leave it out, or set adapter.method=lora."
+            )
+    if any(name.startswith("peft") for name in recipe.export.formats):
+        yield (
+            "EXP-002 export.formats: peft with adapter.method=full: there is no adapter to export, the weights "
+            "themselves were trained. Set export=hf."
+        )
+    if launch.distribution == "fsdp2" and launch.nodes * launch.devices > 1:
+        yield (
+            "LCH-012 launch.distribution=fsdp2 with adapter.method=full: it has not been tried with weights that are "
+            "trained themselves. Set launch.distribution=ddp, which holds all of them on every device."
         )
 
 

@@ -103,7 +103,7 @@ def plan(recipe: Recipe, *, prepared: Path | None = None) -> Plan:
 
 def run_folder_gib(figures: Plan) -> float:
     """What the run folder will hold, in GiB."""
-    return sum(figures.figure(name).value for name in ("merged", "export", "adapter", "checkpoints"))
+    return sum(figure.value for figure in figures.disk if figure.name not in ("download", "cache"))
 
 
 def cache_gib(figures: Plan) -> float:
@@ -115,23 +115,27 @@ def _parameters(recipe: Recipe) -> tuple[Figure, ...]:
     weights, family = sizes.matrices(recipe.model), sizes.family_of_card(recipe.model)
     total, active = sizes.total_parameters(weights), sizes.active_parameters(weights)
     routed = sum(m.parameters for m in weights if m.group == "routed")
-    trainable = sizes.lora_parameters(weights, family, recipe.adapter)
+    trainable = sizes.trained_parameters(weights, family, recipe.adapter)
     how = ("2 x " if sizes.width(recipe.adapter) == 2 else "") + "rank x (in + out)"
     how += " + out" if recipe.adapter.method == "dora" else ""
+    how += " per map and expert"
+    if recipe.adapter.method == "full":
+        how = f"every weight of {', '.join(sizes.WHOLE[recipe.adapter.targets])}"
     return (
         computed("parameters", total, "", "every weight of the text part, from its published shapes"),
         computed("in routed experts", routed, "", f"{routed / total:.1%} of all"),
         computed(
             "active per token", active, "", "what one token is multiplied with: the head counts, the lookup does not"
         ),
-        computed("trainable", trainable, "", f"{how} per map and expert; {trainable / total:.2%} of all"),
+        computed("trainable", trainable, "", f"{how}; {trainable / total:.2%} of all"),
     )
 
 
 def _disk(recipe: Recipe) -> tuple[Figure, ...]:
     model, merged = recipe.model, sizes.merged_gib(recipe.model)
     weights, family = sizes.matrices(model), sizes.family_of_card(model)
-    adapter = sizes.lora_parameters(weights, family, recipe.adapter) * sizes.FP32_BYTES / sizes.GIB
+    adapter = sizes.trained_parameters(weights, family, recipe.adapter) * sizes.FP32_BYTES / sizes.GIB
+    tuned = "tuned" if recipe.adapter.method == "full" else "adapter"
     train, published = recipe.train, sizes.weights_gib(model)
     saved = (train.keep_checkpoints + 1) * 3 * adapter  # values and two moments of AdamW
     if model.tiny:
@@ -147,8 +151,8 @@ def _disk(recipe: Recipe) -> tuple[Figure, ...]:
     return (
         download,
         computed("cache", fetched + made, "GiB", "what is fetched or made once, for all runs"),
-        computed("adapter", adapter, "GiB", "trainable parameters x 4 B"),
-        computed("checkpoints", saved, "GiB", f"{train.keep_checkpoints} and one in the making, x 3 adapters"),
+        computed(tuned, adapter, "GiB", "trainable parameters x 4 B"),
+        computed("checkpoints", saved, "GiB", f"{train.keep_checkpoints} and one in the making, x 3 x {tuned}"),
         computed("merged", merged, "GiB", "all parameters x 2 B"),
         computed("export", export, "GiB", f"formats {', '.join(recipe.export.formats)}"),
     )

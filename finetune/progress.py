@@ -165,19 +165,21 @@ def peak_memory_gib() -> float:
 
 
 class Guard(TrainerCallback):
-    """After the first backward pass, every kind of adapted weight must have received a gradient."""
+    """After the first backward pass, every kind of trained weight must have received a gradient."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raises NumbersError (TRN-001) naming the kinds of weights without a gradient at step 1."""
         if state.global_step > 0:
             return
         heard: dict[str, bool] = {}
-        for name, parameter in kwargs["model"].named_parameters():
-            if parameter.requires_grad and ".lora_B." in name:  # A's gradient is zero while B is zero
+        trained = {name: p for name, p in kwargs["model"].named_parameters() if p.requires_grad}
+        adapted = any(".lora_" in name for name in trained)
+        for name, parameter in trained.items():
+            if ".lora_B." in name or not adapted:  # A's gradient is zero while B is zero
                 kind = ".".join(part for part in name.partition(".lora_B.")[0].split(".") if not part.isdigit())
                 heard[kind] = heard.get(kind, False) or (parameter.grad is not None and bool(parameter.grad.any()))
         silent = sorted(kind for kind, any_gradient in heard.items() if not any_gradient)
         if silent or not heard:
             raise NumbersError(
-                "TRN-001", f"no gradient reaches {silent or 'any adapter'}", "", "report this with the recipe"
+                "TRN-001", f"no gradient reaches {silent or 'any weight'}", "", "report this with the recipe"
             )

@@ -55,17 +55,18 @@ class Model:
 
 @dataclass(kw_only=True, slots=True)
 class Adapter:
-    """What is trained: LoRA beside the frozen base."""
+    """What is trained: LoRA beside the frozen base, or the base itself."""
 
     method: str = one_of("lora", "dora", "full")
     """`lora`: an update B A beside each weight. `dora`: that, and the length of each row of the sum; not for experts.
-    `full`, which keeps no frozen base, is not available yet and is refused."""
+    `full`: the base's own weights, without an adapter; ranks and alphas then mean nothing. Use a smaller `train.lr`."""
     load_in_4bit: bool = True
     """Store the frozen weights in 4 bits (NF4, block 64). False keeps them in bf16."""
     double_quantisation: bool = False
     """Store the maxima of NF4 in 8 bits too: 0.516 instead of 0.5625 bytes per weight, and a little more error."""
     targets: str = one_of("experts", "attention", "all")
-    """`attention`; `experts` = attention and routed experts; `all` = these and shared experts and dense MLPs."""
+    """`attention`; `experts` = attention and routed experts; `all` = these and shared experts and dense MLPs. With
+    method=full norms and biases of these parts are trained too, and with `all` every other one."""
     rank: int = 16
     """Width of the update outside the routed experts. Doubling it doubles adapter memory."""
     expert_rank: int = 8
@@ -78,6 +79,8 @@ class Adapter:
     """Dropout before the LoRA matrices. Must be 0 when experts are adapted: fused experts have no input to drop."""
     router: bool = False
     """Also adapt the router. Off by default: a router that moves changes which expert answers."""
+    embeddings: bool = False
+    """With method=full: also train token embeddings and output head. A few rows train few of the words in them."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA), so that wide updates do not learn more slowly."""
     init: str = one_of("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_16")

@@ -18,7 +18,7 @@ from finetune.rundir import RunDir, create, read_json, write_json, write_text
 
 STAGES: dict[str, Callable[[RunDir], tuple[Path, ...]]] = {
     "data": lambda run: (run.data / "report.json",),
-    "train": lambda run: (run.adapter, run.train),
+    "train": lambda run: (run.trained, run.train),
     "evaluate": lambda run: (run.scores,),
     "merge": lambda run: (run.merged,),
     "export": lambda run: (run.export,),

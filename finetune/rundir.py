@@ -91,6 +91,16 @@ class RunDir:
         return self.path / "adapter"
 
     @property
+    def tuned(self) -> Path:
+        """What full fine-tuning leaves instead of an adapter: the base's own weights that were trained."""
+        return self.path / "tuned"
+
+    @property
+    def trained(self) -> Path:
+        """The adapter, or what stands in its place; its existence means: trained."""
+        return self.tuned if self.tuned.exists() else self.adapter
+
+    @property
     def train(self) -> Path:
         """Losses, tokens, seconds, peak memory, coverage table, versions."""
         return self.path / "train.json"

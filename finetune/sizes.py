@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.errors import RecipeError
-from finetune.families import FAMILIES, Family, Matrix
+from finetune.families import FAMILIES, Family, Group, Matrix
+from finetune.families.family import LAYER
 from finetune.recipe import Adapter, Model
 
 GIB = 2**30
@@ -21,6 +22,13 @@ BF16_BYTES = 2
 FP32_BYTES = 4
 SUBTRACTING = ("olora", "pissa", "pissa_niter_16")
 """Values of `adapter.init` that begin at directions of the base, and so must subtract them from it."""
+
+WHOLE: dict[str, tuple[Group, ...]] = {
+    "attention": ("attention",),
+    "experts": ("attention", "routed"),
+    "all": ("attention", "routed", "shared", "dense", "other"),
+}
+"""`adapter.targets` -> the groups whose every weight full fine-tuning trains."""
 
 
 def family_of_card(model: Model) -> Family:
@@ -87,6 +95,24 @@ def update_of(matrix: Matrix, family: Family, adapter: Adapter) -> Literal["", "
     return "weight" if matrix.name in names else ""
 
 
+def is_trained(path: str, family: Family, adapter: Adapter) -> bool:
+    """Whether full fine-tuning trains the parameter at a path of the bare model."""
+    match = LAYER.search(path)
+    if match and any(match[2].startswith(name + ".") for name in family.unreachable):
+        return False
+    group = family.group_of(path)
+    asked = group in WHOLE[adapter.targets]
+    return asked or (group == "router" and adapter.router) or (group == "embedding" and adapter.embeddings)
+
+
+def is_trained_whole(matrix: Matrix, family: Family, adapter: Adapter) -> bool:
+    """The same of one kind of weight; False with any other method."""
+    if adapter.method != "full":
+        return False
+    name = f"{matrix.name}.weight"
+    return is_trained(name if matrix.group == "embedding" else f"layers.0.{name}", family, adapter)
+
+
 def pattern_of(patterns: Iterable[str], name: str) -> str | None:
     """The first pattern for a weight's path without `.weight`, by PEFT's rule: it fits the end, from a dot on."""
     return next((pattern for pattern in patterns if re.match(rf"(.*\.)?(?:{pattern})$", name)), None)
@@ -127,9 +153,23 @@ def ranks(matrix: Matrix, weights: list[Matrix], family: Family, adapter: Adapte
     return [width(adapter) * rank_at(path, kind == "stack", adapter)[0] for path in paths(matrix, weights)]
 
 
+def trained_parameters(weights: list[Matrix], family: Family, adapter: Adapter) -> int:
+    """Parameters that training changes: of the adapter, or with full fine-tuning of the base."""
+    if adapter.method == "full":
+        return total_parameters([m for m in weights if is_trained_whole(m, family, adapter)])
+    return lora_parameters(weights, family, adapter)
+
+
 def lora_parameters(weights: list[Matrix], family: Family, adapter: Adapter) -> int:
     """Trainable parameters, as stock PEFT makes them: rank x (in + out) per linear map, and per expert of a stack."""
     return sum(_lora(m, weights, family, adapter) * max(m.experts, 1) for m in weights)
+
+
+def active_trained_parameters(weights: list[Matrix], family: Family, adapter: Adapter) -> int:
+    """Parameters that training changes and one token is multiplied with."""
+    if adapter.method == "full":
+        return sum(m.active_parameters for m in weights if m.columns > 1 and is_trained_whole(m, family, adapter))
+    return active_lora_parameters(weights, family, adapter)
 
 
 def active_lora_parameters(weights: list[Matrix], family: Family, adapter: Adapter) -> int:
@@ -142,6 +182,11 @@ def _lora(matrix: Matrix, weights: list[Matrix], family: Family, adapter: Adapte
     widths = ranks(matrix, weights, family, adapter)
     lengths = matrix.rows * len(widths) if adapter.method == "dora" else 0
     return sum(widths) * (matrix.rows + matrix.columns) + lengths
+
+
+def is_large(group: Group) -> bool:
+    """Whether a group holds linear maps and expert stacks, which are what memory is about."""
+    return group in ("attention", "routed", "shared", "dense")
 
 
 def is_4bit(matrix: Matrix, family: Family, adapter: Adapter) -> bool:

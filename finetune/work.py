@@ -18,8 +18,8 @@ ASSUMED_ROWS = 1000
 def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
     """Rows, tokens, updates and FLOPs of the training, without evaluation and merge. `prepared` is a run's data folder.
 
-    Forward 2, backward through frozen weights 2, adapter 6 (forward, backward, its own gradients) FLOPs per parameter
-    and token; a token counts its own experts only.
+    Forward 2, backward through the base's weights 2, adapter 6 (forward, backward, its own gradients) FLOPs per
+    parameter and token; a token counts its own experts only. Weights of the base that are trained cost 2 more.
     """
     train, devices = recipe.train, recipe.launch.nodes * recipe.launch.devices
     weights, family = sizes.matrices(recipe.model), sizes.family_of_card(recipe.model)
@@ -29,7 +29,8 @@ def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
     steps = train.max_steps or math.ceil(seen / per_update)
     tokens = seen * length.value
     active = sizes.active_parameters(weights)
-    trainable = sizes.active_lora_parameters(weights, family, recipe.adapter)
+    trainable = sizes.active_trained_parameters(weights, family, recipe.adapter)
+    each = 2 if recipe.adapter.method == "full" else 6
     basis: Basis = "assumed" if "assumed" in (rows.basis, length.basis) else "computed"
     again = 2 * active * tokens if train.gradient_checkpointing else 0
 
@@ -49,9 +50,12 @@ def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
         counted("steps", steps, "updates", "train.max_steps" if train.max_steps else f"{seen:,} rows / {per_update}"),
         counted("tokens", tokens, "tokens", f"{seen:,} rows x {length.value:,.0f}"),
         counted("forward", 2 * active * tokens, "FLOP", f"{per_token}, attention scores not counted"),
-        counted("backward", 2 * active * tokens, "FLOP", f"{per_token}, through frozen weights"),
+        counted("backward", 2 * active * tokens, "FLOP", f"{per_token}, through the base's weights"),
         counted(
-            "adapter maths", 6 * trainable * tokens, "FLOP", "6 x trainable parameters of a token's experts x tokens"
+            "weight gradients" if each == 2 else "adapter maths",
+            each * trainable * tokens,
+            "FLOP",
+            f"{each} x trainable parameters of a token's experts x tokens",
         ),
         counted(
             "recompute",

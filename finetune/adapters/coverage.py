@@ -10,11 +10,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from finetune.adapters.targets import LAYER, wanted_names
+from finetune.adapters.targets import wanted_names
 from finetune.errors import NumbersError
 from finetune.experts import nf4
 from finetune.experts.stack import is_packed
 from finetune.families import GROUPS, Family, Group
+from finetune.families.family import LAYER
 from finetune.recipe import Adapter
 
 
@@ -25,15 +26,15 @@ class CoverageRow:
     group: Group
     """Where the weights belong."""
     parameters: int
-    """Frozen parameters, counted unpacked."""
+    """Parameters of the base, counted unpacked."""
     bytes: int
     """Bytes they take in memory, 4-bit maxima included."""
     parameters_4bit: int
     """How many of them are really stored in 4 bits."""
     adapted: int
-    """How many of them have an adapter beside them."""
+    """How many of them have an adapter beside them, or are trained themselves."""
     trainable: int
-    """Parameters of these adapters."""
+    """Parameters of these adapters, or those trained themselves."""
 
 
 def coverage(model: nn.Module, family: Family) -> list[CoverageRow]:
@@ -47,7 +48,7 @@ def coverage(model: nn.Module, family: Family) -> list[CoverageRow]:
                 continue
             seen.add(id(parameter))
             plain = plain_path(f"{path}.{name}")
-            row = rows[group_of(plain, family)]
+            row = rows[family.group_of(plain)]
             if ".lora_" in f".{path}.{name}":
                 row.trainable += parameter.numel() if parameter.requires_grad else 0
                 continue
@@ -55,7 +56,8 @@ def coverage(model: nn.Module, family: Family) -> list[CoverageRow]:
             row.parameters += count
             row.bytes += size
             row.parameters_4bit += count if packed else 0
-            row.adapted += count if plain in adapted else 0
+            row.adapted += count if plain in adapted or parameter.requires_grad else 0
+            row.trainable += count if parameter.requires_grad else 0
     return [row for row in rows.values() if row.parameters]
 
 
@@ -92,25 +94,6 @@ def plain_path(path: str) -> str:
     """A path inside a PEFT model as it is in the bare one."""
     path = path.removeprefix("base_model.model.").replace(".base_layer", "")
     return re.sub(r"\.lora_(A|B|magnitude_vector)\.[^.]+", "", path)
-
-
-def group_of(path: str, family: Family) -> Group:
-    """The group of a parameter by its plain path."""
-    match = LAYER.search(path)
-    if not match:
-        return "embedding" if ("embed_tokens" in path or "lm_head" in path) else "other"
-    below = match[2]
-    module = below.rpartition(".")[0]
-    if family.experts and (module == family.experts or below.startswith(family.experts + ".")):
-        return "routed"
-    if family.router and (module == family.router or module.startswith(family.router + ".")):
-        return "router"
-    if module in family.shared:
-        return "shared"
-    if module in family.dense:
-        return "dense"
-    blocks = {name.partition(".")[0] for name in family.attention}
-    return "attention" if below.partition(".")[0] in blocks else "other"
 
 
 def wanted_parameters(model: nn.Module, family: Family, adapter: Adapter) -> set[str]:

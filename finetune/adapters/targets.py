@@ -15,9 +15,8 @@ from finetune.base import Base
 from finetune.errors import RecipeError
 from finetune.experts import ExpertsLora
 from finetune.families import Family
+from finetune.families.family import LAYER
 from finetune.recipe import Adapter
-
-LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 
 
 def lora_config(base: Base, adapter: Adapter) -> LoraConfig:

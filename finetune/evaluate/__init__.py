@@ -21,15 +21,15 @@ def evaluate(run_dir: RunDir) -> None:
     Raises RunError when the run has no adapter, NumbersError when a loss is not finite or the adapter changes nothing,
     and GateError EVAL-004 when a gate of the recipe is not met; the scores are written before that.
     """
-    from finetune.adapters import load_adapter
     from finetune.base import load_base
     from finetune.compose import read_recipe
     from finetune.data import load_splits
     from finetune.source import base_folder
+    from finetune.whole import load_trained
 
     recipe = read_recipe(run_dir.recipe)
     run_dir.require(run_dir.data / "report.json", "data")
-    run_dir.require(run_dir.adapter, "train")
+    run_dir.require(run_dir.trained, "train")
     splits = load_splits(run_dir)
     base = load_base(
         base_folder(recipe),
@@ -37,7 +37,7 @@ def evaluate(run_dir: RunDir) -> None:
         precision=recipe.train.precision,
         double_quantisation=recipe.adapter.double_quantisation,
     )
-    model = load_adapter(base, run_dir.adapter)
+    model = load_trained(base, run_dir.trained)
     cache = not base.family.routing_table  # a router that looks tokens up needs all of them in every step
     with base.arithmetic():
         scores = compare(

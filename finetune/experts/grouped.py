@@ -2,8 +2,8 @@
 
 One autograd function from tokens to tokens. It keeps the first projection's output for the backward pass and nothing
 else of its own: sorted copies of the tokens, activations and the second projection's output are made again there or are
-not needed, W is read again (unpacked again when it is in 4 bits), and the product L R is never formed. `routing` sorts
-the tokens, `products` multiplies.
+not needed, W is read again (unpacked again when it is in 4 bits), and the product L R is never formed. W and biases
+that are trained themselves get their gradients here too. `routing` sorts the tokens, `products` multiplies.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from finetune.experts.products import Grouped, Products, aligned_rank, arithmetic, products
+from finetune.experts.products import ALIGNMENT, Grouped, Products, aligned_rank, arithmetic, products
 from finetune.experts.routing import Routing, kept, route, route_on_device
-from finetune.experts.stack import layout_of
+from finetune.experts.stack import is_packed, layout_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,8 @@ class Factors:
 class Projection:
     """One stack at work on sorted rows, with its update and its bias where there are any."""
 
+    module: Any
+    """The experts module."""
     times: Products
     """The arithmetic."""
     left_ENr: torch.Tensor | None
@@ -44,7 +46,7 @@ class Projection:
     scale: float
     """What their product is multiplied by."""
     bias_EM: torch.Tensor | None
-    """Frozen bias of every expert."""
+    """Bias of every expert."""
 
     def forward(self, x_PN: torch.Tensor, expert_P: torch.Tensor) -> torch.Tensor:
         """y_PM = x W_e + scale (x L_e) R_e + b_e."""
@@ -84,9 +86,30 @@ class Projection:
             inner_Pr, through_Pr = inner_Pr * weight_P1, through_Pr * weight_P1
         return self.times.outer(x_PN, through_Pr), self.times.outer(inner_Pr, grad_PM)
 
+    def own(
+        self, x_PN: torch.Tensor, grad_PM: torch.Tensor, weight_P1: torch.Tensor | None, wanted: tuple[bool, bool]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Gradients of the stack itself, as it is stored, and of its bias (E, M), where they are `wanted`."""
+        if not any(wanted):
+            return None, None
+        grad_PM = grad_PM if weight_P1 is None else grad_PM * weight_P1
+        stack = bias = None
+        if wanted[0] and layout_of(self.module).transposed:
+            stack = self.times.outer(x_PN, grad_PM)
+        elif wanted[0]:
+            stack = self.times.outer(grad_PM, x_PN)
+        if wanted[1]:
+            ones_PA = grad_PM.new_ones(grad_PM.shape[0], ALIGNMENT // grad_PM.element_size())
+            bias = self.times.outer(ones_PA, grad_PM)[:, 0]
+        return stack, bias
+
 
 class Routed(torch.autograd.Function):
-    """hidden_TH, weights_TK -> the routed experts' output (T, H)."""
+    """hidden_TH, weights_TK -> the routed experts' output (T, H).
+
+    The last four inputs are the module's own stacks and biases: named here so that they get gradients where they are
+    trained, and read from the module.
+    """
 
     @staticmethod
     def forward(  # noqa: D102
@@ -100,6 +123,7 @@ class Routed(torch.autograd.Function):
         scales: tuple[float, float],
         module: Any,
         routing: Routing,
+        *own: torch.Tensor | None,
     ) -> torch.Tensor:
         wide = arithmetic(hidden_TH.dtype, hidden_TH.device)
         first, second = layout_of(module).shapes
@@ -135,6 +159,8 @@ class Routed(torch.autograd.Function):
             plain_PI = down.backward(grad_PH, through)
             grad_weights = weights_gradient(plain_PI, gated_PI, grad_PH, down, routing).to(weights_TK.dtype)
             grad_left_2, grad_right_2 = down.update(gated_PI, grad_PH, through, weight_P1)
+            stack_1, stack_2, bias_1, bias_2 = ctx.needs_input_grad[9:]
+            grad_stack_2, grad_bias_2 = down.own(gated_PI, grad_PH, weight_P1, (stack_2, bias_2))
             (grad_middle,) = torch.autograd.grad(gated, middle, (plain_PI * weight_P1).to(gated.dtype))
             grad_middle = grad_middle.to(wide).contiguous()
             del grad_PH, plain_PI, gated, gated_PI
@@ -144,7 +170,9 @@ class Routed(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_PN = up.backward(grad_middle, through)
                 grad_hidden = kept(grad_PN[routing.position_TK], routing).sum(1).to(hidden_TH.dtype)
-            grad_left_1, grad_right_1 = up.update(hidden_TH[routing.token_P].to(wide), grad_middle, through, None)
+            rows_PH = hidden_TH[routing.token_P].to(wide)
+            grad_left_1, grad_right_1 = up.update(rows_PH, grad_middle, through, None)
+            grad_stack_1, grad_bias_1 = up.own(rows_PH, grad_middle, None, (stack_1, bias_1))
         return (
             grad_hidden,
             grad_weights,
@@ -153,6 +181,12 @@ class Routed(torch.autograd.Function):
             fitted(grad_left_2, left_2),
             fitted(grad_right_2, right_2),
             *(None, None, None),
+            *(
+                grad if grad is None or weight is None else grad.to(weight.dtype)
+                for grad, weight in zip(
+                    (grad_stack_1, grad_stack_2, grad_bias_1, grad_bias_2), own_weights(module), strict=True
+                )
+            ),
         )
 
 
@@ -167,14 +201,19 @@ def projection(
 ) -> Projection:
     """The stack `name` at work on a plan's rows in `dtype`, its rank filled up where `grouped_mm` wants that."""
     times = products(module, name, routing)
-    bias_EM = getattr(module, name + "_bias") if getattr(module, "has_bias", False) else None
+    bias_EM = bias_of(module, name)
     if left_ENr is None or right_ErM is None:
-        return Projection(times, None, None, scale, bias_EM)
+        return Projection(module, times, None, None, scale, bias_EM)
     left_ENr, right_ErM = left_ENr.to(dtype), right_ErM.to(dtype)
     more = aligned_rank(left_ENr.shape[2], dtype) - left_ENr.shape[2]
     if isinstance(times, Grouped) and more:
         left_ENr, right_ErM = F.pad(left_ENr, (0, more)), F.pad(right_ErM, (0, 0, 0, more))
-    return Projection(times, left_ENr.contiguous(), right_ErM.contiguous(), scale, bias_EM)
+    return Projection(module, times, left_ENr.contiguous(), right_ErM.contiguous(), scale, bias_EM)
+
+
+def bias_of(module: Any, name: str) -> torch.Tensor | None:
+    """The biases (E, M) that belong to a stack; None where it has none."""
+    return getattr(module, name + "_bias") if getattr(module, "has_bias", False) else None
 
 
 def spread(weights_TK: torch.Tensor, routing: Routing, dtype: torch.dtype) -> torch.Tensor:
@@ -245,6 +284,9 @@ def experts_forward(
     """
     if not hidden_states.shape[0]:
         return hidden_states.clone()
+    kind = hidden_states.device.type
+    if torch.is_autocast_enabled(kind):  # as a linear map would: norms in fp32 give fp32
+        hidden_states = hidden_states.to(torch.get_autocast_dtype(kind))
     given = [lora[name] if lora and name in lora else None for name in layout_of(self).shapes]
     pairs = [(factors.left_ENr, factors.right_ErM) if factors else (None, None) for factors in given]
     output: torch.Tensor = Routed.apply(
@@ -255,5 +297,13 @@ def experts_forward(
         tuple(factors.scale if factors else 0.0 for factors in given),
         self,
         routing or plan(top_k_index, self, hidden_states.dtype),
+        *own_weights(self),
     )
     return output
+
+
+def own_weights(module: Any) -> tuple[torch.Tensor | None, ...]:
+    """Stacks and biases of an experts module, those in 4 bits left out: they cannot be trained."""
+    names = tuple(layout_of(module).shapes)
+    stacks = (None if is_packed(module, name) else getattr(module, name) for name in names)
+    return (*stacks, *(bias_of(module, name) for name in names))

@@ -26,7 +26,7 @@ def export(run_dir: RunDir) -> None:
     from finetune.source import base_folder
 
     recipe = read_recipe(run_dir.recipe)
-    adapter = run_dir.require(run_dir.adapter, "train")
+    adapter = run_dir.require(run_dir.trained, "train")
     console = Console()
     with atomic_folder(run_dir.export) as folder:
         parity = None

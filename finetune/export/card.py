@@ -12,7 +12,7 @@ def card(run_dir: RunDir, recipe: Recipe, parity: Parity | None) -> str:
     name = export_name(run_dir, recipe)
     data = read_json(run_dir.data / "report.json")["source"]
     title = data["title"] if "title" in data else data["kind"]
-    method = "DoRA" if recipe.adapter.method == "dora" else "LoRA"
+    method = {"dora": "DoRA", "lora": "LoRA", "full": "all weights trained"}[recipe.adapter.method]
     lines = [
         "---",
         f"license: {recipe.model.licence or 'other'}",

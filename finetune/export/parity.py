@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from finetune.adapters import load_adapter
 from finetune.base import check_shards, load_base
 from finetune.recipe import Recipe
+from finetune.whole import load_trained
 
 FP32_LIMIT_GIB = 4.0
 """Checkpoints up to this size are compared in fp32, larger ones in bf16."""
@@ -61,7 +61,7 @@ def prove(base: Path, adapter: Path, merged: Path, rows: Any, recipe: Recipe) ->
     chosen = rows.select(range(min(recipe.export.parity_prompts, len(rows))))
     loaded = load_base(base, load_in_4bit=False, precision=precision)
     tokenizer, auto_class, family = loaded.tokenizer, loaded.family.auto_class, loaded.family
-    model = load_adapter(loaded, adapter).eval()
+    model = load_trained(loaded, adapter).eval()
     answer = _answerer(tokenizer, recipe.evaluate.max_new_tokens, use_cache=not family.routing_table)
     with loaded.arithmetic():
         tuned, tuned_answers = _log_probs(model, chosen), [answer(model, row) for row in chosen]

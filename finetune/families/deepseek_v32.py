@@ -36,6 +36,7 @@ FAMILY = replace(
     model_types=("deepseek_v32",),
     block_class="DeepseekV32DecoderLayer",
     experts_class="DeepseekV32Experts",
+    unreachable=("self_attn.indexer",),
     tiny={
         **deepseek_v3.FAMILY.tiny,
         "model_type": "deepseek_v32",

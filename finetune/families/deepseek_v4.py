@@ -102,6 +102,7 @@ FAMILY = Family(
     experts_class="DeepseekV4Experts",
     router="mlp.gate",
     routing_table="mlp.gate.tid2eid",
+    unreachable=("self_attn.compressor.indexer",),
     shared=shapes.below("mlp.shared_experts"),
     published_names=(
         (r"^model\.embed_tokens\.", "embed."),

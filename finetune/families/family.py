@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +11,9 @@ Group = Literal["embedding", "attention", "dense", "shared", "routed", "router",
 """Where a weight belongs in the coverage table and in the plan."""
 
 GROUPS: tuple[Group, ...] = ("embedding", "attention", "dense", "shared", "routed", "router", "other")
+
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
+"""The path of a weight inside a decoder layer: number of the layer, path below it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +80,8 @@ class Family:
     """Linear maps of the experts that every token uses."""
     dense: tuple[str, ...] = ()
     """Linear maps of the MLPs of layers without experts."""
+    unreachable: tuple[str, ...] = ()
+    """Modules of a decoder layer that only choose what others look at: no gradient reaches them."""
     published_names: tuple[tuple[str, str], ...] = ()
     """Regular expressions and replacements, in order, that turn the tensor names transformers saves into those of the
     published files. Empty where they agree."""
@@ -103,6 +109,24 @@ class Family:
 
     It takes the text part of the config. Names are parameter paths without `.weight`; one with two shapes stands twice.
     """
+
+    def group_of(self, path: str) -> Group:
+        """The group of a parameter by its path in the bare model."""
+        match = LAYER.search(path)
+        if not match:
+            return "embedding" if ("embed_tokens" in path or "lm_head" in path) else "other"
+        below = match[2]
+        module = below.rpartition(".")[0]
+        if self.experts and (module == self.experts or below.startswith(self.experts + ".")):
+            return "routed"
+        if self.router and (module == self.router or module.startswith(self.router + ".")):
+            return "router"
+        if module in self.shared:
+            return "shared"
+        if module in self.dense:
+            return "dense"
+        blocks = {name.partition(".")[0] for name in self.attention}
+        return "attention" if below.partition(".")[0] in blocks else "other"
 
     def text_part(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The text part of a config.json: itself, unless it is a multimodal one of this family."""

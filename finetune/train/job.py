@@ -41,6 +41,8 @@ class Job:
     """What the longest batch took."""
     heard: Heard
     """Rows with a gradient per expert."""
+    begun: dict[str, Any]
+    """Name -> fingerprints of the weights before the first update, of full fine-tuning."""
     resumed: Resumed
     """Where the run went on."""
     console: Any

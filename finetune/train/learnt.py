@@ -37,14 +37,52 @@ class Heard:
         from finetune.experts import ExpertsLora
 
         adapted = {id(m.get_base_layer()) for m in self.model.modules() if isinstance(m, ExpertsLora)}
-        return ((name, module) for name, module in self.model.named_modules() if id(module) in adapted)
+        return (
+            (name, module)
+            for name, module in self.model.named_modules()
+            if id(module) in adapted or (hasattr(module, "finetune_layout") and _is_trained(module))
+        )
 
 
-def unlearnt(model: Any, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+def _is_trained(module: Any) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+def _unchanged(model: Any, begun: Mapping[str, torch.Tensor]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """`unlearnt` for weights that are trained themselves: those whose bits are what they were."""
+    from finetune.whole import fingerprints
+
+    idle: dict[str, list[int]] = {}
+    heard: dict[str, list[int]] = {}
+    for name, now in fingerprints(model).items():
+        same = (now == begun[name]).nonzero().flatten().tolist()
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if not hasattr(module, "finetune_layout"):
+            if same:
+                raise NumbersError("TRN-002", f"{name} did not change", "", "a larger train.lr")
+            continue
+        counted = getattr(module, "finetune_heard", None)
+        heard[path] = [0] * len(now) if counted is None else counted.tolist()
+        wrong = [expert for expert in same if heard[path][expert]]
+        if wrong:
+            what = f"{leaf} of {path}: experts {wrong[:5]} got gradients and did not change"
+            raise NumbersError(
+                "TRN-004", what, f"expert {wrong[0]} got {heard[path][wrong[0]]} rows", "a larger train.lr"
+            )
+        if same:
+            idle[name] = same
+    return idle, heard
+
+
+def unlearnt(
+    model: Any, weights: Mapping[str, torch.Tensor], begun: Mapping[str, torch.Tensor] | None = None
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     """(stack -> experts whose update is still zero, experts module -> rows with a gradient that each expert got).
 
     `weights` are the trained parameters by name, whole. An expert that no row with a gradient reached is the one honest
-    reason for an update of zero. Layers of another engine do not count rows: their experts stand in the first only.
+    reason for an update of zero. `begun` are the fingerprints of a model that is trained itself. Layers of another
+    engine do not count rows: their experts stand in the first only.
     Raises NumbersError: TRN-002 when a weight that every token uses did not change,
     TRN-004 when an expert that was reached did not.
     """
@@ -53,6 +91,8 @@ def unlearnt(model: Any, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str,
     from finetune.adapters import without_update
     from finetune.experts import ExpertsLora
 
+    if begun:
+        return _unchanged(model, begun)
     idle: dict[str, list[int]] = {}
     heard: dict[str, list[int]] = {}
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

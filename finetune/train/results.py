@@ -1,7 +1,8 @@
-"""What a finished training leaves: `finish(job)` writes adapter/ and train.json."""
+"""What a finished training leaves: `finish(job)` writes adapter/ (or tuned/) and train.json."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from finetune.train import state as states
 from finetune.train.job import Job
 from finetune.train.learnt import unlearnt
 from finetune.train.picture import draw_training
+from finetune.whole import save
 
 
 def finish(job: Job) -> None:
-    """Looks at what was learnt and writes adapter/ and train.json; only the first process writes."""
+    """Looks at what was learnt and writes adapter/ (or tuned/) and train.json; only the first process writes."""
     trainer, rows, recipe, run_dir = job.trainer, job.rows, job.recipe, job.run_dir
     weights = {name: states.whole(p.detach()).cpu() for name, p in states.trainable(trainer.model).items()}
     counts = {name: count.tolist() for name, count in job.heard.memory().items()}
@@ -26,12 +28,16 @@ def finish(job: Job) -> None:
         return
     for other in others:
         job.heard.add({name: torch.tensor(count) for name, count in other.items()})
-    idle, heard = unlearnt(trainer.model, weights)
+    idle, heard = unlearnt(trainer.model, weights, job.begun)
     lengths = [len(ids) for ids in rows["input_ids"]]
     answers = [sum(label != -100 for label in labels) for labels in rows["labels"]]
     passes = job.steps * recipe.train.batch_size * recipe.train.accumulation * job.ranks.world / len(rows)
-    with atomic_folder(run_dir.adapter) as folder:
-        save_adapter(trainer.model, recipe.model.source, folder, weights)
+    if job.begun:
+        with atomic_folder(run_dir.tuned) as folder:
+            save(folder, weights, {"base": recipe.model.source, "adapter": dataclasses.asdict(recipe.adapter)})
+    else:
+        with atomic_folder(run_dir.adapter) as folder:
+            save_adapter(trainer.model, recipe.model.source, folder, weights)
     best = trainer.state.best_global_step if recipe.train.adapter_of == "best" else None
     chosen = best or trainer.state.global_step
     steps = [step | {"batch": batch} for step, batch in zip(job.progress.steps, job.boundary.digests, strict=True)]

@@ -85,12 +85,14 @@ def prepare(
     from finetune.train.router_load import RouterLoad
     from finetune.train.rows import collator, heldout, names, numbered
     from finetune.train.trainer import Boundary, Keeping, Trainer
+    from finetune.whole import fingerprints
 
     unsloth, folder = recipe.engine == "unsloth", base_folder(recipe)
     packed = load_packed(run_dir)
     rows = load_splits(run_dir).train if packed is None else packed
+    whole = recipe.adapter.method == "full"
     part = Part(ranks.rank, ranks.world) if is_sharded(recipe) else None
-    base, model = load(recipe, folder) if unsloth else _load(recipe, folder, part)
+    base, model = load(recipe, folder) if unsloth else _whole(recipe, folder) if whole else _load(recipe, folder, part)
     console.print(base.loading())
     table = coverage_table(model, base.family)
     print_coverage(table, console)
@@ -99,6 +101,7 @@ def prepare(
     console.print(arithmetic(recipe.train, len(rows), steps, ranks.world))
     name = f"{recipe.name}-{run_dir.path.name}"
     progress, heard, router = TrainingProgress(console, steps), Heard(model), RouterLoad(console)
+    begun = fingerprints(model) if whole else {}
     rehearsal = Rehearsal(recipe, run_dir, console, ranks)
     boundary = Boundary(ranks, request, names(rows, packed is not None))
     resumed = Resumed()
@@ -150,6 +153,7 @@ def prepare(
         progress=progress,
         boundary=boundary,
         heard=heard,
+        begun=begun,
         router=router,
         rehearsal=rehearsal,
         resumed=resumed,
@@ -173,6 +177,19 @@ def _load(recipe: Recipe, folder: Path, part: Part | None) -> tuple[Any, Any]:
     )
     set_seed(recipe.seed)  # TRL 1.14.2 seeds after the adapter is made; the same seed would give another LoRA
     return base, attach(base, recipe.adapter)
+
+
+def _whole(recipe: Recipe, folder: Path) -> tuple[Any, Any]:
+    """(base, its model with those of its own weights trainable that the recipe names)."""
+    from transformers import set_seed
+
+    from finetune.base import load_base
+    from finetune.whole import begin, exact_precision
+
+    precision = recipe.train.precision
+    base = load_base(folder, load_in_4bit=False, precision=exact_precision(folder, precision))
+    set_seed(recipe.seed)
+    return base, begin(base, recipe.adapter, precision)
 
 
 def _run(job: Job) -> None:

@@ -164,14 +164,14 @@ def require_4bit(model: Any, family: Family) -> None:
     Unsloth leaves a stack whose layer it does not know in 16 bits and says so in a log at most.
     """
     from finetune.adapters import adapted_parameters
-    from finetune.adapters.coverage import group_of, measure, plain_path
+    from finetune.adapters.coverage import measure, plain_path
 
     adapted = adapted_parameters(model)
     found = []
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             plain = plain_path(f"{path}.{name}")
-            if ".lora_" in path or not (plain in adapted or group_of(plain, family) == "routed"):
+            if ".lora_" in path or not (plain in adapted or family.group_of(plain) == "routed"):
                 continue
             if not measure(module, name, parameter)[1]:
                 found.append(plain)
