@@ -24,7 +24,8 @@ def host(recipe: Recipe) -> tuple[Figure, ...]:
     """Host memory of one machine in GiB, by part; the last is the most that is needed at a time."""
     model, here = recipe.model, recipe.launch.devices
     weights = sizes.matrices(model)
-    total, published = sizes.total_parameters(weights), sizes.weights_gib(model)
+    total = sizes.total_parameters(weights)
+    published = sizes.merged_gib(model) if model.upcycle_experts else sizes.weights_gib(model)
     group = max(m.rows * m.columns * max(m.experts, 1) for m in weights) / total * published
     each = f" x {here} processes" if here > 1 else ""
     adapter = sizes.trained_parameters(weights, sizes.family_of_card(model), recipe.adapter) * 4 / sizes.GIB

@@ -20,6 +20,7 @@ from typing import Any
 from finetune.compare import Row, compare
 from finetune.cost import Probe
 from finetune.errors import RecipeError, RunError
+from finetune.launch import end, handed_on
 from finetune.plan import Plan, plan
 from finetune.recipe import Recipe
 from finetune.run import start
@@ -50,7 +51,7 @@ def probe(recipe: Recipe, steps: int) -> Probed:
     if recipe.launch.kind != "local" or recipe.launch.nodes > 1:
         why = "probe trains on this machine, and launch.kind=slurm does not"
         raise RecipeError([f"PLN-001 probe={steps}: {why}. Set launch=local, with launch.devices as here."])
-    with _trained(shortened(recipe, steps)) as run_dir:
+    with trained(shortened(recipe, steps)) as run_dir:
         train = read_json(run_dir.train)
         planned = plan(recipe, prepared=run_dir.data)
         measured = measurement(train, flops_per_step(planned))
@@ -89,19 +90,22 @@ def flops_per_step(figures: Plan) -> float:
 
 
 @contextmanager
-def _trained(recipe: Recipe) -> Iterator[RunDir]:
-    """A run of the recipe up to its adapter, in a folder that is removed at the end of the block."""
+def trained(recipe: Recipe) -> Iterator[RunDir]:
+    """A run of the recipe up to its adapter, in a folder that is removed at the end of the block.
+
+    A signal to this process asks the child to stop. Raises RunError (PLN-002) when the child did not finish.
+    """
     with tempfile.TemporaryDirectory(prefix="finetune-probe-") as folder:
         recipe.runs_dir = folder
         run_dir = start(recipe)
         words = [sys.executable, "-m", "finetune", "train", f"run={run_dir.path}"]
-        child = subprocess.Popen(words, stdout=STDERR)
-        try:
-            code = child.wait()
-        finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
+        running: list[subprocess.Popen[bytes]] = []
+        with handed_on(running):
+            try:
+                running.append(subprocess.Popen(words, stdout=STDERR, start_new_session=True))
+                code = running[0].wait()
+            finally:
+                end(running)
         if code or not run_dir.train.exists():
             what = f"the {recipe.train.max_steps} training steps ended with exit code {code}"
             raise RunError("PLN-002", what, "it says why above", "the plan without probe=, or a smaller job")

@@ -32,7 +32,7 @@ def show_plan(figures: Plan, console: Console) -> None:
     console.print(head)
     for name, group in figures.groups().items():
         if group:
-            console.print(_table(name, group))
+            console.print(figure_table(name, group))
     console.print(Text(figures.verdict, style="bold green" if figures.fits else "bold yellow"))
     seen = any(figure.basis == "measured" for group in figures.groups().values() for figure in group)
     console.print(
@@ -69,7 +69,8 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _table(title: str, figures: Sequence[Figure]) -> object:
+def figure_table(title: str, figures: Sequence[Figure]) -> object:
+    """Figures as a table: name, number, unit, kind and source."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)

@@ -94,7 +94,8 @@ def attention_per_token(recipe: Recipe, length: float) -> float:
 def heldout_rows(recipe: Recipe, prepared: Path | None) -> Figure:
     """Held-out rows that are scored: counted in prepared data, else the limits of recipe and card, else assumed."""
     name, data = "held-out rows", recipe.data
-    if report := _report(prepared):
+    report = _report(prepared)
+    if report and "heldout" in report["splits"]:
         there, how = given, "the prepared data of this run"
         rows = int(report["splits"]["heldout"]["rows"])
     elif data.card and not data.sample:
