@@ -50,7 +50,8 @@ class Row:
 def compare(plan: Mapping[str, Any], train: Mapping[str, Any]) -> list[Row]:
     """A row for everything that the plan of a run says and its training has measured; older files have fewer."""
     planned = {figure["name"]: figure["value"] for figure in plan["memory"]}
-    work = {figure["name"]: figure["value"] for figure in [*plan["work"], *plan["cost"]]}
+    listed = [figure for group in ("work", "cost") if group in plan for figure in plan[group]]
+    work = {figure["name"]: figure["value"] for figure in listed}
     rows = []
 
     def row(name: str, said: Iterable[str], measured: float, how: str) -> None:

@@ -26,7 +26,8 @@ def host(recipe: Recipe) -> tuple[Figure, ...]:
     weights = sizes.matrices(model)
     total = sizes.total_parameters(weights)
     published = sizes.merged_gib(model) if model.upcycle_experts else sizes.weights_gib(model)
-    group = max(m.rows * m.columns * max(m.experts, 1) for m in weights) / total * published
+    share = memory.shards(recipe)  # each process then reads its own experts only
+    group = max(m.rows * m.columns * (m.experts / share if m.experts else 1) for m in weights) / total * published
     each = f" x {here} processes" if here > 1 else ""
     adapter = sizes.trained_parameters(weights, sizes.family_of_card(model), recipe.adapter) * 4 / sizes.GIB
     largest = max(m.rows * m.columns for m in weights) * sizes.FP32_BYTES / sizes.GIB
@@ -55,9 +56,12 @@ def host(recipe: Recipe) -> tuple[Figure, ...]:
         *parts,
         computed("host memory", most, "GiB", "libraries and the largest part above, per machine"),
         computed(
-            "proving the merge",
-            total * proof / sizes.GIB,
-            "GiB",
-            f"of the device, or of the host where there is no GPU: all parameters x {proof} B, to compare answers",
+            "proving the merge", total * proof / sizes.GIB, "GiB", _proof(recipe, total * proof / sizes.GIB, proof)
         ),
     )
+
+
+def _proof(recipe: Recipe, gib: float, each: int) -> str:
+    how = f"of the device, or of the host without a GPU: all parameters x {each} B, to compare answers"
+    limit = recipe.costs.device_gib
+    return how + (f"; more than the {limit:g} GiB of one {recipe.costs.device}" if gib > limit else "")

@@ -24,7 +24,7 @@ STATE_BYTES = {
 }
 """`train.optimizer` -> bytes of its state per trainable parameter: one or two moments in fp32, or in 8 bits with an
 fp32 maximum per 256 of them. Adafactor's sums of rows and columns are next to nothing."""
-ADAPTER, TRAINED_WEIGHTS, GRADIENTS, OPTIMIZER = "adapter", "trained weights", "gradients", "optimizer"
+ADAPTER, TRAINED_WEIGHTS, GRADIENTS, OPTIMIZER = "adapter weights", "trained weights", "gradients", "optimizer"
 """Names of the parts that are trained: `trained weights` takes the adapter's place where the base itself is trained."""
 AT_REST = ("expert stacks, 4-bit", "other linear maps, 4-bit", "scales (absmax)", "weights kept in", "frozen weights")
 """Beginnings of the names of the parts that are the frozen base."""
@@ -86,10 +86,11 @@ def memory(recipe: Recipe) -> list[Figure]:
     shape = f"{train.batch_size} rows x {recipe.data.max_length:,} tokens"
     maxima = stacks * beside / share + linear * beside
     of_values = "" if beside >= 4 / 64 else ", in 8 bits"
+    spread = f"{split}, of linear maps whole" if split else ""
     parts = [
         part("expert stacks, 4-bit", stacks * 0.5 / share, f"{stacks:,} x 0.5 B{split}"),
         part("other linear maps, 4-bit", linear * 0.5 / share, f"{linear:,} x 0.5 B{split}"),
-        part("scales (absmax)", maxima, f"{stacks + linear:,} x {beside:.4g} B: one maximum per 64{of_values}{split}"),
+        part("scales (absmax)", maxima, f"{stacks + linear:,} x {beside:.4g} B: one maximum per 64{of_values}{spread}"),
         part("frozen weights" if whole else f"weights kept in {train.precision}", kept_bytes / share, kept_how + split),
         part(TRAINED_WEIGHTS if whole else ADAPTER, trainable * 4 / share, f"{trainable:,} x 4 B{split}"),
         part(GRADIENTS, trainable * 4 / share, f"{trainable:,} x 4 B{split}"),

@@ -79,7 +79,7 @@ def test_memory_by_hand_for_a_tiny_model() -> None:
     assert parts["other linear maps, 4-bit"] == pytest.approx(attention * 0.5)
     assert parts["scales (absmax)"] == pytest.approx((stacks + attention) * 4 / 64)
     assert parts["weights kept in fp32"] == pytest.approx(rest * 4)
-    assert parts["adapter"] == parts["gradients"] == pytest.approx(lora * 4)
+    assert parts["adapter weights"] == parts["gradients"] == pytest.approx(lora * 4)
     assert parts["optimizer"] == pytest.approx(lora * 8)
     assert parts["logits"] == pytest.approx(200 * vocabulary * 10)
 
@@ -261,6 +261,31 @@ def run_plan(*words: str) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     printed: dict[str, Any] = json.loads(done.stdout)
     return printed
+
+
+def test_no_recipe_imports_torch_or_opens_a_socket_to_plan() -> None:
+    code = """
+import contextlib, io, socket, sys
+from finetune.__main__ import main
+from finetune.compose import recipe_names
+
+opened = []
+sys.addaudithook(lambda event, args: opened.append(event) if event.startswith("socket.") else None)
+names, printed = recipe_names(), 0
+for verb in (*(["plan", f"recipe={name}"] for name in names), ["plan", "tco", f"recipe={names[0]}"]):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main([*verb, "--json"]) == 0
+    printed += len(out.getvalue()) > 1000
+heavy = sorted({"torch", "transformers", "peft", "datasets", "trl", "bitsandbytes"} & set(sys.modules))
+count = len(opened)
+socket.socket().close()  # the hook sees one when there is one
+print(len(names), printed, count, len(opened) > count, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    recipes = len(recipe_names())
+    assert recipes >= 12
+    assert done.stdout.strip() == f"{recipes} {recipes + 1} 0 True []"
 
 
 def test_plan_prints_json_without_torch_and_without_weights() -> None:

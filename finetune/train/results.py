@@ -58,7 +58,7 @@ def finish(job: Job) -> None:
             "load_peak_gib": round(job.base.load_peak_gib, 4),
             "load_limit_gib": round(job.base.resident_gib + 2 * job.base.largest_group_gib, 4),
             "load_seconds": round(job.base.load_seconds, 2),
-            "resident_gib": round(job.base.resident_gib, 4),
+            "resident_gib": round(job.base.resident_gib, 6),
             "optimizer_gib": round(held_gib(trainer.optimizer), 6),
             "coverage": job.table,
             "heldout": [
