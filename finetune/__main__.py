@@ -19,7 +19,11 @@ VERBS = {
     "merge": ("finetune.commands:job", "... and the adapter in the original weights"),
     "export": ("finetune.commands:job", "... and what a server loads"),
     "report": ("finetune.commands:job", "... and a page to look at"),
-    "plan": ("finetune.commands:plan", "what it needs, takes and costs; loads and fetches nothing"),
+    "plan": (
+        "finetune.commands:plan",
+        "what it needs, takes and costs; loads and fetches nothing, unless probe=3 trains so many steps",
+    ),
+    "plan tco": ("finetune.commands:tco", "what its tokens cost on your own node, against an API (plot=FILE.png)"),
     "check": ("finetune.commands:check", "whether it can start here"),
     "table": (
         "finetune.commands:table",
@@ -145,7 +149,7 @@ def read(words: list[str]) -> Request:
             problems.append(f"CFG-011 {option} goes with one job and its stages only. Leave it out.")
     if request.run_file and request.run:
         problems.append("CFG-011 --run-file keeps the path of a new run, run= names one. Leave one of them out.")
-    if request.as_json and request.verb not in ("plan", "verify"):
+    if request.as_json and request.verb not in ("plan", "plan tco", "verify"):
         problems.append("CFG-011 --json goes with plan and verify only. Leave it out.")
     if request.isolation and request.verb != "verify":
         problems.append("CFG-011 --isolation goes with verify only. Leave it out.")

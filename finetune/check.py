@@ -72,6 +72,27 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.pretraining_tokens": (0, math.inf),
     "costs.price_per_hour": (0, math.inf),
     "costs.device_kw": (0, math.inf),
+    "tco.gpus": (1, 100_000),
+    "tco.node_per_hour": (0, math.inf),
+    "tco.capex": (0, math.inf),
+    "tco.interest": (0, 10),
+    "tco.residual": (0, 1),
+    "tco.node_kw": (0, math.inf),
+    "tco.load": (0, 1),
+    "tco.pue": (1, 10),
+    "tco.kwh_price": (0, math.inf),
+    "tco.maintenance": (0, 10),
+    "tco.space_per_month": (0, math.inf),
+    "tco.staff": (0, math.inf),
+    "tco.staff_per_year": (0, math.inf),
+    "tco.redundancy": (0, 10),
+    "tco.trainings": (0, math.inf),
+    "tco.other_costs": (0, math.inf),
+    "tco.api_input": (0, math.inf),
+    "tco.api_output": (0, math.inf),
+    "tco.api_cached": (0, math.inf),
+    "tco.cache_share": (0, 1),
+    "tco.input_per_output": (0, math.inf),
 }
 """Dotted key -> smallest and largest value. Infinity and NaN are never allowed."""
 
@@ -85,6 +106,11 @@ ABOVE_ZERO: dict[str, float] = {
     "costs.device_gib": math.inf,
     "costs.device_tflops": math.inf,
     "costs.utilisation": 1.0,
+    "tco.tokens_per_second": math.inf,
+    "tco.utilisation": 1.0,
+    "tco.years": 100.0,
+    "tco.months": math.inf,
+    "tco.tokens_per_month": math.inf,
 }
 """Dotted key -> largest value, for settings that must be above zero."""
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Basis = Literal["given", "assumed", "computed"]
-"""In the recipe, its model card or a file; on an assumption; by arithmetic from given numbers."""
+Basis = Literal["given", "assumed", "computed", "measured"]
+"""In the recipe, its model card or a file; on an assumption; by arithmetic from given numbers; on a machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +22,7 @@ class Figure:
     basis: Basis
     """Where it comes from."""
     how: str
-    """The arithmetic, or the assumption."""
+    """Its source: the arithmetic, the assumption, the file, or what was measured where."""
 
 
 def computed(name: str, value: float, unit: str, how: str) -> Figure:
@@ -38,3 +38,8 @@ def assumed(name: str, value: float, unit: str, how: str) -> Figure:
 def given(name: str, value: float, unit: str, how: str) -> Figure:
     """A figure that somebody stated or that was counted in files."""
     return Figure(name=name, value=value, unit=unit, basis="given", how=how)
+
+
+def measured(name: str, value: float, unit: str, how: str) -> Figure:
+    """A figure that a machine showed."""
+    return Figure(name=name, value=value, unit=unit, basis="measured", how=how)

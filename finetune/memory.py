@@ -24,8 +24,10 @@ STATE_BYTES = {
 }
 """`train.optimizer` -> bytes of its state per trainable parameter: one or two moments in fp32, or in 8 bits with an
 fp32 maximum per 256 of them. Adafactor's sums of rows and columns are next to nothing."""
-TRAINED = {True: "trained weights, gradients, optimizer", False: "adapter, gradients, optimizer"}
-"""Name of the part that holds what is trained, by whether that is the base itself."""
+ADAPTER, TRAINED_WEIGHTS, GRADIENTS, OPTIMIZER = "adapter weights", "trained weights", "gradients", "optimizer"
+"""Names of the parts that are trained: `trained weights` takes the adapter's place where the base itself is trained."""
+AT_REST = ("expert stacks, 4-bit", "other linear maps, 4-bit", "scales (absmax)", "weights kept in", "frozen weights")
+"""Beginnings of the names of the parts that are the frozen base."""
 LOGIT_BYTES = 2 + 4 + 4
 """Bytes per logit: as computed (bf16), as fp32 for the loss, and its gradient."""
 RESERVE_GIB = 1.5
@@ -82,20 +84,53 @@ def memory(recipe: Recipe) -> list[Figure]:
     split = f" / {share} devices" if share > 1 else ""
     gathered = "; two layers as they come from the other devices" if share > 1 else ""
     shape = f"{train.batch_size} rows x {recipe.data.max_length:,} tokens"
-    return [
-        part("expert stacks, 4-bit", stacks * packed_bytes / share, f"{stacks:,} x {packed_bytes} B{split}"),
-        part("other linear maps, 4-bit", linear * (0.5 / share + beside), f"{linear:,} x {packed_bytes} B{split}"),
+    maxima = stacks * beside / share + linear * beside
+    of_values = "" if beside >= 4 / 64 else ", in 8 bits"
+    spread = f"{split}, of linear maps whole" if split else ""
+    parts = [
+        part("expert stacks, 4-bit", stacks * 0.5 / share, f"{stacks:,} x 0.5 B{split}"),
+        part("other linear maps, 4-bit", linear * 0.5 / share, f"{linear:,} x 0.5 B{split}"),
+        part("scales (absmax)", maxima, f"{stacks + linear:,} x {beside:.4g} B: one maximum per 64{of_values}{spread}"),
         part("frozen weights" if whole else f"weights kept in {train.precision}", kept_bytes / share, kept_how + split),
-        part(
-            TRAINED[whole],
-            trainable * (8 + state) / share,
-            f"{trainable:,} x (8 + {state:.3g}) B, {train.optimizer}{split}",
-        ),
+        part(TRAINED_WEIGHTS if whole else ADAPTER, trainable * 4 / share, f"{trainable:,} x 4 B{split}"),
+        part(GRADIENTS, trainable * 4 / share, f"{trainable:,} x 4 B{split}"),
+        part(OPTIMIZER, trainable * state / share, f"{trainable:,} x {state:.3g} B, {train.optimizer}{split}"),
+    ]
+    if copies(recipe) > 1 and share == 1:
+        parts.append(part("gradients on their way", trainable * 4, f"{trainable:,} x 4 B: DDP's buckets"))
+    return [
+        *parts,
         guess("activations", stored, f"{shape}, inputs and outputs of the linear maps of {kept}, {plain} B each"),
         guess("logits", tokens * vocabulary * LOGIT_BYTES, f"{shape} x {vocabulary:,} x (2 + 4 + 4) B"),
         guess("unpacked weights", scratch, f"largest map or all stacks of a layer, {plain} B per parameter{gathered}"),
         guess("reserve", RESERVE_GIB * sizes.GIB, "libraries and fragmentation"),
     ]
+
+
+def with_and_without_recomputing(recipe: Recipe) -> tuple[Figure, ...]:
+    """What activations take either way, what the device then needs, and how many layers would recompute theirs."""
+    found = []
+    for on, words in ((False, "without checkpointing"), (True, "with checkpointing")):
+        parts = {part.name: part for part in memory(_with_recomputing(recipe, on))}
+        how = f"{parts['activations'].how}; the device then needs {sum(p.value for p in parts.values()):,.1f} GiB"
+        found.append(assumed(f"activations {words}", parts["activations"].value, "GiB", how))
+    layers = sizes.depth(sizes.matrices(recipe.model))
+    parts = {part.name: part for part in memory(recipe)}
+    loaded = sum(p.value for p in parts.values() if p.name.startswith((*AT_REST, ADAPTER, TRAINED_WEIGHTS)))
+    if not recipe.train.gradient_checkpointing:
+        count, how = 0, "train.gradient_checkpointing=false"
+    elif recipe.train.checkpointed_layers:
+        count, how = min(recipe.train.checkpointed_layers, layers), "train.checkpointed_layers"
+    else:
+        free = recipe.costs.device_gib - loaded
+        count = layers_to_recompute(recipe, layers, free)
+        how = f"of {layers}: as few as fit into the {max(free, 0):,.1f} GiB that the weights leave; seen when it starts"
+    return (*found, assumed("layers that recompute", count, "", how))
+
+
+def copies(recipe: Recipe) -> int:
+    """How many processes train together."""
+    return recipe.launch.nodes * recipe.launch.devices
 
 
 def shards(recipe: Recipe) -> int:
@@ -134,10 +169,8 @@ def layers_to_recompute(recipe: Recipe, layers: int, free_gib: float) -> int:
     all_kept = counted["activations"]
     one_layer, one_input = all_kept / layers, _with_inputs(recipe) / layers
     later = counted["logits"] + counted["unpacked weights"] + counted["reserve"]
-    state = STATE_BYTES[recipe.train.optimizer]
-    later += (
-        counted[TRAINED[recipe.adapter.method == "full"]] * (4 + state) / (4 + 4 + state)
-    )  # the values are there already
+    later += counted[GRADIENTS] + counted[OPTIMIZER]  # the values are there already
+    later += counted["gradients on their way"] if "gradients on their way" in counted else 0.0
     for count in range(layers):
         if later + (layers - count) * one_layer + count * one_input + (one_layer if count else 0) <= free_gib:
             return count

@@ -1,22 +1,26 @@
 """What a job needs, takes and costs, before anything is downloaded: `plan(recipe)`. Arithmetic only, no torch.
 
-Every figure says whether it was given (in the recipe or its model card), is computed from given ones, or rests on an
-assumption. None is measured.
+Every figure says whether it was given (in the recipe or its model card), is computed from given ones, rests on an
+assumption, or was measured: by `plan probe=3`, by this machine's GPUs about themselves.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune import memory, sizes, terms
 from finetune.check import source_kind
-from finetune.figure import Figure, assumed, computed, given
+from finetune.cost import Probe, cost
+from finetune.figure import Figure, computed, given
+from finetune.gpus import Gpu, compared
+from finetune.host import host
 from finetune.licences import find_licence
 from finetune.recipe import Recipe
-from finetune.work import work
+from finetune.work import heldout_rows, work
 
 NODE = 8
 """Devices of one machine that a sentence about several machines assumes."""
@@ -44,6 +48,12 @@ class Plan:
     """Parameters of the base, per token, and of the adapter."""
     memory: tuple[Figure, ...]
     """Memory of one device, by part; the last is the sum."""
+    ways: tuple[Figure, ...]
+    """Activations with and without checkpointing, and how many layers would recompute theirs."""
+    host: tuple[Figure, ...]
+    """Memory of one machine's host, by part."""
+    here: tuple[Figure, ...]
+    """Memory of this machine's GPUs; empty where none was looked for or found."""
     disk: tuple[Figure, ...]
     """What is written, and where."""
     work: tuple[Figure, ...]
@@ -59,11 +69,24 @@ class Plan:
 
     def figure(self, name: str) -> Figure:
         """The figure of this name. Raises KeyError when there is none."""
-        for group in (self.parameters, self.memory, self.disk, self.work, self.cost):
+        for group in self.groups().values():
             for figure in group:
                 if figure.name == name:
                     return figure
         raise KeyError(name)
+
+    def groups(self) -> dict[str, tuple[Figure, ...]]:
+        """All figures, by a title for each group."""
+        return {
+            "parameters": self.parameters,
+            "memory of one device while training": self.memory,
+            "activations, with and without checkpointing": self.ways,
+            "memory of the host": self.host,
+            "GPUs of this machine": self.here,
+            "disk": self.disk,
+            "work": self.work,
+            "time and money": self.cost,
+        }
 
     def as_json(self) -> dict[str, Any]:
         """The plan as plain dicts, lists and numbers."""
@@ -71,8 +94,10 @@ class Plan:
         return plain
 
 
-def plan(recipe: Recipe, *, prepared: Path | None = None) -> Plan:
+def plan(recipe: Recipe, *, prepared: Path | None = None, probe: Probe | None = None, gpus: Sequence[Gpu] = ()) -> Plan:
     """The plan of a recipe. `prepared` is the data folder of a run: rows and tokens are then counted, not assumed.
+
+    With `probe` hours rest on what steps took here; `gpus` are compared with what a device needs.
 
     Raises RecipeError when the model card cannot be computed with, and DataError for a data card that is none.
     """
@@ -95,9 +120,12 @@ def plan(recipe: Recipe, *, prepared: Path | None = None) -> Plan:
         ),
         parameters=_parameters(recipe),
         memory=(*parts, computed("memory", need, "GiB", "sum of the parts above")),
+        ways=memory.with_and_without_recomputing(recipe),
+        host=host(recipe),
+        here=compared(gpus, need),
         disk=_disk(recipe),
         work=effort,
-        cost=_cost(recipe, effort),
+        cost=cost(recipe, effort, heldout_rows(recipe, prepared), effort[1], probe),
         fits=need <= recipe.costs.device_gib,
         change=change,
         verdict=_verdict(recipe, need, change),
@@ -150,29 +178,22 @@ def _disk(recipe: Recipe) -> tuple[Figure, ...]:
     kind = source_kind(model.source)
     fetched = 0.0 if model.tiny or kind not in ("package", "hub") or not recipe.network else published
     made = merged if model.tiny or model.upcycle_experts else 0.0
-    export = merged if "hf" in recipe.export.formats else adapter
     return (
         download,
         computed("cache", fetched + made, "GiB", "what is fetched or made once, for all runs"),
         computed(tuned, adapter, "GiB", "trainable parameters x 4 B"),
         computed("checkpoints", saved, "GiB", f"{train.keep_checkpoints} and one in the making, x 3 x {tuned}"),
         computed("merged", merged, "GiB", "all parameters x 2 B"),
-        computed("export", export, "GiB", f"formats {', '.join(recipe.export.formats)}"),
+        *(computed(f"export, {name}", *_export(name, merged, adapter)) for name in recipe.export.formats),
     )
 
 
-def _cost(recipe: Recipe, effort: tuple[Figure, ...]) -> tuple[Figure, ...]:
-    costs, devices = recipe.costs, recipe.launch.nodes * recipe.launch.devices
-    flops = sum(f.value for f in effort if f.unit == "FLOP")
-    hours = flops / (costs.device_tflops * 1e12 * costs.utilisation) / 3600
-    speed = f"{costs.device_tflops:g} TFLOP/s x {costs.utilisation:.0%}"
-    price = f"device-hours x {costs.price_per_hour:g} {costs.currency}"
-    return (
-        assumed("hours", hours / devices, "h", f"{flops:.3g} FLOP at {speed}, training alone"),
-        assumed("device-hours", hours, "h", f"{devices} x {costs.device}"),
-        assumed("energy", hours * costs.device_kw, "kWh", f"device-hours x {costs.device_kw:g} kW, the device alone"),
-        assumed("price", hours * costs.price_per_hour, costs.currency, price),
-    )
+def _export(name: str, merged: float, adapter: float) -> tuple[float, str, str]:
+    """(GiB, unit, arithmetic) of one export format."""
+    if name.startswith("peft"):
+        return adapter, "GiB", "what was trained x 4 B; on one disk it shares the adapter's bytes"
+    how = "all parameters x 2 B" + ("; on one disk they share those of `merged`" if name == "hf" else "")
+    return merged, "GiB", how
 
 
 def _verdict(recipe: Recipe, need: float, change: tuple[str, ...]) -> str:

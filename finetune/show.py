@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from finetune.compare import Row
 from finetune.figure import Figure
 from finetune.plan import Plan
 
@@ -29,14 +30,34 @@ def show_plan(figures: Plan, console: Console) -> None:
         head.add_row("", Text(f"- {duty}"))
     head.add_row("facts", Text(figures.facts))
     console.print(head)
-    names = ("parameters", "memory of one device while training", "disk", "work", "time and money")
-    groups = (figures.parameters, figures.memory, figures.disk, figures.work, figures.cost)
-    for name, group in zip(names, groups, strict=True):
-        console.print(_table(name, group))
+    for name, group in figures.groups().items():
+        if group:
+            console.print(figure_table(name, group))
     console.print(Text(figures.verdict, style="bold green" if figures.fits else "bold yellow"))
+    seen = any(figure.basis == "measured" for group in figures.groups().values() for figure in group)
     console.print(
-        "Given figures are the recipe's and its model card's. Nothing here is measured. Not legal advice.", style="dim"
+        "Given figures are the recipe's and its model card's. "
+        + ("What is measured says where. " if seen else "Nothing here is measured. ")
+        + "Not legal advice.",
+        style="dim",
     )
+
+
+def show_comparison(rows: Sequence[Row], console: Console) -> None:
+    """Prints what was planned beside what was measured, with the error; nothing where there is no row."""
+    from rich.table import Table
+
+    if not rows:
+        return
+    title = "planned and measured here"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for name, justify in (("", "left"), ("planned", "right"), ("measured", "right"), ("", "left"), ("error", "right")):
+        table.add_column(name, justify=justify, no_wrap=name != "")  # type: ignore[arg-type]
+    table.add_column("", style="dim")
+    for row in rows:
+        error = f"{row.error:+.1%}"
+        table.add_row(row.name, f"{row.planned:,.4g}", f"{row.measured:,.4g}", row.unit, error, row.how)
+    console.print(table)
 
 
 def number(value: float) -> str:
@@ -48,7 +69,8 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _table(title: str, figures: Sequence[Figure]) -> object:
+def figure_table(title: str, figures: Sequence[Figure]) -> object:
+    """Figures as a table: name, number, unit, kind and source."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)

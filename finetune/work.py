@@ -7,12 +7,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+from finetune import sizes
 from finetune.compute import per_token as flops_per_token
+from finetune.families import shapes
 from finetune.figure import Basis, Figure, assumed, computed, given
 from finetune.recipe import Recipe
 
 ASSUMED_ROWS = 1000
 """Training rows where nothing says how many there are."""
+ASSUMED_HELDOUT = 100
+"""Held-out rows where nothing says how many there are."""
 
 
 def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
@@ -30,6 +34,7 @@ def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
     tokens = seen * length.value
     basis: Basis = "assumed" if "assumed" in (rows.basis, length.basis) else "computed"
     again = flops.recompute * tokens
+    scores, passes = attention_per_token(recipe, length.value), 4 if train.gradient_checkpointing else 3
 
     def counted(name: str, value: float, unit: str, how: str) -> Figure:
         return Figure(name=name, value=value, unit=unit, basis=basis, how=how)
@@ -46,7 +51,7 @@ def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
         ),
         counted("steps", steps, "updates", "train.max_steps" if train.max_steps else f"{seen:,} rows / {per_update}"),
         counted("tokens", tokens, "tokens", f"{seen:,} rows x {length.value:,.0f}"),
-        counted("forward", flops.forward * tokens, "FLOP", f"{per_token}, attention scores not counted"),
+        counted("forward", flops.forward * tokens, "FLOP", f"{per_token}, attention scores apart"),
         counted("backward", flops.backward * tokens, "FLOP", f"{per_token}, through the base's weights"),
         counted(
             "weight gradients" if recipe.adapter.method == "full" else "adapter maths",
@@ -55,12 +60,52 @@ def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
             f"{flops.each} x trainable parameters of a token's experts x tokens",
         ),
         counted(
+            "attention scores",
+            passes * scores * tokens,
+            "FLOP",
+            f"at most: forward, backward twice{', recompute' if passes == 4 else ''}, {scores:.3g} each per token, as "
+            "if every layer read the whole row",
+        ),
+        counted(
             "recompute",
             again,
             "FLOP",
             "a second forward pass, if memory demands it of all layers" if again else "no gradient checkpointing",
         ),
     )
+
+
+def attention_per_token(recipe: Recipe, length: float) -> float:
+    """FLOPs of one forward pass per token for queries times keys and scores times values, in rows of `length` tokens.
+
+    A token sees half the row on average. Layers with a window or without scores do less: this is the most.
+    """
+    config = sizes.shape_config(recipe.model)
+    heads, usual = config["num_attention_heads"], shapes.head_dim(config)
+    keys = shapes.stated(config, "qk_nope_head_dim", absent=0) + shapes.stated(config, "qk_rope_head_dim", absent=0)
+    if "qk_nope_head_dim" not in config or not keys:  # no low-rank attention, whose heads are wider than the usual
+        keys = usual
+    values = shapes.stated(config, "v_head_dim", absent=usual)
+    return float(config["num_hidden_layers"] * heads * (keys + values) * length)
+
+
+def heldout_rows(recipe: Recipe, prepared: Path | None) -> Figure:
+    """Held-out rows that are scored: counted in prepared data, else the limits of recipe and card, else assumed."""
+    name, data = "held-out rows", recipe.data
+    report = _report(prepared)
+    if report and "heldout" in report["splits"]:
+        there, how = given, "the prepared data of this run"
+        rows = int(report["splits"]["heldout"]["rows"])
+    elif data.card and not data.sample:
+        from finetune.data.card import read_card
+
+        there, rows, how = given, read_card(data.card).heldout_rows, f"the data card {data.card}"
+    else:
+        there, rows, how = assumed, ASSUMED_HELDOUT, "assumed"
+    for limit, key in ((data.heldout_rows, "data.heldout_rows"), (recipe.evaluate.rows, "evaluate.rows")):
+        if limit and limit < rows:
+            rows, how = limit, key
+    return there(name, rows, "rows", how)
 
 
 def _rows(recipe: Recipe, prepared: Path | None) -> Figure:

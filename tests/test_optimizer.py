@@ -106,6 +106,8 @@ def test_a_paged_optimizer_is_refused_where_there_is_no_gpu(monkeypatch, tmp_pat
 
 def test_memory_counts_the_optimizers_state():
     parts = {name: memory.memory(good(train__optimizer=name)) for name in NAMES}
-    sizes = {name: next(p.value for p in found if p.name == memory.TRAINED) for name, found in parts.items()}
-    assert sizes["adamw_8bit"] == pytest.approx(sizes["adamw"] * (8 + 2 * (1 + 4 / 256)) / 16)
-    assert sizes["adafactor"] == pytest.approx(sizes["adamw"] / 2)
+    sizes = {name: next(p.value for p in found if p.name == memory.OPTIMIZER) for name, found in parts.items()}
+    assert sizes["adamw_8bit"] == pytest.approx(sizes["adamw"] * 2 * (1 + 4 / 256) / 8)
+    assert sizes["adafactor"] == 0
+    values, gradients = ({p.name: p.value for p in parts["adamw"]}[name] for name in (memory.ADAPTER, memory.GRADIENTS))
+    assert values == gradients == sizes["adamw"] / 2

@@ -57,7 +57,8 @@ def test_the_quickstarts_base_has_the_parameters_that_were_counted_in_its_files(
 )
 def test_packed_weights_are_as_large_as_nf4_makes_them(recipe: str, gib: float) -> None:
     figures = plan(load_recipe(recipe))
-    packed = value(figures, "expert stacks, 4-bit") + value(figures, "other linear maps, 4-bit")
+    names = ("expert stacks, 4-bit", "other linear maps, 4-bit", "scales (absmax)")
+    packed = sum(value(figures, name) for name in names)
     assert packed == pytest.approx(gib, rel=0.07)
 
 
@@ -74,10 +75,12 @@ def test_memory_by_hand_for_a_tiny_model() -> None:
     rest = 2 * vocabulary * hidden + layers * (experts * hidden + 2 * hidden) + hidden
     lora = layers * (16 * (2 * 2 * hidden + 2 * (hidden + keys)) + 8 * experts * (hidden + 2 * inner + inner + hidden))
     parts = {p.name: p.value * 2**30 for p in memory.memory(recipe)}
-    assert parts["expert stacks, 4-bit"] == pytest.approx(stacks * 0.5625)
-    assert parts["other linear maps, 4-bit"] == pytest.approx(attention * 0.5625)
+    assert parts["expert stacks, 4-bit"] == pytest.approx(stacks * 0.5)
+    assert parts["other linear maps, 4-bit"] == pytest.approx(attention * 0.5)
+    assert parts["scales (absmax)"] == pytest.approx((stacks + attention) * 4 / 64)
     assert parts["weights kept in fp32"] == pytest.approx(rest * 4)
-    assert parts["adapter, gradients, optimizer"] == pytest.approx(lora * 16)
+    assert parts["adapter weights"] == parts["gradients"] == pytest.approx(lora * 4)
+    assert parts["optimizer"] == pytest.approx(lora * 8)
     assert parts["logits"] == pytest.approx(200 * vocabulary * 10)
 
 
@@ -214,7 +217,8 @@ def test_devices_that_share_a_base_hold_their_part_of_it() -> None:
     one, four = load_recipe("qwen3_30b_legal"), load_recipe("qwen3_30b_legal", "launch=fsdp2", "launch.devices=4")
     parts = [{part.name: part.value for part in memory.memory(recipe)} for recipe in (one, four)]
     assert parts[1]["expert stacks, 4-bit"] == parts[0]["expert stacks, 4-bit"] / 4
-    assert parts[1]["other linear maps, 4-bit"] > parts[0]["other linear maps, 4-bit"] / 4
+    assert parts[1]["other linear maps, 4-bit"] == parts[0]["other linear maps, 4-bit"] / 4
+    assert parts[1]["scales (absmax)"] > parts[0]["scales (absmax)"] / 4  # those of linear maps stay whole
     assert parts[1]["unpacked weights"] > parts[0]["unpacked weights"]
     assert parts[1]["activations"] == parts[0]["activations"]
 
@@ -240,8 +244,8 @@ def test_the_recipe_that_asks_for_a_70b_says_that_there_is_none() -> None:
 
 def test_every_figure_says_where_it_comes_from() -> None:
     figures = plan(load_recipe("qwen3_30b_legal"))
-    every = list(itertools.chain(figures.parameters, figures.memory, figures.disk, figures.work, figures.cost))
-    assert len(every) > 25 and len({f.name for f in every}) == len(every)
+    every = list(itertools.chain(*figures.groups().values()))
+    assert len(every) > 45 and len({f.name for f in every}) == len(every)
     assert all(f.how and f.basis in ("given", "assumed", "computed") for f in every)
     assert value(figures, "memory") == pytest.approx(sum(f.value for f in figures.memory[:-1]))
 
@@ -257,6 +261,31 @@ def run_plan(*words: str) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     printed: dict[str, Any] = json.loads(done.stdout)
     return printed
+
+
+def test_no_recipe_imports_torch_or_opens_a_socket_to_plan() -> None:
+    code = """
+import contextlib, io, socket, sys
+from finetune.__main__ import main
+from finetune.compose import recipe_names
+
+opened = []
+sys.addaudithook(lambda event, args: opened.append(event) if event.startswith("socket.") else None)
+names, printed = recipe_names(), 0
+for verb in (*(["plan", f"recipe={name}"] for name in names), ["plan", "tco", f"recipe={names[0]}"]):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main([*verb, "--json"]) == 0
+    printed += len(out.getvalue()) > 1000
+heavy = sorted({"torch", "transformers", "peft", "datasets", "trl", "bitsandbytes"} & set(sys.modules))
+count = len(opened)
+socket.socket().close()  # the hook sees one when there is one
+print(len(names), printed, count, len(opened) > count, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    recipes = len(recipe_names())
+    assert recipes >= 12
+    assert done.stdout.strip() == f"{recipes} {recipes + 1} 0 True []"
 
 
 def test_plan_prints_json_without_torch_and_without_weights() -> None:
@@ -277,9 +306,7 @@ def test_only_as_many_layers_recompute_as_memory_demands() -> None:
     layers = 48
     whole = load_recipe("qwen3_30b_legal", "train.gradient_checkpointing=false")
     kept = {part.name: part.value for part in memory.memory(whole)}
-    fixed = (
-        kept["logits"] + kept["unpacked weights"] + kept["reserve"] + kept["adapter, gradients, optimizer"] * 12 / 16
-    )
+    fixed = sum(kept[name] for name in ("logits", "unpacked weights", "reserve", "gradients", "optimizer"))
     frees = [0.0, *(fixed + kept["activations"] * share for share in (0.25, 0.5, 0.75)), 1000.0]
     counts = [memory.layers_to_recompute(recipe, layers, free) for free in frees]
     assert counts[0] == layers

@@ -231,6 +231,7 @@ def test_the_coverage_table_says_plainly_what_is_in_4_bits(run_dir: RunDir) -> N
 def test_the_page_has_memory_rows_licences_versions_and_commands(run_dir: RunDir) -> None:
     words = Page(written(run_dir)).text
     for part in (
+        "weights at rest 0.25 0.567 GiB -55.9 %", "peak while training 1.75 2.35 GiB -25.4 %",
         "measured, highest while training 2.35", "planned, sum 1.75", "planned, expert stacks, 4-bit 0.25",
         "train 2 dropped: duplicate 1 heldout 1", "Apache License 2.0", "CC-BY-4.0", "torch 2.13.0, peft 0.21.2",
         "hf/config.json 2 B", "same answer to 7 of 8 prompts",

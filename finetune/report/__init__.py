@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune.compare import compare
 from finetune.rundir import RunDir, read_json, write_text
 
 GROUPS = {
@@ -88,6 +89,7 @@ def page(facts: dict[str, Any]) -> str:
         steps = train["steps"]
         drawings["loss"] = Markup(plots.loss_curve([s["step"] for s in steps], [s["loss"] for s in steps]))
     coverage = coverage_rows(train["coverage"]) if train else []
+    facts = facts | {"compared": compare(facts["plan"], train) if train and facts["plan"] else []}
     return environment.get_template("page.html.jinja").render(
         facts, plots=drawings, coverage=coverage, storage=storage_sentence(coverage) if coverage else ""
     )

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.adapters import eva_summary
+from finetune.compare import compare
 from finetune.progress import peak_memory_gib
 from finetune.recipe import Recipe
 from finetune.record import versions
-from finetune.rundir import RunDir, atomic_folder, write_json
+from finetune.rundir import RunDir, atomic_folder, read_json, write_json
 from finetune.train import state as states
 from finetune.train.job import Job
 from finetune.train.learnt import unlearnt
@@ -60,7 +61,8 @@ def finish(job: Job) -> None:
             "load_peak_gib": round(job.base.load_peak_gib, 4),
             "load_limit_gib": round(job.base.resident_gib + 2 * job.base.largest_group_gib, 4),
             "load_seconds": round(job.base.load_seconds, 2),
-            "resident_gib": round(job.base.resident_gib, 4),
+            "resident_gib": round(job.base.resident_gib, 6),
+            "optimizer_gib": round(held_gib(trainer.optimizer), 6),
             "coverage": job.table,
             "beginning": begun(recipe, run_dir, trainer.model),
             "heldout": [
@@ -82,6 +84,22 @@ def finish(job: Job) -> None:
             else torch.cuda.get_device_name(),
         },
     )
+    tell_of_memory(job)
+
+
+def held_gib(optimizer: Any) -> float:
+    """GiB of the tensors in an optimizer's state; one that several parameters share counts once."""
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    tensors = {id(value): value for value in states if isinstance(value, torch.Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 2**30
+
+
+def tell_of_memory(job: Job) -> None:
+    """Prints what the plan of the run said of memory beside what was measured."""
+    if job.run_dir.plan.exists():
+        for row in compare(read_json(job.run_dir.plan), read_json(job.run_dir.train)):
+            if row.unit == "GiB":
+                job.console.print(row.sentence(), markup=False, highlight=False, soft_wrap=True)
 
 
 def begun(recipe: Recipe, run_dir: RunDir, model: Any) -> dict[str, Any]:
