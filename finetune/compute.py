@@ -63,8 +63,8 @@ def compute(recipe: Recipe, train: dict[str, Any]) -> dict[str, Any]:
             "flop": flops,
             "recompute_flop": token.recompute * tokens,
             "tokens": tokens,
-            "how": f"(2 + 2) x active parameters + {token.each} x trainable ones of a token's experts, x trained tokens "
-            "without padding; attention scores, evaluation and merge not counted; recompute apart",
+            "how": f"(2 + 2) x active parameters + {token.each} x trainable ones of a token's experts, x trained "
+            "tokens without padding; attention scores, evaluation and merge not counted; recompute apart",
         },
         "by_hours": _by_hours(recipe, train, flops + token.recompute * tokens),
         "original": _original(recipe, flops),
