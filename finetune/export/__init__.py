@@ -69,8 +69,8 @@ def export(run_dir: RunDir) -> None:
 
     The merge has proved that its weights are what was trained; without it there is nothing to export. Raises
     RecipeError (LIC-00x) where a licence forbids it, and GateError (exit code 4): EXP-020 and EXP-021 when the
-    tokenizer does not write or stop as in training, EXP-030 and EXP-031 when a client answers otherwise than the adapter or
-    cannot load a format. Adapter and merged weights stay.
+    tokenizer does not write or stop as in training, EXP-030 and EXP-031 when a client answers otherwise than the
+    adapter or cannot load a format. Adapter and merged weights stay.
     """
     from rich.console import Console
     from transformers import AutoTokenizer
