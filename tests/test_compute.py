@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from finetune import sizes
-from finetune.compose import load_recipe, recipe_names
+from finetune.compose import load_recipe
 from finetune.compute import compute, peak_tflops, per_token
 from tests.job import TRAIN, good
 
+ROOT = Path(__file__).resolve().parents[1]
 H100 = "NVIDIA H100 80GB HBM3"
 
 
@@ -101,8 +104,7 @@ def test_a_tiny_random_model_has_no_original() -> None:
 
 
 def test_every_model_card_with_a_number_of_tokens_says_where_it_was_read() -> None:
-    models = [load_recipe(name).model for name in recipe_names()]
-    told = [model for model in models if model.pretraining_tokens]
-    assert len(told) >= 2
-    assert all(model.pretraining_source for model in told)
-    assert all(1e12 < model.pretraining_tokens < 1e14 for model in told)
+    cards = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / "recipes" / "model").glob("*.yaml")]
+    told = [card for card in cards if "pretraining_tokens" in card]
+    assert len(cards) > 10 and len(told) >= 3
+    assert all(card["pretraining_source"] and 1e12 < card["pretraining_tokens"] < 1e14 for card in told)
