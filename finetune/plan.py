@@ -95,10 +95,11 @@ class Plan:
 
 
 def plan(recipe: Recipe, *, prepared: Path | None = None, probe: Probe | None = None, gpus: Sequence[Gpu] = ()) -> Plan:
-    """The plan of a recipe. `prepared` is the data folder of a run: rows and tokens are then counted, not assumed,
-    and memory is that of its longest row. With `probe` hours rest on what steps took here; `gpus` are compared with what a device needs.
+    """The plan of a recipe.
 
-    Raises RecipeError when the model card cannot be computed with, and DataError for a data card that is none.
+    `prepared` is the data folder of a run: rows and tokens are then counted, not assumed, and memory is that of its
+    longest row. With `probe` hours rest on what steps took here; `gpus` are compared with what a device needs. Raises
+    RecipeError when the model card cannot be computed with, and DataError for a data card that is none.
     """
     model, licence = recipe.model, find_licence(recipe.model.licence)
     effort = work(recipe, prepared)
