@@ -30,7 +30,7 @@ def host(recipe: Recipe) -> tuple[Figure, ...]:
     group = max(m.rows * m.columns * (m.experts / share if m.experts else 1) for m in weights) / total * published
     each = f" x {here} processes" if here > 1 else ""
     adapter = sizes.trained_parameters(weights, sizes.family_of_card(model), recipe.adapter) * 4 / sizes.GIB
-    largest = max(m.rows * m.columns for m in weights) * sizes.FP32_BYTES / sizes.GIB
+    largest = max(m.rows * m.columns for m in weights if m.group != "embedding") * sizes.FP32_BYTES / sizes.GIB
     workers = recipe.data.workers or os.cpu_count() or 1
     proof = sizes.FP32_BYTES if published <= PROOF_FP32_GIB else sizes.BF16_BYTES
     parts = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from finetune.gpus import Gpu, compared
 from finetune.host import host
 from finetune.licences import find_licence
 from finetune.recipe import Recipe
-from finetune.work import heldout_rows, work
+from finetune.work import heldout_rows, longest_row, work
 
 NODE = 8
 """Devices of one machine that a sentence about several machines assumes."""
@@ -95,17 +95,18 @@ class Plan:
 
 
 def plan(recipe: Recipe, *, prepared: Path | None = None, probe: Probe | None = None, gpus: Sequence[Gpu] = ()) -> Plan:
-    """The plan of a recipe. `prepared` is the data folder of a run: rows and tokens are then counted, not assumed.
+    """The plan of a recipe.
 
-    With `probe` hours rest on what steps took here; `gpus` are compared with what a device needs.
-
-    Raises RecipeError when the model card cannot be computed with, and DataError for a data card that is none.
+    `prepared` is the data folder of a run: rows and tokens are then counted, not assumed, and memory is that of its
+    longest row. With `probe` hours rest on what steps took here; `gpus` are compared with what a device needs. Raises
+    RecipeError when the model card cannot be computed with, and DataError for a data card that is none.
     """
     model, licence = recipe.model, find_licence(recipe.model.licence)
     effort = work(recipe, prepared)
-    parts = memory.memory(recipe)
+    fitted = replace(recipe, data=replace(recipe.data, max_length=longest_row(recipe, prepared)))
+    parts = memory.memory(fitted)
     need = sum(part.value for part in parts)
-    change = tuple(memory.smallest_change(recipe))
+    change = tuple(memory.smallest_change(fitted))
     under = f"{licence.title}; commercial use: {licence.commercial}" if licence else model.licence or "not stated"
     return Plan(
         recipe=recipe.name,
@@ -120,7 +121,7 @@ def plan(recipe: Recipe, *, prepared: Path | None = None, probe: Probe | None = 
         ),
         parameters=_parameters(recipe),
         memory=(*parts, computed("memory", need, "GiB", "sum of the parts above")),
-        ways=memory.with_and_without_recomputing(recipe),
+        ways=memory.with_and_without_recomputing(fitted),
         host=host(recipe),
         here=compared(gpus, need),
         disk=_disk(recipe),

@@ -146,6 +146,14 @@ def _tokens_per_row(recipe: Recipe, prepared: Path | None) -> Figure:
     return assumed(name, recipe.data.max_length, unit, "every row as long as data.max_length allows")
 
 
+def longest_row(recipe: Recipe, prepared: Path | None) -> int:
+    """Tokens of the longest row that trains: of prepared data, else the most that the recipe allows."""
+    report, most = _report(prepared), recipe.data.max_length
+    if not report or "packing" in report or "longest" not in report["splits"]["train"]:
+        return most
+    return min(most, int(report["splits"]["train"]["longest"]))
+
+
 def _sequences(report: dict[str, Any]) -> int:
     """Training sequences of prepared data: its rows, or what they are packed into."""
     count: int = report["packing"]["sequences"] if "packing" in report else report["splits"]["train"]["rows"]

@@ -183,6 +183,19 @@ def test_rows_are_counted_where_they_can_be(tmp_path: Path) -> None:
     assert prepared.figure("tokens").basis == "computed" and plan(own).figure("tokens").basis == "assumed"
 
 
+def test_prepared_rows_say_how_long_the_longest_is_and_so_what_activations_take(tmp_path: Path) -> None:
+    recipe = good(data__max_length=400)
+    splits = {"train": {"rows": 7, "tokens": 70, "longest": 100}, "heldout": {"rows": 2}}
+    (tmp_path / "report.json").write_text(json.dumps({"splits": splits}))
+    before, after = plan(recipe), plan(recipe, prepared=tmp_path)
+    for name in ("activations", "logits"):
+        assert value(after, name) == pytest.approx(value(before, name) / 4)
+    assert value(after, "optimizer") == value(before, "optimizer")
+    packed = {"splits": splits, "packing": {"sequences": 3}}  # a packed sequence may be as long as is allowed
+    (tmp_path / "report.json").write_text(json.dumps(packed))
+    assert value(plan(recipe, prepared=tmp_path), "logits") == value(before, "logits")
+
+
 def test_what_fits_fits_and_the_smallest_change_makes_the_rest_fit() -> None:
     recipe = load_recipe("qwen3_30b_legal", "train.gradient_checkpointing=false", "train.batch_size=8")
     need = memory.needed_gib(recipe)
