@@ -101,9 +101,7 @@ def test_other_ranks_and_scales_become_one_of_each_and_no_product_changes(tmp_pa
     scale = config["lora_alpha"] / 8
     wanted = expert_updates(base.family, fused, 0.5, 2)
     place = f"{ROOT}model.layers.1.mlp.experts.3.up_proj"
-    assert torch.equal(
-        scale * pairs[f"{place}.lora_B.weight"] @ pairs[f"{place}.lora_A.weight"], wanted[1, 3, "up"]
-    )
+    assert torch.equal(scale * pairs[f"{place}.lora_B.weight"] @ pairs[f"{place}.lora_A.weight"], wanted[1, 3, "up"])
     name = f"{ROOT}model.layers.1.self_attn.q_proj"
     one, two = (d[f"{name}.lora_B.weight"] @ d[f"{name}.lora_A.weight"] for d in (fused, pairs))
     assert torch.equal(2.0 * one, scale * two)
@@ -119,9 +117,9 @@ def test_zeros_change_no_product():
 
 def test_what_servers_cannot_apply_is_refused(tmp_path):
     saved("qwen3", tmp_path / "dora", Adapter(rank=2, method="dora", targets="all", load_in_4bit=False), whole=False)
-    with pytest.raises(AdapterError, match="ADP-017 .* servers know no DoRA"):
+    with pytest.raises(AdapterError, match=r"ADP-017 .* servers know no DoRA"):
         write_per_expert(checkpoint("qwen3", fp32=True), tmp_path / "dora", tmp_path / "out")
     saved("deepseek_v4", tmp_path / "v4", Adapter(rank=2, expert_rank=2, load_in_4bit=False))
-    with pytest.raises(AdapterError, match="ADP-017 .* no server takes an adapter for them"):
+    with pytest.raises(AdapterError, match=r"ADP-017 .* no server takes an adapter for them"):
         write_per_expert(checkpoint("deepseek_v4", fp32=True), tmp_path / "v4", tmp_path / "out")
     assert not (tmp_path / "out").exists()
