@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from finetune import fetch, sizes
 from finetune.check import GGUF_SMALL, TRACKERS, source_kind
@@ -20,7 +21,7 @@ from finetune.errors import FinetuneError, WeightsError
 from finetune.families import family_of
 from finetune.licences import find_licence
 from finetune.recipe import Recipe
-from finetune.shards import check_shards, quantisation_of
+from finetune.shards import PACKED_TYPES, check_shards, quantisation_of, read_headers
 
 FLOORS = {
     "torch": ((2, 10), "CVE-2026-24747"),
@@ -242,9 +243,23 @@ def unfit_weights(recipe: Recipe) -> WeightsError | None:
     except (ValueError, OSError, AttributeError) as error:
         return WeightsError("WGT-002", f"{path} cannot be used", str(error), "fetch the folder again")
     if family.key == model.family:
-        return engine_unfit(recipe, folder, config)
+        return engine_unfit(recipe, folder, config) or merge_unfit(recipe, folder, config)
     what = f"model.source={folder} is of the family {family.key}, model.family is {model.family}"
     return WeightsError("WGT-008", what, "the plan would describe another model", "the card of that base: model=NAME")
+
+
+def merge_unfit(recipe: Recipe, folder: Path, config: dict[str, Any]) -> WeightsError | None:
+    """The error of a base that merge.quantised=requantise would be refused for after the training, or None."""
+    if recipe.merge.quantised == "bf16":
+        return None
+    what = f"merge.quantised=requantise: {folder} is not quantised"
+    if not quantisation_of(config):
+        return WeightsError("MRG-003", what, "it would have no effect", "merge.quantised=bf16")
+    packed = [key for key, entry in read_headers(folder).items() if entry.dtype in PACKED_TYPES and "expert" in key]
+    if not packed or recipe.adapter.targets == "attention":
+        return None
+    what = f"merge.quantised=requantise: {packed[0]} is stored in 4 bits"
+    return WeightsError("MRG-003", what, "that is too coarse for an update", "merge.quantised=bf16")
 
 
 def room(gib: float) -> str:

@@ -91,11 +91,11 @@ def merging(base: Path, adapter: Path, target: Path, how: How, console: Console 
 
 
 def how_of(recipe: Recipe) -> How:
-    """What a recipe says of quantised weights."""
+    """What a recipe says of quantised weights. A rehearsal's tiny base has none, and nothing to requantise."""
     adapter = recipe.adapter
     seen = recipe.merge.base == "dequantised"
     four_bit = FourBit(recipe.train.precision, adapter.double_quantisation) if seen else None
-    return How(quantised=recipe.merge.quantised, four_bit=four_bit)
+    return How(quantised="bf16" if recipe.model.tiny else recipe.merge.quantised, four_bit=four_bit)
 
 
 def prove(run_dir: RunDir, folder: Path) -> None:

@@ -174,8 +174,7 @@ def write_sheet(plan: Plan, sheet: Sheet, path: Path, advance: Callable[[int], N
     tally = Tally()
     with path.open("wb", buffering=0) as file:
         target = file.fileno()
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(target, 0, sheet.size)  # a full disk is found here, before the work
+        os.ftruncate(target, sheet.size)
         write_at(target, sheet.header, 0)
         for copy in sheet.copies:
             with copy.source.open("rb", buffering=0) as source:

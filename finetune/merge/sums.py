@@ -44,24 +44,29 @@ def add(base_OI: torch.Tensor, pair: Pair | None, out_OI: torch.Tensor, tally: T
     Every value is the sum of the matrix product, times the scale, and the base's value, in this order: as PEFT does it.
     """
     rows = max(1, VALUES // base_OI.shape[1])
-    for begin in range(0, base_OI.shape[0], rows):
+    exact_, plain_ = (torch.empty(min(rows, len(base_OI)), base_OI.shape[1]) for _ in "ab")  # used again and again
+    if pair is not None and pair.lengths_O is None:
+        tally.update += pair.squares()
+    for begin in range(0, len(base_OI), rows):
         part = slice(begin, begin + rows)
+        exact, plain = exact_[: len(base_OI) - begin], plain_[: len(base_OI) - begin]
+        plain.copy_(base_OI[part])  # a sum of two types is slower than this and a sum of one
         if pair is None:
-            exact = base_OI[part].float()
+            exact.copy_(plain)
         else:
-            exact = pair.left_Or[part] @ pair.right_rI
-            exact *= pair.scale
-            if pair.lengths_O is None:
-                tally.update += squares(exact)
-            exact += base_OI[part]
+            torch.mm(pair.left_Or[part], pair.right_rI, out=exact)
+            if pair.scale != 1:
+                exact *= pair.scale
+            exact += plain
             if pair.lengths_O is not None:
                 exact *= (pair.lengths_O[part] / exact.norm(dim=1))[:, None]
-                tally.update += squares(exact - base_OI[part])
+                tally.update += squares(exact - plain)
         out_OI[part] = exact
         if out_OI.dtype != torch.float32:
-            tally.rounding += squares(exact.sub_(out_OI[part]))
+            tally.rounding += squares(exact.sub_(plain.copy_(out_OI[part])))
 
 
 def squares(values: torch.Tensor) -> float:
-    """The sum of squares."""
-    return float(torch.linalg.vector_norm(values)) ** 2
+    """The sum of squares of a contiguous tensor."""
+    flat = values.reshape(-1)
+    return float(torch.dot(flat, flat))

@@ -5,6 +5,7 @@ W' = W + scale * B A, per expert of a stack; with DoRA every row of W' is brough
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,11 @@ class Pair:
     """The factor of the product."""
     lengths_O: torch.Tensor | None
     """With DoRA, what length every row of the sum has in the end."""
+
+    def squares(self) -> float:
+        """The sum of squares of the update, from its factors: of L R it is that of (L^T L) * (R R^T)."""
+        left, right = self.left_Or.double(), self.right_rI.double()
+        return float(((left.mT @ left) * (right @ right.mT)).sum()) * self.scale**2
 
 
 @dataclass(slots=True)
@@ -65,7 +71,10 @@ class Update:
         """The update of one matrix, or of one of the `count` parts of its rows that are tensors of their own."""
         b, a = (self.b, self.a) if expert is None else (self.b[expert], self.a[expert])
         left, right = (a.mT, b.mT) if self.transposed else (b, a)
-        return Pair(left.chunk(count)[index].contiguous(), right.contiguous(), self.scale, self.lengths)
+        left, scale = left.chunk(count)[index].contiguous(), self.scale
+        if math.frexp(scale)[0] == 0.5:  # a power of two: no difference to the bit, and a pass over the sums less
+            left, scale = left * scale, 1.0
+        return Pair(left, right.contiguous(), scale, self.lengths)
 
 
 def read_updates(adapter: Path, names: Renamer) -> dict[str, Update]:
