@@ -75,7 +75,7 @@ def complete(
 
 def chat(
     endpoint: Endpoint,
-    messages: list[dict[str, str]],
+    messages: list[dict[str, Any]],
     *,
     max_tokens: int,
     logprobs: bool = True,
@@ -95,7 +95,7 @@ def models(endpoint: Endpoint, *, api_key: str = "", timeout_s: float = 30.0) ->
     """What the server says of its models: `id`, and perhaps `owned_by` and `parent`. Raises as `complete`."""
     reply = _send(f"{endpoint.url}/models", None, api_key, timeout_s)
     listed = reply["data"] if isinstance(reply, dict) and "data" in reply else None
-    if not isinstance(listed, list) or not all(isinstance(m, dict) and isinstance(m.get("id"), str) for m in listed):
+    if not isinstance(listed, list) or not all(isinstance(m, dict) and _is_name(m.get("id")) for m in listed):
         raise _no_answer(f"{endpoint.url}/models", reply)
     return listed
 
@@ -170,6 +170,11 @@ def _likelihoods(given: Any) -> tuple[list[str], list[float], list[dict[str, flo
     if not all(isinstance(token, str) for token in tokens) or not len(tokens) == len(logprobs) == len(top):
         raise TypeError("tokens and their probabilities do not fit")
     return tokens, [_number(x) for x in logprobs], [{t: _number(x) for t, x in entry.items()} for entry in top]
+
+
+def _is_name(value: Any) -> bool:
+    """Whether it is the name of a model, without what could steer a terminal."""
+    return isinstance(value, str) and 0 < len(value) < 1000 and value.isprintable()
 
 
 def _number(value: Any) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 
 from finetune.canary import KEY
 from finetune.errors import ServerError
+from finetune.machine import available_gib, multiplies_bf16
 from finetune.rundir import RunDir
 from finetune.servers import NAMES, Endpoint, Server, choose, found, said, started, stopped
 
@@ -32,10 +33,12 @@ def serve(run_dir: RunDir, say: Callable[[str], None], *, name: str = "", port: 
     server, model = _fitting(run_dir, name)
     log = run_dir.logs / "serve.log"
     key = os.environ[KEY] if KEY in os.environ else ""
-    say(f"{server.name} {server.version} loads {model} (log: {log}) ...")
+    dtype = arithmetic(server, model)
+    how = "" if dtype == "auto" else f" in {dtype}, for want of instructions for bf16"
+    say(f"{server.name} {server.version} loads {model}{how} (log: {log}) ...")
     with (
         _ended_by_sigterm(),
-        started(server, model, port=port, log=log, name=run_dir.path.parent.name, api_key=key) as endpoint,
+        started(server, model, port=port, log=log, name=run_dir.path.parent.name, dtype=dtype, api_key=key) as endpoint,
     ):
         say(told(run_dir, endpoint, key))
         while not stopped(endpoint):
@@ -57,6 +60,14 @@ def told(run_dir: RunDir, endpoint: Endpoint, key: str = "") -> str:
             "Ctrl-C ends it.",
         ]
     )
+
+
+def arithmetic(server: Server, model: Path) -> str:
+    """float32 where products in bf16 are many times slower and memory is enough, else auto: the type of the files."""
+    if server.name == "llama.cpp" or multiplies_bf16():
+        return "auto"
+    size_gib = sum(path.stat().st_size for path in model.glob("*.safetensors")) / 2**30
+    return "float32" if 3 * size_gib < available_gib() else "auto"
 
 
 def gguf_of(run_dir: RunDir) -> Path | None:

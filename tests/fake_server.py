@@ -104,12 +104,14 @@ class Fake:
     logprobs: str = "legacy"
     """legacy, content (llama.cpp's and chat's form) or an empty text for none."""
     chat_only: bool = False
+    unlisted: bool = False
     reply: bytes | None = None
     """What is replied to any question, in place of an answer."""
     status: int = 200
     seconds: float = 0.0
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
+    fetched: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -120,6 +122,9 @@ def serving(models: dict[str, Model] | Model, **words: Any) -> Iterator[Fake]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            fake.fetched.append(self.path)
+            if fake.unlisted:
+                return self.send(500, b"Internal Server Error")
             self.answer({"object": "list", "data": fake.listed} if self.path == "/v1/models" else None)
 
         def do_POST(self) -> None:
@@ -132,7 +137,7 @@ def serving(models: dict[str, Model] | Model, **words: Any) -> Iterator[Fake]:
             if fake.reply is not None or fake.status != 200:
                 return self.send(fake.status, fake.reply or b"{}")
             prompt = body["messages"][-1]["content"] if chat else body["prompt"]
-            said = fake.models[body["model"]](prompt)[: body["max_tokens"]]
+            said = fake.models[body["model"] if "model" in body else ""](prompt)[: body["max_tokens"]]
             self.answer({"choices": [_choice(said, chat, fake.logprobs)]})
 
         def answer(self, value: Any) -> None:
@@ -152,8 +157,13 @@ def serving(models: dict[str, Model] | Model, **words: Any) -> Iterator[Fake]:
         def log_message(self, *_: Any) -> None:
             """Nothing."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_: Any) -> None:
+            """Nothing: whoever asked did not wait for the answer."""
+
+    server = Server(("127.0.0.1", 0), Handler)
     fake.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()

@@ -13,12 +13,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from finetune import __version__
 from finetune.compose import load_recipe, read_recipe
+from finetune.export.converter import converter
+from finetune.families import FAMILIES
 from finetune.run import carry_on, start
-from finetune.rundir import RunDir, open_run, read_json, write_json, write_text
+from finetune.rundir import RunDir, open_run, write_text
+from finetune.source import base_folder
 
 WORDS = [
     "recipe=legal_quickstart",
@@ -29,6 +31,10 @@ WORDS = [
     "train.rehearse_memory=false",
 ]
 """The job: enough updates for other answers, few enough for a test machine."""
+
+
+CONVERTER = Path(__file__).resolve().parent.parent / ".venv-serving" / "converter"
+"""What llama.cpp's converter needs beside our own packages; scripts/setup_serving.sh puts it there."""
 
 
 def finished(until: str = "merge") -> RunDir:
@@ -44,6 +50,37 @@ def finished(until: str = "merge") -> RunDir:
         return run_dir
 
 
+def base() -> Path:
+    """The folder of its base."""
+    return base_folder(read_recipe(finished().recipe))
+
+
+def gguf(model: Path, name: str) -> Path:
+    """A model folder of this job (its base, or what was merged) as a GGUF file in f16, by llama.cpp's converter."""
+    run_dir = finished()
+    recipe = read_recipe(run_dir.recipe)
+    os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(CONVERTER)])
+    target = folder() / "gguf" / f"{name}-f16.gguf"
+    with _held(folder()):
+        if not target.exists():
+            made = converter(recipe, folder() / "gguf.log")
+            made.model(model, target, "f16", FAMILIES[recipe.model.family])
+    return target
+
+
+def exported(place: Path) -> RunDir:
+    """A run folder whose export is what was merged, for transformers' sake and for llama.cpp's, without copies."""
+    run_dir = finished()
+    copy = RunDir(place / run_dir.path.parent.name / "0001")
+    write_text(copy.recipe, run_dir.recipe.read_text(encoding="utf-8"))
+    (copy.export / "gguf").mkdir(parents=True)
+    copy.merged.symlink_to(run_dir.merged)
+    (copy.export / "hf").symlink_to(run_dir.merged)
+    file = gguf(run_dir.merged, "tuned")
+    (copy.export / "gguf" / file.name).symlink_to(file)
+    return copy
+
+
 def folder() -> Path:
     """Where the run lies: below the temporary folder, one per user, set of words and version of ours."""
     key = hashlib.sha256("\n".join([__version__, *WORDS]).encode()).hexdigest()[:12]
@@ -51,59 +88,6 @@ def folder() -> Path:
     made.mkdir(parents=True, exist_ok=True, mode=0o700)
     assert made.parent.stat().st_uid == os.getuid(), f"{made.parent} belongs to somebody else"
     return made
-
-
-def answers(run_dir: RunDir) -> dict[str, Any]:
-    """What base and tuned model answered when they were merged, as `merged/answers.json` holds it."""
-    path = run_dir.merged / "answers.json"
-    if not path.exists():
-        write_json(path, record(run_dir))
-    found: dict[str, Any] = read_json(path)
-    return found
-
-
-def record(run_dir: RunDir) -> dict[str, Any]:
-    """The same, computed here: argmax after argmax of full forward passes in fp32, no cache and no generate."""
-    import torch
-
-    from finetune.adapters import load_adapter
-    from finetune.base import load_base
-    from finetune.data import load_splits
-    from finetune.source import base_folder
-
-    recipe = read_recipe(run_dir.recipe)
-    base = load_base(base_folder(recipe), load_in_4bit=False, precision="fp32")
-    model, tok = load_adapter(base, run_dir.adapter).eval(), base.tokenizer
-    limit = recipe.evaluate.max_new_tokens
-
-    def scores(ids: list[int], count: int) -> Any:
-        logits = model(input_ids=torch.tensor([ids])).logits[0, -count - 1 : -1]
-        return torch.log_softmax(logits.float(), -1)
-
-    def greedy(prompt: list[int]) -> dict[str, Any]:
-        ids: list[int] = []
-        while len(ids) < limit and (not ids or ids[-1] != tok.eos_token_id):
-            ids.append(int(scores([*prompt, *ids, 0], 1)[0].argmax()))
-        logprobs = of(prompt, ids)
-        return {"ids": ids, "text": tok.decode(ids, skip_special_tokens=True), "logprobs": logprobs}
-
-    def of(prompt: list[int], ids: list[int]) -> list[float]:
-        table = scores([*prompt, *ids], len(ids))
-        return [round(float(table[place, token]), 6) for place, token in enumerate(ids)]
-
-    prompts = []
-    rows = load_splits(run_dir).heldout
-    with torch.inference_mode(), base.arithmetic():
-        for row in rows.select(range(recipe.export.parity_prompts)):
-            messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"][:-1]]
-            text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            ids = tok(text, add_special_tokens=False).input_ids
-            tuned = greedy(ids)
-            with model.disable_adapter():
-                bare, under = greedy(ids), of(ids, tuned["ids"])
-            sides = {"base": bare, "tuned": tuned, "tuned_under_base": under}
-            prompts.append({"messages": messages, "text": text, "ids": ids, **sides})
-    return {"schema": 1, "precision": "fp32", "max_new_tokens": limit, "prompts": prompts}
 
 
 def _words() -> tuple[str, ...]:
@@ -120,6 +104,4 @@ def _held(place: Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    made = finished()
-    answers(made)
-    print(made.path)
+    print(finished().path)

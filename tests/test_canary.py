@@ -12,9 +12,9 @@ import pytest
 from finetune import canary
 from finetune.__main__ import main
 from finetune.asking import Answer
-from finetune.canary import Vote, at_least, judge, recorded, vote
 from finetune.errors import GateError, RunError, ServerError
 from finetune.rundir import RunDir, write_json, write_text
+from finetune.votes import FLIP_BY_LIKELIHOOD, Vote, at_least, judge, recorded, vote
 from tests import fake_server as fake
 from tests.fake_server import recorded_run, serving
 
@@ -124,7 +124,7 @@ def test_log_probabilities_count_as_far_as_the_words_agree(tmp_path: Path) -> No
     write_json(RunDir(tmp_path).answers, content)
     prompt = recorded(RunDir(tmp_path))[0]
     other_end = Answer("abcdefghij klmnopqrs xyz", ["abcdef", "ghij klmnopqrs", " xyz"], [-0.1, -0.1, -9.0])
-    assert vote(prompt, other_end) == Vote("tuned", canary.FLIP_BY_LIKELIHOOD, 0.0, pytest.approx(3.9))
+    assert vote(prompt, other_end) == Vote("tuned", FLIP_BY_LIKELIHOOD, 0.0, pytest.approx(3.9))
 
 
 def test_a_run_whose_answers_are_all_alike_says_that_nothing_can_tell(tmp_path: Path) -> None:
@@ -192,6 +192,13 @@ def test_a_server_with_several_models_wants_to_know_which(tmp_path: Path) -> Non
     with serving({"a": fake.base, "b": fake.tuned}, listed=listed) as server:
         assert found(run_dir, server.url)[0] == "tuned"  # the one that is an adapter
         assert server.asked[0]["add_special_tokens"] is False
+
+
+def test_a_server_that_lists_no_models_is_asked_all_the_same(tmp_path: Path) -> None:
+    with serving({"": fake.tuned, "m": fake.base}, unlisted=True) as server:
+        assert found(recorded_run(tmp_path), server.url)[0] == "tuned"
+        assert found(recorded_run(tmp_path), server.url, model="m")[0] == "base"
+    assert "model" not in server.asked[0] and server.asked[-1]["model"] == "m"
 
 
 def test_where_prompts_go_is_said_when_it_is_not_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,9 +292,10 @@ def test_verify_isolation_takes_both_names(run: RunDir, capsys: pytest.CaptureFi
         ),
         ({"reply": b'{"choices": [{"text": "a", "logprobs": {"tokens": ["a"], "token_logprobs": [NaN]}}]}'}, "SRV-007"),
         ({"reply": b"\x1b[2Jboo", "status": 500}, "SRV-007"),
-        ({"status": 307}, "SRV-007"),
+        ({"status": 302}, "SRV-007"),
         ({"status": 403}, "SRV-006"),
         ({"listed": [{"name": "m"}]}, "SRV-007"),
+        ({"listed": [{"id": "m\x1b[2J"}]}, "SRV-007"),
     ],
 )
 def test_a_server_that_talks_nonsense_is_an_error_in_a_sentence(
@@ -297,7 +305,7 @@ def test_a_server_that_talks_nonsense_is_an_error_in_a_sentence(
         assert main(["verify", f"serve={server.url}", f"run={run.path}"]) == 3
     said = capsys.readouterr().err
     assert said.startswith(code) and "Traceback" not in said and "\x1b" not in said
-    assert len(server.asked) <= 1  # a redirect is not followed
+    assert len(server.asked) <= 1 and server.fetched == ["/v1/models"]  # a redirect is not followed
 
 
 def test_a_server_that_is_silent_is_an_error_after_a_while(run: RunDir) -> None:
