@@ -1,9 +1,13 @@
-"""The export is what the merge has proved, and holds no held-out rows."""
+"""The export is what the merge has proved, its clients say so, and it holds no held-out rows."""
+
+import os
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from finetune.compose import load_recipe
-from finetune.errors import RunError
+from finetune.errors import GateError, RunError
 from finetune.export import export, link_tree
 from finetune.parity import Parity
 from finetune.run import run
@@ -21,7 +25,17 @@ def merged(tmp_path_factory):
 def test_an_export_holds_the_model_the_adapter_the_proof_and_a_card(merged):
     export(merged)
     names = {path.name for path in merged.export.iterdir()}
-    assert names == {"hf", "peft", "parity.json", "README.md", "LICENSE", "NOTICE", "bom.cdx.json"}
+    assert names == {"hf", "peft", "parity.json", "clients.json", "README.md", "LICENSE", "NOTICE", "bom.cdx.json"}
+    told = read_json(merged.export / "clients.json")
+    assert [(entry["format"], entry["client"], entry["asked"]) for entry in told["clients"]] == [
+        ("hf", "transformers", True),
+        ("peft", "peft", True),
+    ]
+    for entry in told["clients"]:
+        assert entry["same_first"] == entry["same_text"] == 1.0 and entry["mean_gap"] < 1e-3 and entry["tokens"] >= 2
+    assert told["formats"]["hf"]["tokenizer"]["chats"] == 5
+    assert told["formats"]["hf"]["tokenizer"]["end_of_turn"] == "<|im_end|>"
+    assert told["formats"]["hf"]["fields_added"] == ["max_window_layers", "num_experts", "rope_theta"]
     assert read_json(merged.export / "parity.json") == read_json(merged.parity)
     assert not {"parity.json", "answers.json"} & {path.name for path in (merged.export / "hf").iterdir()}
     assert merged.answers.is_file()
@@ -29,6 +43,35 @@ def test_an_export_holds_the_model_the_adapter_the_proof_and_a_card(merged):
     assert "\nlicense: apache-2.0\n" in card.split("---")[1]
     assert "in rehearsal" in card
     assert Parity.read(merged.parity).sentence() in card
+
+
+def test_a_merged_file_that_answers_as_something_else_is_not_exported(merged, tmp_path):
+    shard = sorted(merged.merged.glob("*.safetensors"))[0]
+    kept = shard.read_bytes()
+    values = {key: torch.randn_like(value) for key, value in load_file(shard).items()}
+    save_file(values, shard, metadata={"format": "pt"})
+    before = (merged.export / "clients.json").read_bytes()
+    with pytest.raises(GateError, match=r"EXP-030 hf in transformers"):
+        export(merged)
+    assert (merged.export / "clients.json").read_bytes() == before and merged.adapter.exists()
+    assert not list(merged.path.glob(".partial-*"))
+    shard.write_bytes(kept)
+
+
+def test_an_adapter_per_expert_and_a_start_line_are_exported_beside_a_note_of_what_was_not_asked(merged, monkeypatch):
+    monkeypatch.setattr("finetune.export.asked.found", list)
+    recipe = merged.recipe.read_text()
+    merged.recipe.write_text(recipe.replace("  - peft\n", "  - peft_per_expert\n  - vllm\n", 1))
+    export(merged)
+    merged.recipe.write_text(recipe)
+    assert {path.name for path in (merged.export / "peft_per_expert").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert os.access(merged.export / "vllm" / "start.sh", os.X_OK)
+    told = {entry["format"]: entry for entry in read_json(merged.export / "clients.json")["clients"]}
+    assert told["hf"]["asked"] and not told["vllm"]["asked"] and not told["peft_per_expert"]["asked"]
+    assert "vllm was not asked" in (merged.export / "README.md").read_text()
 
 
 def test_without_a_proof_there_is_no_export(merged, tmp_path):

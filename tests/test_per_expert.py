@@ -117,9 +117,9 @@ def test_zeros_change_no_product():
 
 def test_what_servers_cannot_apply_is_refused(tmp_path):
     saved("qwen3", tmp_path / "dora", Adapter(rank=2, method="dora", targets="all", load_in_4bit=False), whole=False)
-    with pytest.raises(AdapterError, match="ADP-017 .* servers know no DoRA"):
+    with pytest.raises(AdapterError, match=r"ADP-017 .* servers know no DoRA"):
         write_per_expert(checkpoint("qwen3", fp32=True), tmp_path / "dora", tmp_path / "out")
     saved("deepseek_v4", tmp_path / "v4", Adapter(rank=2, expert_rank=2, load_in_4bit=False))
-    with pytest.raises(AdapterError, match="ADP-017 .* no server takes an adapter for them"):
+    with pytest.raises(AdapterError, match=r"ADP-017 .* no server takes an adapter for them"):
         write_per_expert(checkpoint("deepseek_v4", fp32=True), tmp_path / "v4", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""What servers are given beside the weights: a config they understand, a tokenizer that stops, a template for Ollama."""
+"""What servers get beside the weights: a config they understand, a tokenizer that stops, a template for Ollama."""
 
 import json
 import re
@@ -116,7 +116,7 @@ def test_the_same_tokenizer_writes_five_chats_alike_and_its_end_of_turn_stops(ba
 def test_an_exported_tokenizer_that_writes_another_prompt_stops_the_export(base, served):
     template = served / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_start|>assistant", "<|im_start|> assistant"))
-    with pytest.raises(GateError, match="EXP-020 .* writes a chat in") as caught:
+    with pytest.raises(GateError, match=r"EXP-020 .* writes a chat in") as caught:
         check_tokenizer(base, served)
     assert caught.value.exit_code == 4
 
@@ -126,7 +126,7 @@ def test_an_end_of_turn_that_is_no_stop_token_stops_the_export(base, served, sto
     (served / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
     ends = check_end(base)
     assert ends not in ([stops] if isinstance(stops, int) else stops)
-    with pytest.raises(GateError, match=f"EXP-021 '<.im_end.>' .* add {ends} to eos_token_id"):
+    with pytest.raises(GateError, match=rf"EXP-021 '<.im_end.>' .* add {ends} to eos_token_id"):
         check_tokenizer(base, served)
 
 

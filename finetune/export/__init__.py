@@ -29,7 +29,7 @@ from finetune.export.converter import Converter, converter, quantise
 from finetune.export.ollama import modelfile
 from finetune.export.papers import require_permits, write_papers
 from finetune.export.per_expert import write_per_expert
-from finetune.export.start import vllm_start
+from finetune.export.start import add_clients, vllm_start
 from finetune.families import Family, family_of
 from finetune.fetch import llama_cpp
 from finetune.parity import Parity
@@ -102,6 +102,7 @@ def export(run_dir: RunDir) -> None:
             write_json(folder / "parity.json", parity.as_dict())
         write_json(folder / "clients.json", {"schema": 1, "clients": clients.told, "formats": notes})
         write_papers(run_dir, recipe, base, folder)
+        add_clients(folder / "README.md", recipe, clients.told)
 
 
 def hf(job: Job) -> dict[str, Any]:

@@ -1,11 +1,15 @@
-"""The start line of a server, as a script for whoever has only the export: `vllm_start(folder, name)`."""
+"""How each export is started, and what its client said: `vllm_start(folder, name)`, `add_clients(readme, ...)`."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from finetune import OFFLINE
+from finetune.recipe import Recipe
+from finetune.rundir import write_text
 from finetune.start_lines import QUIET, Order, Server, command
 
 HEAD = """\
@@ -15,6 +19,38 @@ HEAD = """\
 set -eu
 cd "$(dirname "$0")/.."
 """
+
+
+STARTS = {
+    "gguf": "`gguf/` is for llama.cpp: `llama-server --model gguf/FILE.gguf --host 127.0.0.1 --offline`.",
+    "ollama": "`ollama/` is for Ollama: `cd ollama && ollama create NAME -f Modelfile`.",
+    "vllm": "`vllm/start.sh` serves `hf/` with vLLM, on this machine alone: `PYTHON=/its/bin/python sh vllm/start.sh`.",
+    "peft_per_expert": (
+        "`peft_per_expert/` is the adapter for servers that want a pair of matrices per expert, beside the base: "
+        "`--enable-lora --lora-modules NAME=peft_per_expert` of vLLM, `--lora-paths` of SGLang."
+    ),
+}
+"""Format -> how it is started."""
+
+
+def add_clients(readme: Path, recipe: Recipe, told: Sequence[dict[str, Any]]) -> None:
+    """Adds to an export's README how its formats are started, and which programs loaded and answered what."""
+    lines = [text + "\n" for name, text in STARTS.items() if name in recipe.export.formats]
+    lines += ["## Which programs were asked", ""]
+    if told:
+        lines += ["| what | by | same first token | same text | log-probabilities apart |", "|---|---|---|---|---|"]
+    for entry in told:
+        if not entry["asked"]:
+            continue
+        gap = "not given" if entry["mean_gap"] is None else f"{entry['mean_gap']:.4f} nats on {entry['tokens']} tokens"
+        client = f"{entry['client']} {entry['version']}"
+        shares = f"{entry['same_first']:.0%} of {entry['prompts']} | {entry['same_text']:.0%}"
+        lines.append(f"| {entry['format']} | {client} | {shares} | {gap} |")
+    lines.append("")
+    lines += [f"- {e['format']}: {e['client']} was not asked: {e['why']}" for e in told if not e["asked"]]
+    if not told:
+        lines.append("None: export.ask=false.")
+    write_text(readme, readme.read_text(encoding="utf-8").rstrip() + "\n\n" + "\n".join(lines).rstrip() + "\n")
 
 
 def vllm_start(folder: Path, name: str) -> str:

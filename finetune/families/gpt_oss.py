@@ -38,6 +38,7 @@ FAMILY = Family(
     router="mlp.router",
     balances=True,
     licence="apache-2.0",
+    no_gguf_adapter="llama.cpp's converter does not know the names of its experts' maps",
     packs=False,
     tiny=shapes.TINY
     | {

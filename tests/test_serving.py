@@ -1,0 +1,199 @@
+"""Every export by its real client: a small real run in all formats, and every family that llama.cpp's converter knows.
+
+Servers are found as `finetune.servers.found` finds them; `scripts/setup_serving.sh` installs them.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import finetune.tiny
+from finetune import machine, servers
+from finetune.adapters import attach
+from finetune.asking import complete
+from finetune.base import load_base
+from finetune.compose import read_recipe, recipe_yaml
+from finetune.export import export
+from finetune.export.converter import converter
+from finetune.export.per_expert import write_per_expert
+from finetune.export.stock import stock_answers
+from finetune.families import FAMILIES
+from finetune.recipe import Adapter
+from finetune.rundir import RunDir, read_json
+from tests import serving_job
+
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(1800)]
+
+CONVERTED = {
+    "llama4": {},
+    "deepseek_v3": {},
+    "mistral4": {},
+    "gpt_oss": {},
+    "mixtral": {},
+    "olmoe": {},
+    "granitemoe": {},
+    "llama": {},
+    "qwen3": {},
+    "qwen3_moe": {"mlp_only_layers": []},
+}
+"""Families whose tiny models llama.cpp loads, with what their config must say for it."""
+PROMPTS = ["What does this clause mean, and who pays?", "The 3 parties agree: nothing is owed.", "Hello world, how are"]
+LIMIT = 0.01
+"""Largest distance of log-probabilities in nats, token by token, at f32 with a cache in fp16."""
+
+
+@pytest.fixture(scope="module")
+def llama_cpp():
+    return servers.choose("llama.cpp")
+
+
+@pytest.fixture(scope="module")
+def finished():
+    """A run that was trained and merged until its answers differ from its base's."""
+    return serving_job.finished()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(finished):
+    """A tokenizer that llama.cpp knows."""
+    return transformers.AutoTokenizer.from_pretrained(finished.merged)
+
+
+@pytest.fixture(scope="module")
+def tool(finished, tmp_path_factory):
+    """llama.cpp's converter."""
+    return converter(read_recipe(finished.recipe), tmp_path_factory.mktemp("logs") / "converter.log")
+
+
+def test_every_format_of_a_real_run_answers_in_its_own_client_as_the_adapter_does(finished, tmp_path, llama_cpp):
+    run_dir = RunDir(tmp_path / "run")
+    shutil.copytree(finished.path, run_dir.path, copy_function=link)
+    recipe = read_recipe(run_dir.recipe)
+    recipe.export.formats = ["hf", "peft", "peft_per_expert", "gguf", "ollama", "vllm"]
+    recipe.export.gguf = ["f16", "q8_0", *(["q4_k_m"] if machine.quantiser() else [])]
+    recipe.export.gguf_adapter = True
+    run_dir.recipe.unlink()
+    run_dir.recipe.write_text(recipe_yaml(recipe))
+    export(run_dir)  # a client that answers otherwise raises
+    told = {entry["format"]: entry for entry in read_json(run_dir.export / "clients.json")["clients"]}
+    names = ["hf", "peft", "peft_per_expert as GGUF", *(f"gguf {kind}" for kind in recipe.export.gguf)]
+    assert all(told[name]["asked"] for name in names)
+    for name in ("hf", "peft", "peft_per_expert as GGUF", "gguf f16"):
+        assert told[name]["same_first"] >= 0.95 and told[name]["mean_gap"] < 0.05
+        assert told[name]["like_base"] == 0.0
+    assert told["vllm"]["asked"] == any(server.name == "vllm" for server in servers.found())
+    assert told["ollama"]["asked"] is False
+    readme = (run_dir.export / "README.md").read_text()
+    assert "| gguf f16 | llama.cpp " in readme and "ollama was not asked" in readme
+    assert (run_dir.export / "ollama" / "Modelfile").read_text().startswith("FROM ../gguf/")
+
+
+def link(source, target):
+    Path(target).hardlink_to(source)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, tokenizer):
+    """(family key, what its config must say) -> a tiny model of it with a tokenizer that llama.cpp knows."""
+
+    def make(key, more):
+        folder = tmp_path_factory.mktemp("tiny") / key
+        family = replace(FAMILIES[key], tiny=FAMILIES[key].tiny | more | {"vocab_size": 49152})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(finetune.tiny, "train_tokenizer", lambda _: tokenizer)
+            patch.setattr(finetune.tiny, "SHARD_SIZE", "1MB")
+            patch.setattr(finetune.tiny, "PAD", tokenizer.pad_token)
+            finetune.tiny.write_tiny(family, folder, 0)
+        return folder
+
+    return make
+
+
+def apart(llama_cpp, folder, gguf, log, adapter=None, peft=None):
+    """Distances of log-probabilities between transformers and llama.cpp, token by token up to where they part."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    prompts = [{"text": text, "ids": tokenizer(text, add_special_tokens=False).input_ids} for text in PROMPTS]
+    told = stock_answers(folder, {"precision": "fp32", "max_new_tokens": 6, "prompts": prompts}, peft)
+    with servers.started(llama_cpp, gguf, adapter=adapter, log=log, context=256) as at:
+        got = [complete(at, prompt["text"], max_tokens=6) for prompt in prompts]
+    found = []
+    for one, other in zip(told, got, strict=True):
+        for a, b, x, y in zip(one.tokens, other.tokens, one.logprobs, other.logprobs, strict=False):
+            found.append(abs(x - y))  # also where they part: a tie is near, and another model is not
+            if a != b:
+                break
+    return found
+
+
+@pytest.mark.parametrize("key", CONVERTED)
+def test_a_tiny_model_of_a_family_has_the_same_log_probabilities_in_llama_cpp(key, tiny, tool, llama_cpp, tmp_path):
+    folder = tiny(key, CONVERTED[key])
+    tool.model(folder, tmp_path / "m.gguf", "f32", FAMILIES[key])
+    gaps = apart(llama_cpp, folder, tmp_path / "m.gguf", tmp_path / "log")
+    assert len(gaps) >= 12
+    assert max(gaps) <= LIMIT
+
+
+ADAPTED = [key for key in CONVERTED if not FAMILIES[key].no_gguf_adapter]
+
+
+@pytest.mark.parametrize("key", ADAPTED)
+def test_llama_cpp_adds_an_adapter_per_expert_to_the_base_as_stock_peft_does(key, tiny, tool, llama_cpp, tmp_path):
+    folder = tiny(key, CONVERTED[key])
+    base = load_base(folder, load_in_4bit=False, precision="fp32")
+    settings = Adapter(targets="experts", rank=8, alpha=16.0, expert_rank=4, expert_alpha=4.0, load_in_4bit=False)
+    torch.manual_seed(5)
+    model = attach(base, settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(tmp_path / "peft")
+    write_per_expert(folder, tmp_path / "peft", tmp_path / "out")
+    tool.model(folder, tmp_path / "m.gguf", "f32", FAMILIES[key])
+    tool.adapter(folder, tmp_path / "out", tmp_path / "a.gguf", FAMILIES[key])
+    words = {"adapter": tmp_path / "a.gguf", "peft": tmp_path / "peft"}
+    gaps = apart(llama_cpp, folder, tmp_path / "m.gguf", tmp_path / "log", **words)
+    assert max(gaps) <= LIMIT
+    assert max(apart(llama_cpp, folder, tmp_path / "m.gguf", tmp_path / "log", peft=tmp_path / "peft")) > 5 * LIMIT
+
+
+def test_without_the_fields_that_are_added_the_converter_writes_another_router(tiny, tool, tmp_path):
+    family = FAMILIES["deepseek_v3"]
+    folder = tiny("deepseek_v3", {})
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("scoring_func", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    tool.model(folder, tmp_path / "right.gguf", "f32", family)
+    tool.model(folder, tmp_path / "wrong.gguf", "f32", replace(family, converter_config=lambda _: {}))
+    assert [score(tmp_path / f"{name}.gguf") for name in ("right", "wrong")] == [2, None]
+
+
+def score(gguf):
+    """How the router scores, as llama.cpp counts it: 1 softmax, 2 sigmoid; None where it is left to llama.cpp."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).get_field("deepseek2.expert_gating_func")
+    return None if field is None else int(field.contents())
+
+
+def test_a_rehearsals_own_tokenizer_is_converted_under_the_name_of_what_it_does(tool, tmp_path, llama_cpp):
+    folder = tmp_path / "tiny"
+    finetune.tiny.write_tiny(FAMILIES["mixtral"], folder, 0)
+    tool.model(folder, tmp_path / "m.gguf", "f32", FAMILIES["mixtral"])
+    assert max(apart(llama_cpp, folder, tmp_path / "m.gguf", tmp_path / "log")) <= LIMIT
+
+
+def test_what_the_converter_refuses_is_an_error_with_its_words(tool, tmp_path):
+    from finetune.errors import WeightsError
+
+    folder = tmp_path / "tiny"
+    finetune.tiny.write_tiny(FAMILIES["deepseek_v4"], folder, 0)
+    with pytest.raises(WeightsError, match=r"EXP-010 llama.cpp's converter made no m.gguf: \w+: .* see "):
+        tool.model(folder, tmp_path / "m.gguf", "f32", FAMILIES["deepseek_v4"])
+    assert not (tmp_path / "m.gguf").exists() and not list(tmp_path.glob(".partial-*"))
