@@ -130,7 +130,7 @@ def run_chat(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, tok: Any, stdin: str, model: Any, opening: Any = ()
 ) -> None:
     for name, what in {
-        "adapters": {"load_adapter": lambda _base, _folder: model},
+        "whole": {"load_trained": lambda _base, _folder: model},
         "base": {
             "load_base": lambda _folder, *, load_in_4bit, precision, double_quantisation: SimpleNamespace(
                 tokenizer=tok, family=SimpleNamespace(routing_table=""), arithmetic=contextlib.nullcontext
