@@ -20,10 +20,10 @@ VERBS = {
     "export": ("finetune.commands:job", "... and what a server loads"),
     "report": ("finetune.commands:job", "... and a page to look at"),
     "plan": (
-        "finetune.commands:plan",
+        "finetune.planning:plan",
         "what it needs, takes and costs; loads and fetches nothing, unless probe=3 trains so many steps",
     ),
-    "plan tco": ("finetune.commands:tco", "what its tokens cost on your own node, against an API (plot=FILE.png)"),
+    "plan tco": ("finetune.planning:tco", "what its tokens cost on your own node, against an API (plot=FILE.png)"),
     "check": ("finetune.commands:check", "whether it can start here"),
     "table": (
         "finetune.commands:table",

@@ -91,7 +91,7 @@ def _full(recipe: Recipe) -> Iterator[str]:
             )
     if any(name.startswith("peft") for name in recipe.export.formats):
         yield (
-            "EXP-002 export.formats: peft with adapter.method=full: there is no adapter to export, the weights "
+            "EXP-007 export.formats: peft with adapter.method=full: there is no adapter to export, the weights "
             "themselves were trained. Set export=hf."
         )
     if launch.distribution == "fsdp2" and launch.nodes * launch.devices > 1:

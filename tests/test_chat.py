@@ -159,7 +159,7 @@ def run_chat(
         return SimpleNamespace(tokenizer=tok, family=family, arithmetic=contextlib.nullcontext, model=model)
 
     for name, what in {
-        "adapters": {"load_adapter": lambda _base, _folder: model},
+        "whole": {"load_trained": lambda _base, _folder: model},
         "base": {"load_base": load_base},
         "compose": {"read_recipe": lambda _path: Recipe(name="toy")},
         "data": {"load_splits": lambda _run: SimpleNamespace(heldout=[{"messages": [*opening, user("a question")]}])},

@@ -39,7 +39,7 @@ def test_recomputed_forward_passes_are_told_apart() -> None:
     assert (
         told["recompute_flop"]
         == per_token(recipe).forward * 7
-        == told["flop"] - 7 * (per_token(recipe).backward + per_token(recipe).adapter)
+        == told["flop"] - 7 * (per_token(recipe).backward + per_token(recipe).trained)
     )
 
 

@@ -67,6 +67,8 @@ def test_an_adapter_per_expert_and_a_start_line_are_exported_beside_a_note_of_wh
     assert {path.name for path in (merged.export / "peft_per_expert").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "LICENSE",
+        "NOTICE",
     }
     assert os.access(merged.export / "vllm" / "start.sh", os.X_OK)
     told = {entry["format"]: entry for entry in read_json(merged.export / "clients.json")["clients"]}

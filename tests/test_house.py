@@ -171,7 +171,7 @@ BRANDS |= {
     "olmoe",
 }
 # Longest first; not inside a word (ollama), and not the programs that begin with a brand (llama.cpp and its variables).
-PROGRAMS = ".?cpp|-server|_ARG_|_OFFLINE|_API_KEY"
+PROGRAMS = ".?cpp|-server|-quantize|_model_quantize|_FTYPE_|_ARG_|_OFFLINE|_API_KEY"
 NAMES = re.compile(rf"(?<![a-z])(?:{'|'.join(sorted(BRANDS, key=len, reverse=True))})(?!{PROGRAMS})", re.IGNORECASE)
 
 

@@ -354,7 +354,7 @@ def test_a_pattern_that_fits_nothing_in_the_loaded_model_is_refused():
         ),
         (
             {"adapter": Adapter(method="full", load_in_4bit=False), "export__formats": ["hf", "peft"]},
-            "EXP-002 export.formats: peft .*there is no adapter.*Set export=hf",
+            "EXP-007 export.formats: peft .*there is no adapter.*Set export=hf",
         ),
         (
             {"adapter": Adapter(method="full", load_in_4bit=False, rslora=True), "export__formats": ["hf"]},

@@ -191,14 +191,14 @@ def test_an_accepted_text_is_exported_and_the_record_keeps_which_one(tmp_path: P
 
 def test_a_text_may_be_accepted_beside_run_after_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from finetune.__main__ import main
-    from finetune.commands import Request, _recipe
+    from finetune.commands import Request, recipe_of
 
     recipe, sha = unknown(tmp_path)
     trained = run(recipe, until="evaluate", launch=Stages())
     assert main(["export", f"run={trained.path}"]) == 2
     assert main(["export", f"run={trained.path}", "licence.accept=yes"]) == 2
     assert "LIC-008" in capsys.readouterr().err
-    _recipe(Request(verb="export", run=str(trained.path), settings=[f"licence.accept={sha}"]))
+    recipe_of(Request(verb="export", run=str(trained.path), settings=[f"licence.accept={sha}"]))
     done = carry_on(open_run(trained.path), launch=Stages())
     assert read_json(done.record)["licences"]["accepted"] == [sha]
     assert f'"licence": "{sha}"' in done.events.read_text()
