@@ -20,18 +20,27 @@ VERBS = {
     "export": ("finetune.commands:job", "... and what a server loads"),
     "report": ("finetune.commands:job", "... and a page to look at"),
     "plan": (
-        "finetune.commands:plan",
+        "finetune.plan_commands:plan",
         "what it needs, takes and costs; loads and fetches nothing, unless probe=3 trains so many steps",
     ),
-    "plan tco": ("finetune.commands:tco", "what its tokens cost on your own node, against an API (plot=FILE.png)"),
+    "plan tco": ("finetune.plan_commands:tco", "what its tokens cost on your own node, against an API (plot=FILE.png)"),
     "check": ("finetune.commands:check", "whether it can start here"),
     "table": (
         "finetune.commands:table",
         "scores of all runs in a folder (run=FOLDER), e.g. of a sweep that was queued",
     ),
     "recipes": ("finetune.commands:recipes", "the recipes there are"),
-    "chat": ("finetune.commands:chat", "a prompt to talk to the tuned model (run=PATH)"),
-    "verify": ("finetune.commands:verify", "whether a finished run is still what its record says (run=PATH)"),
+    "chat": ("finetune.commands:chat", "a prompt to talk to the tuned model (run=PATH; of=merged without the adapter)"),
+    "serve": (
+        "finetune.commands:serve",
+        "the export on a server of this machine (run=PATH; with=vllm, llama.cpp or transformers; port=8000)",
+    ),
+    "verify": (
+        "finetune.commands:verify",
+        "whether a finished run is still what its record says (run=PATH); with serve=URL, whether that server has the\n"
+        + " " * 15
+        + "tuned model or its base, and with --isolation that both answer as themselves (model=NAME base_model=NAME)",
+    ),
 }
 """Verb -> function that takes a `Request` and returns the exit code, and what the verb does."""
 
@@ -52,13 +61,14 @@ python -m finetune [VERB] recipe=NAME [key=value ...] | run=PATH
 OPTIONS = """\
   -m, --multirun     one job for every value of key=a,b,c
   --config-dir DIR   look for recipes, models, data, ... in DIR first
-  --json             plan as JSON
+  --json             plan, or what verify found, as JSON
   --here             carry stages out in this process, also with launch.kind=slurm: what the jobs themselves type
   --run-file FILE    keep the run's path in FILE: the same words again carry on that run
+  --isolation        `verify serve=URL`: ask base and tuned model of one server in turns
   --rows N           how many rows `data preview` shows
   --version, --help
 
-Every setting, with its meaning: finetune/recipe.py. The order of the stages: finetune/run.py.
+Every setting, with its meaning: finetune/recipe.py and rates.py. The order of the stages: finetune/run.py.
 """
 
 
@@ -106,6 +116,8 @@ def read(words: list[str]) -> Request:
             request.as_json = True
         elif word == "--here":
             request.here = True
+        elif word == "--isolation":
+            request.isolation = True
         elif name == "--run-file" and (value or rest):
             request.run_file = value or rest.pop(0)
         elif name == "--config-dir" and (value or rest):
@@ -118,7 +130,7 @@ def read(words: list[str]) -> Request:
         elif word.startswith("-"):
             problems.append(
                 f"CFG-011 {name} is no option. Options: -m, --config-dir DIR, --json, --here, --run-file FILE, "
-                "--rows N, --version, --help."
+                "--isolation, --rows N, --version, --help."
             )
         elif word in VERBS and request.verb == "run":
             request.verb = word
@@ -137,8 +149,10 @@ def read(words: list[str]) -> Request:
             problems.append(f"CFG-011 {option} goes with one job and its stages only. Leave it out.")
     if request.run_file and request.run:
         problems.append("CFG-011 --run-file keeps the path of a new run, run= names one. Leave one of them out.")
-    if request.as_json and request.verb not in ("plan", "plan tco"):
-        problems.append("CFG-011 --json goes with plan only. Leave it out.")
+    if request.as_json and request.verb not in ("plan", "plan tco", "verify"):
+        problems.append("CFG-011 --json goes with plan and verify only. Leave it out.")
+    if request.isolation and request.verb != "verify":
+        problems.append("CFG-011 --isolation goes with verify only. Leave it out.")
     if problems:
         raise RecipeError(problems)
     return request

@@ -12,7 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from finetune.errors import FinetuneError
-from finetune.recipe import Tco
+from finetune.rates import Tco
 
 PACKAGE = "genai-prices"
 

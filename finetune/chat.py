@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.rundir import RunDir
@@ -20,7 +22,7 @@ MAX_NEW_TOKENS = 512
 """Longest answer in tokens."""
 
 HELP = """\
-/base   also show what the base says, without the adapter (again: only the tuned model).
+/base   also show what the base says, without the training (again: only the tuned model).
         Both see the same conversation; the tuned answers are the ones that are kept in it
 /reset  forget the conversation
 /help   this list
@@ -28,10 +30,15 @@ HELP = """\
 A prompt that begins with a slash is sent when a space stands before it."""
 
 
-def chat(run_dir: RunDir) -> None:
-    """Talks on the terminal with the run's adapter over its base, or answers the lines of a pipe, each on its own.
+SIDES = ("adapter", "merged")
+"""What one can talk to: the adapter over its base, as it was trained, or the merged weights, as a server loads them."""
 
-    Raises RunError when the run has no adapter.
+
+def chat(run_dir: RunDir, of: str = SIDES[0]) -> None:
+    """Talks on the terminal with a run's tuned model, or answers the lines of a pipe, each on its own.
+
+    The adapter is loaded over its base; `of` merged loads merged/ as it is on disk, and the whole base beside it when
+    /base is typed. Raises RunError when the run does not have them.
     """
     from finetune.base import load_base
     from finetune.compose import read_recipe
@@ -40,30 +47,49 @@ def chat(run_dir: RunDir) -> None:
     from finetune.whole import load_trained
 
     recipe = read_recipe(run_dir.recipe)
-    run_dir.require(run_dir.trained, "train")
+    merged = of == "merged"
+    folder = run_dir.require(run_dir.merged, "merge") if merged else None
+    trained = None if merged else run_dir.require(run_dir.trained, "train")
     opening = opening_of(load_splits(run_dir).heldout[0]["messages"])
-    base = load_base(
-        base_folder(recipe),
-        load_in_4bit=recipe.adapter.load_in_4bit,
-        precision=recipe.train.precision,
-        double_quantisation=recipe.adapter.double_quantisation,
-    )
-    model = load_trained(base, run_dir.trained)
-    model.eval()
-    # A router that looks tokens up needs all of them in every step.
-    model.generation_config.use_cache = not base.family.routing_table
+
+    def load(folder: Path) -> Any:
+        return load_base(
+            folder,
+            load_in_4bit=recipe.adapter.load_in_4bit and not merged,
+            precision=recipe.train.precision,
+            double_quantisation=recipe.adapter.double_quantisation and not merged,
+        )
+
+    base = load(folder or base_folder(recipe))
+    model = load_trained(base, trained) if trained else base.model
+    _to_talk(model, base)
+
+    @functools.cache
+    def bare() -> Any:
+        other = load(base_folder(recipe))
+        return _to_talk(other.model, other)
+
     if sys.stdin.isatty():
         from rich.console import Console
 
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # arrow keys and history in input()
         console = Console()
-        console.print(f"{recipe.name}: the tuned model answers. /base compares, /help lists the rest.", highlight=False)
+        who = "the merged weights answer" if merged else "the tuned model answers"
+        console.print(f"{recipe.name}: {who}. /base compares, /help lists the rest.", highlight=False)
         with base.arithmetic():
-            talk(model, base.tokenizer, _typed, console, opening)
+            talk(model, base.tokenizer, _typed, console, opening, bare if merged else None)
     else:
         with base.arithmetic():
             answer_lines(model, base.tokenizer, sys.stdin, sys.stdout.write, opening)
+
+
+def _to_talk(model: Any, base: Any) -> Any:
+    """The model, ready to answer."""
+    model.eval()
+    # A router that looks tokens up needs all of them in every step.
+    model.generation_config.use_cache = not base.family.routing_table
+    return model
 
 
 def opening_of(messages: list[Message]) -> list[Message]:
@@ -71,8 +97,18 @@ def opening_of(messages: list[Message]) -> list[Message]:
     return [{"role": m["role"], "content": m["content"]} for m in messages[:1] if m["role"] == "system"]
 
 
-def talk(model: Any, tokenizer: Any, ask: Ask, console: Console, opening: list[Message] | None = None) -> list[Message]:
-    """A conversation of many turns until /quit or the end of the input; returns its messages."""
+def talk(
+    model: Any,
+    tokenizer: Any,
+    ask: Ask,
+    console: Console,
+    opening: list[Message] | None = None,
+    bare: Callable[[], Any] | None = None,
+) -> list[Message]:
+    """A conversation of many turns until /quit or the end of the input; returns its messages.
+
+    `bare` loads the base of a model that has no adapter to leave out; it is called when it is first compared with.
+    """
     start = list(opening or [])
     messages = list(start)
     compare = False
@@ -92,13 +128,16 @@ def talk(model: Any, tokenizer: Any, ask: Ask, console: Console, opening: list[M
             console.print("The conversation is forgotten.")
         elif word == "/base":
             compare = not compare
+            if compare and bare:
+                console.print("loading the base beside the merged weights ...")
+                bare()
             console.print("Base and tuned answer." if compare else "The tuned model alone answers.")
         elif word.startswith("/"):
             if word != "/help":
                 console.print(f"{word} is not a command.", markup=False, highlight=False)
             console.print(HELP, markup=False, highlight=False)
         elif word.strip():
-            _turn(model, tokenizer, messages, typed.strip(), compare, console)
+            _turn(model, tokenizer, messages, typed.strip(), compare, console, bare)
 
 
 def answer_lines(
@@ -166,7 +205,15 @@ def reply(
     return "".join(said).strip()
 
 
-def _turn(model: Any, tokenizer: Any, messages: list[Message], prompt: str, compare: bool, console: Console) -> None:
+def _turn(
+    model: Any,
+    tokenizer: Any,
+    messages: list[Message],
+    prompt: str,
+    compare: bool,
+    console: Console,
+    bare: Callable[[], Any] | None,
+) -> None:
     """One prompt and its answer or answers. The conversation grows by the prompt and the tuned answer."""
 
     def write(text: str) -> None:
@@ -176,7 +223,7 @@ def _turn(model: Any, tokenizer: Any, messages: list[Message], prompt: str, comp
     try:
         if compare:
             console.print("[bold]base[/bold]  ", end="")
-            reply(model, tokenizer, conversation, write, base=True)
+            reply(bare() if bare else model, tokenizer, conversation, write, base=bare is None)
             console.print("\n[bold]tuned[/bold] ", end="")
         answer = reply(model, tokenizer, conversation, write)
     except ValueError as error:

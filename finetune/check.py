@@ -6,20 +6,26 @@ import dataclasses
 import glob
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune import methods, sbatch, sizes
+from finetune import methods, sbatch, sizes, terms
 from finetune.engine import engine_problems
 from finetune.errors import RecipeError
-from finetune.licences import find_licence
+from finetune.families import FAMILIES, Family
 from finetune.recipe import Data, Recipe
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PACKAGE = re.compile(r"package:[A-Za-z0-9][\w.-]*==[\w.!+-]+/[^\s]+")
-EXPORT_FORMATS = ("hf", "peft")
+EXPORT_FORMATS = ("hf", "peft", "peft_per_expert", "gguf", "ollama", "vllm")
+NEEDED_FORMATS = {"ollama": "gguf", "vllm": "hf"}
+"""Format -> the one that it starts."""
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
+"""Types of GGUF files that llama.cpp's converter writes."""
+GGUF_SMALL = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k")
+"""Types that llama.cpp's quantiser makes of an f16 file."""
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 RANGES: dict[str, tuple[float, float]] = {
@@ -30,6 +36,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "adapter.rank": (1, 4096),
     "adapter.expert_rank": (1, 4096),
     "adapter.lora_plus_ratio": (1, 10_000),
+    "adapter.eva_rho": (1, 16),
     "data.heldout_fraction": (0, 0.9),
     "data.train_rows": (0, math.inf),
     "data.heldout_rows": (0, math.inf),
@@ -61,6 +68,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "evaluate.max_new_tokens": (1, math.inf),
     "evaluate.min_gain": (-1, 1),
     "export.parity_prompts": (1, math.inf),
+    "licence.monthly_users": (0, math.inf),
+    "model.pretraining_tokens": (0, math.inf),
     "costs.price_per_hour": (0, math.inf),
     "costs.device_kw": (0, math.inf),
     "tco.gpus": (1, 100_000),
@@ -115,8 +124,8 @@ BELOW_ONE = ("adapter.dropout", "evaluate.confidence")
 def problems(recipe: Recipe) -> list[str]:
     """A sentence for every setting that cannot work: id, `key=value`, why, what to type. Empty when all is well."""
     rules = (
-        *(_choices, _ranges, _names, _model, methods.problems, _train, _data, _trackers, _launch, _export, _licence),
-        engine_problems,
+        *(_choices, _ranges, _names, _model, methods.problems, _train, _data, _trackers, _launch, _merge, _export),
+        *(terms.problems, engine_problems),
     )
     return [sentence for rule in rules for sentence in rule(recipe)]
 
@@ -296,20 +305,66 @@ def _launch(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _merge(recipe: Recipe) -> Iterator[str]:
+    if recipe.merge.base == "original":
+        return
+    if not recipe.adapter.load_in_4bit:
+        yield (
+            "MRG-007 merge.base=dequantised has no effect with adapter.load_in_4bit=false: training sees the original "
+            "weights. Leave it out."
+        )
+    elif recipe.engine == "unsloth":
+        yield (
+            "MRG-007 merge.base=dequantised with engine=unsloth: what it packed is not packed again here to the bit. "
+            "Set merge.base=original."
+        )
+
+
 def _export(recipe: Recipe) -> Iterator[str]:
-    wrong = [name for name in recipe.export.formats if name not in EXPORT_FORMATS]
-    if wrong or not recipe.export.formats:
+    export = recipe.export
+    wrong = [name for name in export.formats if name not in EXPORT_FORMATS]
+    if wrong or not export.formats:
         yield (
-            f"EXP-001 export.formats=[{','.join(recipe.export.formats)}] must name some of {', '.join(EXPORT_FORMATS)}."
-            f" Set export.formats=[{','.join(EXPORT_FORMATS)}]."
+            f"EXP-001 export.formats=[{','.join(export.formats)}] must name some of {', '.join(EXPORT_FORMATS)}."
+            f" Set export.formats=[{','.join(EXPORT_FORMATS[:2])}]."
         )
+    for name, other in NEEDED_FORMATS.items():
+        if name in export.formats and other not in export.formats:
+            words = ",".join([*export.formats, other])
+            yield f"EXP-002 export.formats: {name} starts what {other} is. Set export.formats=[{words}]."
+    if unknown := [kind for kind in export.gguf if kind not in (*GGUF_TYPES, *GGUF_SMALL)]:
+        known = ", ".join((*GGUF_TYPES, *GGUF_SMALL))
+        yield f"EXP-003 export.gguf names {', '.join(unknown)}. Set export.gguf=[f16], or some of {known}."
+    if "gguf" in export.formats and not export.gguf:
+        yield "EXP-003 export.gguf=[] leaves the format gguf without a file. Set export.gguf=[f16]."
+    if export.gguf_adapter and "peft_per_expert" not in export.formats:
+        words = ",".join([*export.formats, "peft_per_expert"])
+        yield f"EXP-002 export.gguf_adapter=true is made of peft_per_expert. Set export.formats=[{words}]."
+    if recipe.model.family in FAMILIES:
+        yield from _exported_family(recipe, FAMILIES[recipe.model.family])
 
 
-def _licence(recipe: Recipe) -> Iterator[str]:
-    licence = find_licence(recipe.model.licence)
-    name = recipe.export.name or recipe.name
-    if licence and licence.name_prefix and not name.startswith(licence.name_prefix):
-        yield (
-            f'LIC-001 export.name={name} must begin with "{licence.name_prefix}": the {licence.title} says so. '
-            f"Set export.name={licence.name_prefix}-{name}."
-        )
+def _shape(recipe: Recipe) -> Mapping[str, Any]:
+    try:
+        return sizes.shape_config(recipe.model)
+    except RecipeError:  # another rule says so
+        return {}
+
+
+def _exported_family(recipe: Recipe, family: Family) -> Iterator[str]:
+    """Formats that this family, or this adapter, cannot have."""
+    export, tiny = recipe.export, recipe.model.tiny
+    weights = "gguf" in export.formats or export.gguf_adapter
+    if weights:
+        why = family.no_gguf(_shape(recipe))
+        why = why or (family.gguf_tiny if tiny else "")
+        if why:
+            yield f"EXP-004 export.formats: gguf cannot be of {family.key}: {why}. Leave it out."
+    if export.gguf_adapter and family.no_gguf_adapter:
+        yield f"EXP-005 export.gguf_adapter=true: {family.no_gguf_adapter}. Merge it: export.formats=[gguf]."
+    if "peft_per_expert" in export.formats:
+        why = family.no_served_adapter
+        why = why or ("servers know no DoRA" if recipe.adapter.method == "dora" else "")
+        why = why or ("no server takes an adapted router" if recipe.adapter.router else "")
+        if why:
+            yield f"EXP-006 export.formats: peft_per_expert: {why}. Leave it out; hf has the merged weights."

@@ -12,7 +12,8 @@ from finetune.recipe import Recipe
 from finetune.rundir import RunDir, open_run
 
 ALLOW = "train.allow_changed="
-"""The one setting that may stand beside run=."""
+ACCEPT = "licence.accept="
+"""The two settings that may stand beside run=; the run folder keeps them apart, and the record with it."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,6 +38,8 @@ class Request:
     """Whether --here was given."""
     run_file: str = ""
     """File given with --run-file, or empty."""
+    isolation: bool = False
+    """Whether --isolation was given."""
     run_dir: RunDir | None = None
     """The run that is worked on, as soon as it is known: errors name it."""
 
@@ -54,11 +57,11 @@ def job(request: Request) -> int:
         return sweep(request.settings, request.config_dir, until, console)
     from finetune.run import carry_on, start
 
-    recipe = _recipe(request)
+    recipe = recipe_of(request)
     queued = recipe.launch.kind == "slurm" and not request.here
     if queued and not request.run_dir:
         _ready(recipe, console)
-    request.run_dir = request.run_dir or start(recipe)
+    request.run_dir = request.run_dir or start(recipe, until)
     if request.run_file:
         _keep(request.run_dir, request.run_file)
     if queued:
@@ -90,79 +93,13 @@ def table(request: Request) -> int:
     return 0
 
 
-def plan(request: Request) -> int:
-    """Prints what a recipe or a run needs, takes and costs; with probe=3 after so many training steps here."""
-    from finetune.check import problems
-    from finetune.gpus import gpus
-    from finetune.machine import missing_weights, settled, unfit_weights
-    from finetune.plan import plan as make_plan
-    from finetune.show import show_comparison, show_plan
-
-    steps = _steps(request)
-    recipe = settled(_recipe(request))
-    if found := problems(recipe):
-        raise RecipeError(found)
-    rows: tuple[Any, ...] = ()
-    if steps:
-        from finetune.probe import probe
-
-        probed = probe(recipe, steps)
-        figures, rows = probed.plan, probed.rows
-    else:
-        figures = make_plan(recipe, prepared=request.run_dir.data if request.run_dir else None, gpus=gpus())
-    if request.as_json:
-        compared = {"probe": [row.as_json() for row in rows]} if rows else {}
-        print(json.dumps(figures.as_json() | compared, indent=2, ensure_ascii=False, allow_nan=False))
-        return 0
-    from rich.console import Console
-
-    console = Console()
-    show_plan(figures, console)
-    show_comparison(rows, console)
-    if wrong := missing_weights(recipe) or unfit_weights(recipe):
-        console.print(wrong.sentence(), markup=False, highlight=False, soft_wrap=True)
-    return 0
-
-
-def tco(request: Request) -> int:
-    """Prints what tokens of the tuned model cost on your own node, against an API; plot=FILE draws it."""
-    from finetune.show_tco import tell
-    from finetune.tco import tco as reckon
-
-    plot = _word(request, "plot")
-    reckoned = reckon(_recipe(request))
-    if plot:
-        from finetune.tco_plot import draw
-
-        draw(Path(plot).expanduser(), reckoned)
-    if request.as_json:
-        print(json.dumps(reckoned.as_json(), indent=2, ensure_ascii=False, allow_nan=False))
-        return 0
-    tell(reckoned, plot)
-    return 0
-
-
-def _word(request: Request, name: str) -> str:
-    """The value of a word `name=value` that is no setting, taken out of the settings; empty without one."""
-    found = [word.partition("=")[2] for word in request.settings if word.startswith(f"{name}=")]
-    request.settings = [word for word in request.settings if not word.startswith(f"{name}=")]
-    return found[-1] if found else ""
-
-
-def _steps(request: Request) -> int:
-    """The number of probe=N, 0 without it. Raises RecipeError (PLN-003) for what is no number of steps."""
-    word = _word(request, "probe")
-    if word and (not word.isdigit() or not 1 <= int(word) <= 1000):
-        raise RecipeError([f"PLN-003 probe={word} is no number of training steps from 1 to 1000. Type: probe=3"])
-    return int(word or 0)
-
-
 def check(request: Request) -> int:
     """Says whether a recipe or a run can start here, or everything that stops it."""
-    from finetune.run import refuse
+    from finetune.run import permit, refuse
 
-    recipe = _recipe(request)
+    recipe = recipe_of(request)
     refuse(recipe)
+    permit(recipe, request.run_dir, "report")
     print(f"{recipe.name}: nothing stands in the way.")
     return 0
 
@@ -178,7 +115,7 @@ def preview(request: Request) -> int:
     from finetune.machine import settled
     from finetune.source import base_folder
 
-    recipe = settled(_recipe(request))
+    recipe = settled(recipe_of(request))
     base = base_folder(recipe)
     run_dir = request.run_dir
     folder = run_dir.data if run_dir and run_dir.data.exists() else prepared(recipe, base)
@@ -199,7 +136,7 @@ def explain(request: Request) -> int:
     from finetune.machine import settled
     from finetune.source import base_folder
 
-    recipe = settled(_recipe(request))
+    recipe = settled(recipe_of(request))
     store = store_of(recipe, base_folder(recipe))
     print("\n".join(reasons(store.root, store.address)))
     return 0
@@ -249,23 +186,89 @@ def recipes(request: Request) -> int:
 
 
 def verify(request: Request) -> int:
-    """Checks every file of a finished run against its record."""
+    """Checks a finished run against its record and its files; with serve=URL, whether a server has the tuned model."""
+    if request.isolation or any(word.startswith("serve=") for word in request.settings):
+        return _verify_server(request)
+    from finetune.verify import as_json, signature_state
     from finetune.verify import verify as verify_run
 
+    keys = [word.removeprefix("public_key=") for word in request.settings if word.startswith("public_key=")]
+    request.settings = [word for word in request.settings if not word.startswith("public_key=")]
+    run_dir, key = _run_dir(request), Path(keys[-1]) if keys else None
+    if request.as_json:
+        found = as_json(run_dir, key)
+        print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
+        return 0 if found["verified"] else 3
+    print(f"{verify_run(run_dir, key)} files are as recorded in {run_dir.record}")
+    if (signed := signature_state(run_dir, key)) != "none":
+        print(f"signatures: {signed}" + ("" if key else ", give public_key=pub.pem"))
+    return 0
+
+
+def _verify_server(request: Request) -> int:
+    """Asks a server the prompts that were recorded at the merge."""
+    from finetune import canary
+
+    usage = "serve=http://127.0.0.1:8000 run=runs/NAME/0001 [model=NAME] [--isolation [base_model=NAME]]"
+    words = _words(request, ["serve", "model", *(["base_model"] if request.isolation else [])], usage)
+    if "serve" not in words:
+        raise RecipeError([f"CFG-010 --isolation needs a server. Type: python -m finetune verify {usage}"])
     run_dir = _run_dir(request)
-    print(f"{verify_run(run_dir)} files are as recorded in {run_dir.record}")
+    server = words.pop("serve")
+    if request.isolation:
+        canary.isolation(run_dir, server, _print, **words)
+    else:
+        canary.canary(run_dir, server, _print, **words)
+    return 0
+
+
+def serve(request: Request) -> int:
+    """Serves the export of a run on this machine until Ctrl-C."""
+    from finetune.serve import serve as serve_run
+
+    usage = "run=runs/NAME/0001 [with=vllm|llama.cpp|transformers] [port=8000]"
+    words = _words(request, ["with", "port"], usage)
+    port = words["port"] if "port" in words else "8000"
+    if not port.isdigit() or int(port) > 65535:
+        raise RecipeError([f"CFG-010 port={port} is no port. Type: port=8000, or port=0 for any free one"])
+    run_dir = _run_dir(request)
+    try:
+        serve_run(run_dir, _print, name=words["with"] if "with" in words else "", port=int(port))
+    except KeyboardInterrupt:
+        _print("the server is ended.")
     return 0
 
 
 def chat(request: Request) -> int:
     """Talks with the tuned model of a run."""
+    from finetune.chat import SIDES
     from finetune.chat import chat as talk
 
-    talk(_run_dir(request))
+    words = _words(request, ["of"], "run=runs/NAME/0001 [of=adapter|merged]")
+    of = words["of"] if "of" in words else SIDES[0]
+    if of not in SIDES:
+        raise RecipeError([f"CFG-010 of={of}: one can talk to {' or '.join(SIDES)}. Type: of={SIDES[0]}"])
+    talk(_run_dir(request), of)
     return 0
 
 
-def _recipe(request: Request) -> Recipe:
+def _words(request: Request, known: list[str], usage: str) -> dict[str, str]:
+    """The key=value words that a verb has of its own, taken out of the request. Raises RecipeError for any other."""
+    words = dict(word.split("=", 1) for word in request.settings if "=" in word)
+    if unknown := sorted(set(words) - set(known)):
+        what = f"CFG-010 {request.verb}: {unknown[0]}= is not known here."
+        raise RecipeError([f"{what} Type: python -m finetune {request.verb} {usage}"])
+    if empty := [name for name, value in words.items() if not value]:
+        raise RecipeError([f"CFG-010 {empty[0]}= lacks its value. Type: python -m finetune {request.verb} {usage}"])
+    request.settings = []
+    return words
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+def recipe_of(request: Request) -> Recipe:
     """The recipe of the words, or the frozen one of run=."""
     from finetune.compose import compose, read_recipe
 
@@ -273,7 +276,7 @@ def _recipe(request: Request) -> Recipe:
         return _kept(request, compose(request.settings, request.config_dir))
     if not request.run:
         return compose(request.settings, request.config_dir)
-    if words := [word for word in request.settings if not word.startswith(ALLOW)]:
+    if words := [word for word in request.settings if not word.startswith((ALLOW, ACCEPT))]:
         sentence = f"CFG-010 {' '.join(words)}: a run keeps its settings. Leave out run= to start a new run with them."
         raise RecipeError([sentence])
     request.run_dir = open_run(request.run)
@@ -283,20 +286,31 @@ def _recipe(request: Request) -> Recipe:
 
 
 def _allow(run_dir: RunDir, words: list[str]) -> None:
-    """Notes in the run folder what may differ from its checkpoint: the one setting that goes with run=."""
+    """Notes in the run folder what may differ from its checkpoint, and which licence text is accepted."""
+    import re
     import time
 
+    from finetune import events
     from finetune.check import CHANGEABLE
     from finetune.rundir import read_json, write_json
 
-    names = [n.strip() for word in words for n in word.removeprefix(ALLOW).strip("[]").split(",") if n.strip()]
+    changes = [word.removeprefix(ALLOW) for word in words if word.startswith(ALLOW)]
+    texts = [word.removeprefix(ACCEPT) for word in words if word.startswith(ACCEPT)]
+    names = [n.strip() for word in changes for n in word.strip("[]").split(",") if n.strip()]
     if wrong := sorted(set(names) - set(CHANGEABLE)):
         raise RecipeError(
             [f"LCH-003 {ALLOW[:-1]}: {', '.join(wrong)} is none of {', '.join(CHANGEABLE)}. Choose of them."]
         )
+    if wrong := [text for text in texts if not re.fullmatch(r"[0-9a-f]{64}", text)]:
+        raise RecipeError([f"LIC-008 {ACCEPT}{wrong[0]} must be the 64 hex digits of the text. Type: sha256sum FILE"])
     earlier = read_json(run_dir.allowed) if run_dir.allowed.exists() else []
-    now = {"when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "names": names}
-    write_json(run_dir.allowed, [*earlier, now])
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    now = [{"when": when, "names": names}] if changes else []
+    now += [{"when": when, "names": [], "licence": text} for text in texts]
+    write_json(run_dir.allowed, [*earlier, *now])
+    run_dir.reopen()
+    for entry in now:
+        events.note(run_dir, "allowed", changes=entry["names"], licence=entry["licence"] if "licence" in entry else "")
 
 
 def _keep(run_dir: RunDir, file: str) -> None:

@@ -76,6 +76,18 @@ class GateError(FinetuneError):
     exit_code = 4
 
 
+class ServerError(FinetuneError):
+    """A server that is missing, does not start, does not answer, or does not answer as one. `status` is HTTP's."""
+
+    def __init__(self, code: str, what: str, why: str = "", fix: str = "", status: int = 0) -> None:
+        self.status = status
+        super().__init__(code, what, why, fix)
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """So that it comes whole out of a worker process."""
+        return type(self), (self.code, self.what, self.why, self.fix, self.status)
+
+
 class Preempted(FinetuneError):
     """Training stopped early on request, with a checkpoint. Exit code 75: the same command again goes on."""
 

@@ -11,6 +11,9 @@ import torch
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 """Eight-bit floating-point types of weights."""
 
+EXPONENTS = (torch.float8_e8m0fnu, torch.uint8)
+"""Types of scales that are powers of two, stored as an exponent with a bias of 127."""
+
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """Value of each four-bit code (OCP Microscaling Formats v1.0, 5.3.3): a sign bit, two of exponent, one of mantissa."""
 
@@ -64,6 +67,45 @@ def scaled(values_OI: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] 
     width = block_length(columns, scale.shape[1], declared[1])
     wide = scale.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
     return values_OI.float() * wide
+
+
+def to_fp8(
+    values_OI: torch.Tensor, old: torch.Tensor, block: tuple[int, int] | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values in the fp8 type `dtype`, new scales) of a fp32 matrix: what `scaled` turns back, each rounded once.
+
+    The new scales have shape and type of the `old` ones and make the largest value of a block the largest of the type;
+    in E8M0 the next power of two above. A block of zeros keeps its old scale. Raises ValueError as `scaled` does.
+    """
+    rows, columns = values_OI.shape
+    grid = old.reshape(1, 1) if old.numel() == 1 else old.unsqueeze(1) if old.dim() == 1 else old
+    declared = block or (None, None)
+    height = block_length(rows, grid.shape[0], declared[0])
+    width = block_length(columns, grid.shape[1], declared[1])
+    below, right = grid.shape[0] * height - rows, grid.shape[1] * width - columns
+    padded = torch.nn.functional.pad(values_OI, (0, right, 0, below)) if below or right else values_OI
+    largest = padded.view(grid.shape[0], height, grid.shape[1], width).abs().amax((1, 3))
+    limit = torch.finfo(dtype).max
+    scale = torch.where(largest > 0, _stored_scale(largest / limit, old.dtype), plain_scale(grid))
+    wide = scale.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
+    values = (values_OI / wide).clamp_(-limit, limit).to(dtype)
+    return values, _as_scale(scale, old.dtype).reshape(old.shape)
+
+
+def _stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The fp32 value, not below `scale`, that a scale stored as `dtype` will have."""
+    if dtype in EXPONENTS:
+        fraction, exponent = torch.frexp(scale)  # scale = fraction * 2^exponent, fraction in [0.5, 1)
+        return torch.exp2((exponent - (fraction == 0.5).int()).clamp(-127, 127).float())
+    if dtype == torch.float32:
+        return scale
+    return (scale * (1 + torch.finfo(dtype).eps)).to(dtype).float()
+
+
+def _as_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if dtype in EXPONENTS:
+        return (torch.log2(scale).round() + 127).to(torch.uint8).view(dtype)
+    return scale.to(dtype)
 
 
 def mxfp4(blocks_OGB: torch.Tensor, scales_OG: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,7 @@ def launch(stage: str, run_dir: RunDir) -> None:
 def together(command: Sequence[str], processes: int, cpu_threads: int = 0) -> None:
     """Runs a command as several processes that find each other, or as one that looks for none, until all ended well.
 
-    Signals are handed on to all of them as USR1, a second Ctrl-C ends them. When one fails the others are ended. They
+    Signals are handed on to all of them, a second Ctrl-C ends them. When one fails the others are ended. They
     end with this process, however it ends. Raises RunError (LCH-006) when one fails; it has said why.
     """
     address = {"FINETUNE_PARENT": str(os.getpid())}
@@ -102,7 +102,7 @@ def handed_on(running: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
             raise KeyboardInterrupt
         for process in running:
             if process.poll() is None:
-                process.send_signal(signal.SIGUSR1)
+                process.send_signal(number)
 
     if threading.current_thread() is not threading.main_thread():  # of a notebook, say: Python lets none be handled
         yield

@@ -8,18 +8,21 @@ import os
 import re
 import resource
 import shutil
+import sys
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from finetune import fetch, sizes
-from finetune.check import TRACKERS, source_kind
+from finetune.check import GGUF_SMALL, TRACKERS, source_kind
 from finetune.engine import engine_absent, engine_unfit
 from finetune.errors import FinetuneError, WeightsError
 from finetune.families import family_of
 from finetune.licences import find_licence
 from finetune.recipe import Recipe
-from finetune.shards import check_shards, quantisation_of
+from finetune.shards import PACKED_TYPES, check_shards, quantisation_of, read_headers
+from finetune.signing import signing_problems
 
 FLOORS = {
     "torch": ((2, 10), "CVE-2026-24747"),
@@ -51,7 +54,8 @@ def environment_problems() -> list[str]:
 
 def fit_problems(recipe: Recipe) -> list[str]:
     """A sentence for everything that this recipe asks of this machine in vain."""
-    return [*launch_problems(recipe), *tracker_problems(recipe), *device_problems(recipe)]
+    of_machine = (*launch_problems(recipe), *tracker_problems(recipe), *device_problems(recipe))
+    return [*of_machine, *gguf_problems(recipe), *signing_problems(recipe)]
 
 
 def launch_problems(recipe: Recipe) -> list[str]:
@@ -86,6 +90,34 @@ def tracker_problems(recipe: Recipe) -> list[str]:
         for name in recipe.train.report_to
         if name in TRACKERS and not any(metadata.distributions(name=name))
     ]
+
+
+def gguf_problems(recipe: Recipe) -> list[str]:
+    """A sentence for everything that GGUF files of this recipe need and that is not here."""
+    export = recipe.export
+    if "gguf" not in export.formats and not export.gguf_adapter:
+        return []
+    found = []
+    if not recipe.network and not fetch.has_converter(fetch.cache_folder(recipe)):
+        found.append(
+            "EXP-007 export.formats: gguf needs llama.cpp's converter (package llama-cpp-python 0.3.36, sources, "
+            "77 MB), which is not in the cache, and network=false. Set network=true, or leave gguf out."
+        )
+    small = [kind for kind in export.gguf if kind in GGUF_SMALL and "gguf" in export.formats]
+    if small and not quantiser():
+        found.append(
+            f"EXP-008 export.gguf={small[0]} is made by llama.cpp's quantiser, which is not here. Type: pip install "
+            "'finetune[gguf]', or put llama-quantize on the PATH, or set export.gguf=[f16, q8_0]."
+        )
+    return found
+
+
+def quantiser() -> list[str]:
+    """The words that start a program which makes smaller GGUF files: `words SOURCE TARGET TYPE`. Empty without one."""
+    if program := shutil.which("llama-quantize"):
+        return [program]
+    here = any(metadata.distributions(name="llama-cpp-python"))
+    return [sys.executable, "-m", "finetune.export.quantise_child"] if here else []
 
 
 def settled(recipe: Recipe) -> Recipe:
@@ -213,9 +245,23 @@ def unfit_weights(recipe: Recipe) -> WeightsError | None:
     except (ValueError, OSError, AttributeError) as error:
         return WeightsError("WGT-002", f"{path} cannot be used", str(error), "fetch the folder again")
     if family.key == model.family:
-        return engine_unfit(recipe, folder, config)
+        return engine_unfit(recipe, folder, config) or merge_unfit(recipe, folder, config)
     what = f"model.source={folder} is of the family {family.key}, model.family is {model.family}"
     return WeightsError("WGT-008", what, "the plan would describe another model", "the card of that base: model=NAME")
+
+
+def merge_unfit(recipe: Recipe, folder: Path, config: dict[str, Any]) -> WeightsError | None:
+    """The error of a base that merge.quantised=requantise would be refused for after the training, or None."""
+    if recipe.merge.quantised == "bf16":
+        return None
+    what = f"merge.quantised=requantise: {folder} is not quantised"
+    if not quantisation_of(config):
+        return WeightsError("MRG-003", what, "it would have no effect", "merge.quantised=bf16")
+    packed = [key for key, entry in read_headers(folder).items() if entry.dtype in PACKED_TYPES and "expert" in key]
+    if not packed or recipe.adapter.targets == "attention":
+        return None
+    what = f"merge.quantised=requantise: {packed[0]} is stored in 4 bits"
+    return WeightsError("MRG-003", what, "that is too coarse for an update", "merge.quantised=bf16")
 
 
 def room(gib: float) -> str:

@@ -59,7 +59,7 @@ def _sharded(recipe: Recipe) -> Iterator[str]:
             f"OPT-002 train.optimizer={train.optimizer} with launch.distribution=fsdp2: it cannot update parts of "
             "weights. Set train.optimizer=adamw."
         )
-    if init in sizes.SUBTRACTING:
+    if init in (*sizes.SUBTRACTING, "eva"):
         yield (
             f"ADP-008 adapter.init={init} with launch.distribution=fsdp2: no process has the whole weights to begin "
             "from. Set adapter.init=default, or launch.distribution=ddp."
@@ -174,6 +174,8 @@ def _beginning(recipe: Recipe, family: Family, weights: list[Matrix]) -> Iterato
     wide = [(most, rank, name) for name, rank, most in adapted if rank > most]
     if adapter.init == "orthogonal" and odd:
         yield f"ADP-007 {begins} needs even ranks; that of {' and '.join(odd)} is odd. Set even ranks."
+    if adapter.init == "eva":
+        yield from _directions(adapter, weights, family)
     if adapter.init not in sizes.SUBTRACTING:
         return
     if wide:
@@ -189,3 +191,17 @@ def _beginning(recipe: Recipe, family: Family, weights: list[Matrix]) -> Iterato
     if train.optimizer.endswith("_8bit"):
         what = f"ADP-008 train.optimizer={train.optimizer} with {begins}"
         yield f"{what}: rounding its moments would move {stays}. Set train.optimizer=adamw."
+
+
+def _directions(adapter: Adapter, weights: list[Matrix], family: Family) -> Iterator[str]:
+    """PEFT looks for up to `eva_rho` times the rank of directions in what a map is given."""
+    for matrix in weights:
+        if sizes.update_of(matrix, family, adapter) != "weight" or matrix.group == "router":
+            continue
+        wanted = round(max(sizes.ranks(matrix, weights, family, adapter)) * adapter.eva_rho)
+        if wanted > matrix.columns:
+            yield (
+                f"ADP-007 adapter.init=eva: {matrix.name} is given {matrix.columns} numbers, and rank x "
+                f"adapter.eva_rho = {wanted}. Set a smaller adapter.rank, or adapter.eva_rho=1."
+            )
+            return

@@ -1,7 +1,7 @@
 """Every setting of a job, typed, with its meaning under it.
 
 A `Recipe` is complete: every default stands here once, the YAML files under `recipes/` say only what differs, and
-nothing behind `compose.from_config` sees a Hydra object. This module imports nothing of ours.
+nothing behind `compose.from_config` sees a Hydra object. Prices and speeds stand in `rates.py`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-
-def one_of(*choices: str) -> Any:
-    """A text setting whose value must be one of `choices`; the first is the default. `check` refuses others."""
-    return field(default=choices[0], metadata={"choices": choices})
+from finetune.rates import Costs, Tco
+from finetune.setting import one_of as one_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,6 +33,10 @@ class Model:
     """Licence key of the weights, as in `finetune/licences.yaml`, e.g. `apache-2.0`."""
     licence_url: str = ""
     """Where the licence text can be read."""
+    pretraining_tokens: float = 0.0
+    """Tokens that the base was trained on, as published; 0 means not known. The record compares compute with it."""
+    pretraining_source: str = ""
+    """Where that was read."""
     facts_source: str = ""
     """Where the facts in `config` were read."""
     facts_date: str = ""
@@ -83,9 +85,12 @@ class Adapter:
     """With method=full: also train token embeddings and output head. A few rows train few of the words in them."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA), so that wide updates do not learn more slowly."""
-    init: str = one_of("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_16")
+    init: str = one_of("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_16", "eva")
     """How A and B begin. The update is zero at first in all of them. `pissa` (exact, or 16 iterations: far faster) and
-    `olora` begin at the base's own main directions; the file then has twice the rank, half of it subtracting them."""
+    `olora` begin at the base's own main directions; the file then has twice the rank, half of it subtracting them.
+    `eva` begins at the main directions of what linear maps are given on training rows; experts begin by default."""
+    eva_rho: float = 2.0
+    """With `eva`: how many times its rank a map may get, at the cost of maps that explain less; 1 keeps all ranks."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """End of a weight's path (a regular expression) -> its rank, e.g. {self_attn.q_proj: 32, mlp.experts.down_proj: 4}.
     The first that matches counts; an expression that matches nothing is an error."""
@@ -282,119 +287,54 @@ class Evaluate:
 
 
 @dataclass(kw_only=True, slots=True)
+class Merge:
+    """The adapter in the original weights."""
+
+    base: str = one_of("original", "dequantised")
+    """What the update is added to: the original weights, or what training in 4 bits saw of them (packed into NF4 and
+    unpacked again), which answers more like the model that was trained and less like the published one."""
+    quantised: str = one_of("bf16", "requantise")
+    """What a base in fp8 or fp4 becomes: `bf16` weights, or fp8 again with new scales, of the tensors with an update
+    alone, in the same layout. Never 4 bits: those are too coarse for an update."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Export:
     """What is left for a server."""
 
     formats: list[str] = field(default_factory=lambda: ["hf", "peft"])
-    """`hf` = merged weights that stock transformers loads; `peft` = the adapter alone."""
+    """`hf` = merged weights that stock transformers loads; `peft` = the adapter alone; `peft_per_expert` = the adapter
+    with a pair of matrices per expert, for servers; `gguf` = merged weights for llama.cpp; `ollama` = a Modelfile for
+    the first GGUF file; `vllm` = a start line for `hf`. Each is loaded by its client and asked, where that is here."""
+    gguf: list[str] = field(default_factory=lambda: ["f16"])
+    """Types of GGUF files: f32, f16, bf16, q8_0; smaller ones such as q4_k_m need llama.cpp's quantiser."""
+    gguf_adapter: bool = False
+    """With peft_per_expert: the adapter as a GGUF file too, which llama.cpp adds to the base's when it starts."""
+    ask: bool = True
+    """Load every export by its client and compare its answers with the adapter's own. Off where nothing can hold it."""
     name: str = ""
     """Name of the exported model; empty means `<recipe>-<run>`. Some licences prescribe how it must begin."""
     parity_prompts: int = 8
-    """Held-out rows on which merged and adapter are compared before the export counts as done."""
+    """Held-out rows on which merged and adapter are compared before the merge counts as done; their answers are what
+    exports and servers are compared with."""
     max_kl: float = 0.05
-    """Largest mean KL divergence (nats per token) allowed between the adapter on its original base and the export."""
+    """Largest mean KL divergence (nats per token) allowed between merged weights and the adapter beside its base."""
 
 
 @dataclass(kw_only=True, slots=True)
-class Costs:
-    """What `plan` computes hours and money with. None of it is measured: these are the user's own figures."""
+class Licence:
+    """What you say about your use of base and data, so that their licences can be checked. Nothing is sent."""
 
-    device: str = "H100 80GB"
-    """Name of the planned device, for the table."""
-    device_gib: float = 80.0
-    """Memory of one device in GiB."""
-    device_tflops: float = 989.0
-    """Peak bf16 TFLOP/s of one device."""
-    utilisation: float = 0.25
-    """Share of the peak that a run is assumed to reach."""
-    price_per_hour: float = 2.5
-    """Price of one device-hour in `currency`."""
-    currency: str = "USD"
-    """Currency of `price_per_hour`."""
-    device_kw: float = 0.7
-    """Power draw of one device in kW."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Tco:
-    """What `plan tco` computes with: serving the tuned model on a node of your own against an API.
-
-    These are your own figures; the defaults are a worked example of 8 x H100, assumed on 2026-11-23.
-    """
-
-    tokens_per_second: float = 2469.0
-    """Tokens per second of one node at full load. Measure it at the latency that you want."""
-    counts: str = one_of("all", "output")
-    """Which tokens that is: `all`, compared with an API's blend of input and output; or `output`, compared with what an
-    API takes for an output token and the input that comes with it."""
-    tokens_source: str = "assumed: what 1.80 USD per million needs at 16 USD an hour and full load"
-    """Where `tokens_per_second` comes from: measured, quoted or assumed, with the date."""
-    utilisation: float = 0.6
-    """Share of a month's hours that the node is at full load, on average."""
-    gpus: int = 8
-    """GPUs of a node, to show prices per GPU-hour."""
-    node_per_hour: float = 16.0
-    """Price of a rented node per hour, in `costs.currency`. 0 means owned: the price then comes from what follows."""
-    node_source: str = "assumed: 8 x 2.00 USD"
-    """Where the price, or those of an owned node, come from, with the date."""
-    capex: float = 300_000.0
-    """Price of an owned node."""
-    years: float = 4.0
-    """Years in which it is paid off."""
-    interest: float = 0.08
-    """Interest per year."""
-    residual: float = 0.1
-    """Share of its price that it is worth in the end."""
-    node_kw: float = 10.2
-    """Its power at full load in kW."""
-    load: float = 0.7
-    """Share of that power which it draws on average."""
-    pue: float = 1.3
-    """Power of the building per power of its computers."""
-    kwh_price: float = 0.12
-    """Price of a kWh."""
-    maintenance: float = 0.05
-    """Maintenance per year, as a share of `capex`."""
-    space_per_month: float = 2500.0
-    """Rent for its place and its line, per month."""
-    staff: float = 0.25
-    """Share of a person who looks after it."""
-    staff_per_year: float = 180_000.0
-    """What such a person costs per year."""
-    redundancy: float = 0.0
-    """Spare nodes per node: 0.125 is one for eight. They cost what a node costs, without power and staff."""
-    trainings: float = 3.0
-    """How many trainings are paid until one is kept: sweeps and failures count."""
-    other_costs: float = 0.0
-    """What else is paid once: data, labels, evaluation."""
-    months: float = 12.0
-    """Months that the tuned model serves; what is paid once is spread over their tokens."""
-    tokens_per_month: float = 1e9
-    """Tokens, as `counts` says, that are served per month."""
-    api_model: str = ""
-    """Model of an API as provider:model, e.g. mistral:mistral-large; its prices then come from the package genai-prices
-    (extra [prices], bundled, no network). Empty: the three prices below."""
-    api_input: float = 3.0
-    """Price of a million input tokens."""
-    api_output: float = 15.0
-    """Price of a million output tokens."""
-    api_cached: float = 0.3
-    """Price of a million input tokens that are read from the API's cache."""
-    api_source: str = "assumed: a usual price of a large closed model, 2026-11-23"
-    """Where these prices were read, with the date."""
-    cache_share: float = 0.0
-    """Share of the input that is read from the cache."""
-    input_per_output: float = 3.0
-    """Input tokens per output token."""
-    utilisations: list[float] = field(default_factory=lambda: [1.0, 0.6, 0.3])
-    """Rows of the sensitivity table."""
-    speeds: dict[str, float] = field(
-        default_factory=lambda: {"42 tok/s per user": 2128.0, "71 tok/s per user": 584.0, "100 tok/s per user": 184.0}
-    )
-    """Latency -> tokens per second of a node at it. The default is 8 x what a benchmark quotes per H100 for a model of
-    37 B active parameters in fp8 (InferenceX, read 2026-11-23)."""
-    node_prices: list[float] = field(default_factory=lambda: [10.4, 16.0, 20.0, 32.0])
-    """Prices of a node per hour in that table: the default is 8 x 1.30, 2.00, 2.50 and 4.00."""
+    use: str = one_of("not_said", "commercial", "research", "personal")
+    """What the tuned model is for. Bases and rows that are not for commercial use ask for it."""
+    established_in: str = ""
+    """Country of your domicile or principal place of business, e.g. US or DE; empty means not said."""
+    monthly_users: int = 0
+    """Monthly users of your products, as the base's licence counts them; 0 means not said."""
+    accept: str = ""
+    """sha256 of an unknown licence text beside the weights that you have read and accept; also beside run=."""
+    of_rows: str = ""
+    """Licence of your own rows (`data.train_files`), e.g. CC-BY-4.0; empty means that they are yours. Cards say it."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -431,8 +371,14 @@ class Recipe:
     """Where it runs."""
     evaluate: Evaluate = field(default_factory=Evaluate)
     """How base and tuned are compared."""
+    merge: Merge = field(default_factory=Merge)
+    """What the adapter is added to."""
     export: Export = field(default_factory=Export)
     """What is left for a server."""
+    licence: Licence = field(default_factory=Licence)
+    """What you say about your use of base and data."""
+    sign: str = ""
+    """Private key (EC, PEM file) that signs export/ and run.json at the end (extra [sign]). Empty: none does."""
     costs: Costs = field(default_factory=Costs)
     """Prices and speeds that `plan` uses."""
     tco: Tco = field(default_factory=Tco)

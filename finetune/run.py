@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune import check, machine, record
+from finetune import check, events, machine, permits, record, signing
 from finetune.compose import read_recipe, recipe_yaml
 from finetune.errors import GateError, RecipeError, RunError
 from finetune.launch import launch as launch_here
@@ -43,7 +43,7 @@ def run(
         what, why = "launch.kind=slurm: run() carries a job out here and waits for it", "jobs are queued from the shell"
         raise RunError("SLM-009", what, why, "python -m finetune recipe=NAME launch=slurm, or launch=local")
     if run_dir is None:
-        return carry_on(start(recipe), until=until, launch=launch)
+        return carry_on(start(recipe, until), until=until, launch=launch)
     if read_recipe(run_dir.recipe) != machine.settled(recipe):
         raise RunError(
             "RUN-006",
@@ -54,10 +54,11 @@ def run(
     return carry_on(run_dir, until=until, launch=launch)
 
 
-def start(recipe: Recipe) -> RunDir:
+def start(recipe: Recipe, until: str = "report") -> RunDir:
     """A new run folder with the frozen recipe and its plan. Raises what `refuse` raises, and RunError."""
     recipe = machine.settled(recipe)
     refuse(recipe)
+    permit(recipe, None, until)
     figures = plan(recipe)
     need = {"run_gib": run_folder_gib(figures), "cache_gib": cache_gib(figures)}
     if found := machine.place_problems(recipe, **need):
@@ -71,20 +72,44 @@ def start(recipe: Recipe) -> RunDir:
 
 def carry_on(run_dir: RunDir, *, until: str = "report", launch: Callable[[str, RunDir], None] = launch_here) -> RunDir:
     """Carries out the stages of a run that are not done, up to `until`, and writes the record after the last one."""
-    stages = list(STAGES)[: list(STAGES).index(until) + 1]
-    refuse(read_recipe(run_dir.recipe))
+    stages, recipe = list(STAGES)[: list(STAGES).index(until) + 1], read_recipe(run_dir.recipe)
+    refuse(recipe)
+    permit(recipe, run_dir, until)
     for number, stage in enumerate(stages, 1):
         if all(path.exists() for path in STAGES[stage](run_dir)):
             print(f"[{number}/{len(STAGES)}] {stage}: done before", flush=True)
         else:
             print(f"[{number}/{len(STAGES)}] {stage}", flush=True)
-            run_dir.record.unlink(missing_ok=True)  # it will not describe the folder any longer
-            launch(stage, run_dir)
+            run_dir.reopen()
+            if stage == "train" and not run_dir.inputs.exists():
+                before_training(recipe, run_dir, until)
+            with events.stage(run_dir, stage):
+                launch(stage, run_dir)
         if stage == "evaluate":
             require_gates(run_dir)
     if until == list(STAGES)[-1] and not run_dir.record.exists():
         record.write_record(run_dir)
+    if until == list(STAGES)[-1] and recipe.sign and not signing.is_signed(run_dir):
+        signing.sign(run_dir, Path(recipe.sign))
     return run_dir
+
+
+def before_training(recipe: Recipe, run_dir: RunDir, until: str) -> None:
+    """Notes the hash of every input. Raises RecipeError when a licence text beside the weights forbids the export."""
+    from finetune.source import base_folder
+
+    base = base_folder(recipe)
+    permit(recipe, run_dir, until, base)
+    gib = sum(path.stat().st_size for path in record.input_files(recipe, base)) / 2**30
+    if gib >= 1:  # about a minute per 50 GiB
+        print(f"hashing {gib:,.1f} GiB of base and rows, for the record ...", flush=True)
+    record.note_inputs(run_dir, recipe, base)
+
+
+def permit(recipe: Recipe, run_dir: RunDir | None, until: str, base: Path | None = None) -> None:
+    """Nothing, or RecipeError with the licence rules that forbid an export, where the job is to make one."""
+    if list(STAGES).index(until) >= list(STAGES).index("export"):
+        permits.refuse(recipe, base, permits.accepted_in(run_dir) if run_dir else ())
 
 
 def refuse(recipe: Recipe) -> None:

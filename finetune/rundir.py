@@ -22,6 +22,13 @@ from finetune.errors import RunError
 TEMPORARY = ".partial-"
 """Prefix of everything that is not finished; `RunDir.sweep` removes such leftovers of a killed run."""
 
+RESUMED = ".merging-"
+"""Prefix of a folder that is not finished and that the same command goes on with after it was killed."""
+
+
+SIGNATURE = "model.sig"
+"""Name of the signature in export/, as model-signing calls it."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
@@ -81,9 +88,24 @@ class RunDir:
         return self.path / "allowed.json"
 
     @property
+    def events(self) -> Path:
+        """What happened to the run, a line each, chained by hashes."""
+        return self.path / "events.jsonl"
+
+    @property
+    def inputs(self) -> Path:
+        """Hashes of every input file, taken before training began."""
+        return self.path / "inputs.json"
+
+    @property
     def logs(self) -> Path:
         """What trackers write: TensorBoard event files, and a folder each for others."""
         return self.path / "logs"
+
+    @property
+    def directions(self) -> Path:
+        """What the adapter began with, where that came from the training rows (EVA)."""
+        return self.path / "directions.safetensors"
 
     @property
     def adapter(self) -> Path:
@@ -121,6 +143,16 @@ class RunDir:
         return self.path / "merged"
 
     @property
+    def parity(self) -> Path:
+        """The proof that the merged weights answer as the adapter does."""
+        return self.merged / "parity.json"
+
+    @property
+    def answers(self) -> Path:
+        """Answers of base and tuned to held-out prompts, token by token: what exports and servers are compared with."""
+        return self.merged / "answers.json"
+
+    @property
     def export(self) -> Path:
         """What a server loads."""
         return self.path / "export"
@@ -134,6 +166,16 @@ class RunDir:
     def record(self) -> Path:
         """The record: hashes of every input and output, licences, versions."""
         return self.path / "run.json"
+
+    @property
+    def signature(self) -> Path:
+        """Signature of the record; that of the export is `SIGNATURE` in it."""
+        return self.path / "run.json.sig"
+
+    def reopen(self) -> None:
+        """Removes the record and the signatures: they will not describe the folder any longer."""
+        for path in (self.record, self.signature, self.export / SIGNATURE):
+            path.unlink(missing_ok=True)
 
     def require(self, path: Path, stage: str) -> Path:
         """`path` if it exists; otherwise an error that says which stage makes it."""
@@ -214,20 +256,25 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for path in sorted(partial.rglob("*")):
-            fsync(path)
-        fsync(partial)
-        if target.exists():
-            old = partial.with_name(partial.name + "-old")
-            target.rename(old)
-            partial.rename(target)
-            shutil.rmtree(old)
-        else:
-            partial.rename(target)
-        fsync(target.parent)
+        publish(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Gives a finished folder its name, in place of an older one, once the disk holds every file of it."""
+    for path in sorted(partial.rglob("*")):
+        fsync(path)
+    fsync(partial)
+    if target.exists():
+        old = target.with_name(f"{TEMPORARY}{target.name}-old-{uuid.uuid4().hex[:8]}")
+        target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old)
+    else:
+        partial.rename(target)
+    fsync(target.parent)
 
 
 @contextmanager

@@ -40,6 +40,8 @@ class Entry:
     """Its type there, in safetensors' words."""
     shape: tuple[int, ...]
     """Its shape there."""
+    offset: int
+    """Where its bytes begin in the file."""
 
     @property
     def bytes(self) -> int:
@@ -92,10 +94,12 @@ def read_headers(folder: Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for file in check_shards(folder):
         with file.open("rb") as handle:
-            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+            size = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(size))
         for key, value in header.items():
             if key != "__metadata__":
-                entries[key] = Entry(file, value["dtype"], tuple(value["shape"]))
+                begin = 8 + size + value["data_offsets"][0]
+                entries[key] = Entry(file, value["dtype"], tuple(value["shape"]), begin)
     return entries
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 import sys
 import threading
@@ -26,10 +28,19 @@ class Request:
         if not self.signal:
             self.signal = signal.Signals(number).name
             more = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
-            print(f"{self.signal}: a checkpoint follows at the end of this update{more}.", file=sys.stderr, flush=True)
+            said = f"{self.signal}: a checkpoint follows at the end of this update{more}."
+            if "RANK" not in os.environ or os.environ["RANK"] == "0":  # of several processes one says it
+                print(said, file=sys.stderr, flush=True)
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
+
+
+def end_with_parent() -> None:
+    """From now on this process ends when the one that started it does, however that ends (Linux: prctl)."""
+    if hasattr(libc := ctypes.CDLL(None), "prctl"):
+        parent_death_signal = 1
+        libc.prctl(parent_death_signal, signal.SIGKILL)
 
 
 _listening: list[Request] = []

@@ -91,7 +91,7 @@ def begin(words: Sequence[str], until: str, variants: Sequence[list[str]], recip
     jobs = []
     for variant, recipe in zip(variants, recipes, strict=True):
         differs = tuple(word for word in variant if not all(word in other for other in variants))
-        jobs.append(Job(differs, start(recipe), None))
+        jobs.append(Job(differs, start(recipe, until), None))
     return create_sweep(words, until, jobs)
 
 
@@ -118,7 +118,7 @@ def queue(recipes: Sequence[Recipe], until: str, console: Console) -> int:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     ready([settled(recipe) for recipe in recipes], say)
-    run_dirs = [start(recipe) for recipe in recipes]
+    run_dirs = [start(recipe, until) for recipe in recipes]
     links = link_folder(run_dirs)
     for number, run_dir in enumerate(run_dirs):
         say(f"task {number}: {run_dir.path}")

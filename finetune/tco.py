@@ -16,7 +16,8 @@ from finetune.api_prices import ApiPrice, quoted
 from finetune.errors import RecipeError
 from finetune.figure import Figure, assumed, computed, given
 from finetune.plan import plan
-from finetune.recipe import Recipe, Tco
+from finetune.rates import Tco
+from finetune.recipe import Recipe
 from finetune.tco_formulas import (
     HOURS_PER_MONTH,
     blend,

@@ -18,6 +18,7 @@ from torch import nn
 from finetune.adapters import load_adapter
 from finetune.base import Base, stored_bytes
 from finetune.errors import AdapterError, NumbersError
+from finetune.experts.stack import layout_of
 from finetune.recipe import Adapter
 from finetune.rundir import read_json, write_json
 from finetune.shards import read_headers
@@ -67,8 +68,10 @@ def fingerprints(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def experts_of(model: nn.Module, name: str) -> int:
     """How many experts a parameter of an experts module stacks; 0 for any other parameter."""
-    layout = getattr(model.get_submodule(name.rpartition(".")[0]), "finetune_layout", None)
-    experts: int = next(iter(layout.shapes.values()))[0] if layout else 0
+    module = model.get_submodule(name.rpartition(".")[0])
+    if not hasattr(module, "finetune_layout"):
+        return 0
+    experts: int = next(iter(layout_of(module).shapes.values()))[0]
     return experts
 
 
@@ -76,6 +79,7 @@ def save(folder: Path, weights: dict[str, torch.Tensor], about: dict[str, Any]) 
     """Writes trained parameters by name into `folder`, in files of at most 5 GB, and `tuned.json` beside them."""
     from huggingface_hub import save_torch_state_dict
 
+    folder.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict({name: w.contiguous() for name, w in weights.items()}, folder, max_shard_size="5GB")
     parameters = sum(weight.numel() for weight in weights.values())
     write_json(folder / TUNED, {"schema": 1, "tensors": sorted(weights), "parameters": parameters} | about)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import sizes
+from finetune.compute import per_token as flops_per_token
 from finetune.families import shapes
 from finetune.figure import Basis, Figure, assumed, computed, given
 from finetune.recipe import Recipe
@@ -25,17 +26,14 @@ def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
     parameter and token; a token counts its own experts only. Weights of the base that are trained cost 2 more.
     """
     train, devices = recipe.train, recipe.launch.nodes * recipe.launch.devices
-    weights, family = sizes.matrices(recipe.model), sizes.family_of_card(recipe.model)
+    flops = flops_per_token(recipe)
     rows, length = _rows(recipe, prepared), _tokens_per_row(recipe, prepared)
     per_update, plural = train.batch_size * train.accumulation * devices, "s" if devices > 1 else ""
     seen = train.max_steps * per_update if train.max_steps else math.ceil(rows.value * train.epochs)
     steps = train.max_steps or math.ceil(seen / per_update)
     tokens = seen * length.value
-    active = sizes.active_parameters(weights)
-    trainable = sizes.active_trained_parameters(weights, family, recipe.adapter)
-    each = 2 if recipe.adapter.method == "full" else 6
     basis: Basis = "assumed" if "assumed" in (rows.basis, length.basis) else "computed"
-    again = 2 * active * tokens if train.gradient_checkpointing else 0
+    again = flops.recompute * tokens
     scores, passes = attention_per_token(recipe, length.value), 4 if train.gradient_checkpointing else 3
 
     def counted(name: str, value: float, unit: str, how: str) -> Figure:
@@ -53,13 +51,13 @@ def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
         ),
         counted("steps", steps, "updates", "train.max_steps" if train.max_steps else f"{seen:,} rows / {per_update}"),
         counted("tokens", tokens, "tokens", f"{seen:,} rows x {length.value:,.0f}"),
-        counted("forward", 2 * active * tokens, "FLOP", f"{per_token}, attention scores apart"),
-        counted("backward", 2 * active * tokens, "FLOP", f"{per_token}, through the base's weights"),
+        counted("forward", flops.forward * tokens, "FLOP", f"{per_token}, attention scores apart"),
+        counted("backward", flops.backward * tokens, "FLOP", f"{per_token}, through the base's weights"),
         counted(
-            "weight gradients" if each == 2 else "adapter maths",
-            each * trainable * tokens,
+            "weight gradients" if recipe.adapter.method == "full" else "adapter maths",
+            flops.trained * tokens,
             "FLOP",
-            f"{each} x trainable parameters of a token's experts x tokens",
+            f"{flops.each} x trainable parameters of a token's experts x tokens",
         ),
         counted(
             "attention scores",

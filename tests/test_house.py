@@ -118,6 +118,7 @@ SETTINGS = {
     "data",
     "launch",
     "evaluate",
+    "merge",
     "export",
     "costs",
     "model",
@@ -169,8 +170,9 @@ BRANDS |= {
     "granite",
     "olmoe",
 }
-# Longest first; not inside a word (ollama), and not the programs that begin with a brand (llama.cpp).
-NAMES = re.compile(rf"(?<![a-z])(?:{'|'.join(sorted(BRANDS, key=len, reverse=True))})(?!.?cpp)", re.IGNORECASE)
+# Longest first; not inside a word (ollama), and not the programs that begin with a brand (llama.cpp and its variables).
+PROGRAMS = ".?cpp|-server|_ARG_|_OFFLINE|_API_KEY"
+NAMES = re.compile(rf"(?<![a-z])(?:{'|'.join(sorted(BRANDS, key=len, reverse=True))})(?!{PROGRAMS})", re.IGNORECASE)
 
 
 def family_names(source: str) -> list[str]:
@@ -349,7 +351,7 @@ def test_rooms_import_downwards_only() -> None:
     ("module", "line"),
     [
         ("rundir.py", "from finetune import run"),
-        ("merge.py", "from finetune import train"),
+        ("chat.py", "from finetune import train"),
         ("utils.py", "import json"),
     ],
     ids=["upwards", "from stage to stage", "a room with no place"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -75,7 +76,7 @@ def test_words_are_sorted_whatever_their_order() -> None:
         (["recipe=x", "--multi"], ["--multi is no option"]),
         (["run="], ["run= lacks the path"]),
         (["verify", "-m", "run=x"], ["-m does not go with verify"]),
-        (["train", "--json"], ["--json goes with plan only"]),
+        (["train", "--json"], ["--json goes with plan and verify only"]),
         (["--config-dir"], ["--config-dir is no option"]),
     ],
 )
@@ -302,10 +303,15 @@ def test_verify_prints_how_many_files_are_as_recorded_and_names_a_change(
     run_dir = run(ready(tmp_path), launch=Stages())
     capsys.readouterr()
     assert main(["verify", f"run={run_dir.path}"]) == 0
-    assert "11 files are as recorded" in capsys.readouterr().out
+    assert "13 files are as recorded" in capsys.readouterr().out
     run_dir.report.write_text("changed")
     assert main(["verify", f"run={run_dir.path}"]) == 3
     assert "report.html has changed" in capsys.readouterr().err
+    assert main(["verify", f"run={run_dir.path}", "--json"]) == 3
+    told = json.loads(capsys.readouterr().out)
+    assert told["findings"] == [{"about": "file", "name": "report.html", "what": "has changed"}]
+    assert told["verified"] is False and told["files"] == 13 and told["signature"] == "none"
+    assert main(["verify", f"run={run_dir.path}", "rows=1"]) == 2
 
 
 def test_plan_of_a_run_uses_its_prepared_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Merging into the original files: every family, against the adapter and stock PEFT, and what must be refused."""
 
+import json
 import shutil
 
 import pytest
@@ -7,13 +8,18 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.adapters import attach, load_adapter
 from finetune.base import load_base
-from finetune.errors import WeightsError
+from finetune.errors import AdapterError, WeightsError
 from finetune.families import FAMILIES
-from finetune.merge import merge_folder
+from finetune.merge import merge_folder, sentences
+from finetune.merge.four_bit import FourBit
+from finetune.merge.plan import How, make_plan
+from finetune.merge.shard import sheets, write_sheet
 from finetune.recipe import Adapter
+from finetune.shards import weights_of
 from tests.quantised import quantised
 from tests.tiny_models import adapted, checkpoint, some_ids, tensors
 
@@ -53,21 +59,19 @@ def test_the_merged_checkpoint_answers_as_the_adapter_does_and_keeps_every_key(f
 
 
 @pytest.mark.parametrize("family", [key for key, family in FAMILIES.items() if not family.repeats_tokens])
-def test_it_equals_merge_and_unload_of_stock_peft(family, adapter_of, tmp_path):
+def test_in_fp32_it_is_bit_for_bit_what_merge_and_unload_of_stock_peft_makes(family, adapter_of, tmp_path):
     adapter, _, _ = adapter_of(family)
     source = checkpoint(family, True)
     merge_folder(source, adapter, tmp_path / "merged")
     auto = getattr(transformers, FAMILIES[family].auto_class)
     stock = PeftModel.from_pretrained(auto.from_pretrained(source, dtype=torch.float32), adapter).merge_and_unload()
     ours = auto.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
-    for name, value in stock.state_dict().items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    different = [name for name, value in stock.state_dict().items() if not torch.equal(ours[name], value)]
+    assert different == []
 
 
 def test_layers_straddle_shards_in_these_checkpoints():
     """The tests above would be weaker without: a layer's experts must lie in more than one file."""
-    import json
-
     index = json.loads((checkpoint("qwen3_moe", True) / "model.safetensors.index.json").read_text())["weight_map"]
     homes = {shard for key, shard in index.items() if ".layers.1.mlp.experts." in key}
     assert len(homes) >= 2
@@ -102,7 +106,7 @@ def test_an_update_that_finds_only_part_of_its_weight_is_refused(adapter_of, tmp
     for shard in source.glob("*.safetensors"):
         kept = {k: v for k, v in load_file(shard).items() if ".0.block_sparse_moe.experts.1.w3." not in k}
         save_file(kept, shard, metadata={"format": "pt"})
-    with pytest.raises(WeightsError, match="did not reach the checkpoint whole"):
+    with pytest.raises(WeightsError, match="do not reach the checkpoint whole"):
         merge_folder(source, adapter, tmp_path / "merged")
 
 
@@ -121,8 +125,6 @@ def test_a_weight_stored_in_eight_bits_takes_no_update(adapter_of, tmp_path):
 @pytest.mark.parametrize("mutation", ["swap gate and up", "drop the scale", "permute B"])
 def test_a_scrambled_adapter_is_seen_by_the_comparison(mutation, adapter_of, tmp_path):
     """The parity test can fail: each classic layout mistake moves the merged logits by far more than its tolerance."""
-    import json
-
     adapter, ids, logits = adapter_of("mixtral")
     wrong = tmp_path / "adapter"
     shutil.copytree(adapter, wrong)
@@ -158,26 +160,11 @@ def test_four_bit_training_merges_into_the_original_weights(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "mistral4", "gpt_oss", "deepseek_v4"])
-def test_a_base_in_fp8_or_fp4_is_merged_into_bf16_like_its_twin(family, tmp_path):
+def test_a_base_in_fp8_or_fp4_is_merged_into_bf16_like_its_twin(family, published, tmp_path):
     """The same numbers as merging the fp32 twin and rounding once; no scale is left, and transformers loads it."""
-    import json
-
-    import transformers
-
-    folder, twin = quantised(family, tmp_path)
-    base = load_base(folder, load_in_4bit=False, precision="fp32")
-    torch.manual_seed(5)
-    model = attach(base, Adapter(targets="all", rank=4, expert_rank=3)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                parameter.normal_(0, 0.1)
-    ids = some_ids(base)
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits
-    model.save_pretrained(tmp_path / "adapter")
-    merge_folder(folder, tmp_path / "adapter", tmp_path / "merged")
-    merge_folder(twin, tmp_path / "adapter", tmp_path / "merged-twin")
+    folder, twin, adapter, ids, logits = published(family)
+    merge_folder(folder, adapter, tmp_path / "merged")
+    merge_folder(twin, adapter, tmp_path / "merged-twin")
     found, expected = tensors(tmp_path / "merged"), tensors(tmp_path / "merged-twin")
     assert found.keys() == expected.keys()
     rounded = 0
@@ -192,3 +179,237 @@ def test_a_base_in_fp8_or_fp4_is_merged_into_bf16_like_its_twin(family, tmp_path
     with torch.no_grad():
         difference = stock.eval()(input_ids=ids).logits - logits
     assert difference.norm() <= 2e-2 * logits.norm()
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """family -> (folder in its published number format, fp32 twin, adapter, ids, logits of the adapter beside it)."""
+    made = {}
+
+    def make(family, targets="all"):
+        if (family, targets) not in made:
+            place = tmp_path_factory.mktemp(f"{family}-{targets}")
+            folder, twin = quantised(family, place)
+            base = load_base(folder, load_in_4bit=False, precision="fp32")
+            torch.manual_seed(5)
+            model = attach(base, Adapter(targets=targets, rank=4, expert_rank=3)).eval()
+            ids = some_ids(base)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if ".lora_B." in name:
+                        parameter.normal_(0, 0.1)
+                logits = model(input_ids=ids).logits
+            model.save_pretrained(place / "adapter")
+            made[family, targets] = folder, twin, place / "adapter", ids, logits
+        return made[family, targets]
+
+    return make
+
+
+AGAIN = How(quantised="requantise")
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"), [("deepseek_v3", "all"), ("mistral4", "all"), ("deepseek_v4", "attention")]
+)
+def test_a_base_in_fp8_is_merged_into_fp8_with_new_scales_in_its_own_layout(family, targets, published, tmp_path):
+    """Ragged blocks, a scale per expert, exponents as scales; values and scales lie in different files here."""
+    folder, twin, adapter, ids, logits = published(family, targets)
+    merge_folder(folder, adapter, tmp_path / "merged", how=AGAIN)
+    merge_folder(twin, adapter, tmp_path / "exact")
+    before, after = tensors(folder), tensors(tmp_path / "merged")
+    assert {k: (v.dtype, v.shape) for k, v in before.items()} == {k: (v.dtype, v.shape) for k, v in after.items()}
+    configs = [json.loads((place / "config.json").read_text()) for place in (folder, tmp_path / "merged")]
+    assert configs[0] == configs[1] and "quantization_config" in configs[0]
+    settings = configs[0]["quantization_config"]
+    found = weights_of(tmp_path / "merged", settings)
+    exact, original = tensors(tmp_path / "exact"), tensors(twin)
+    updated = {key for key in exact if not torch.equal(exact[key], original[key])}
+    for key, weight in found.items():
+        raw = [key, *(name for name in before if name.startswith(key + "_scale") or name == scale_of(key))]
+        same = all(torch.equal(bits(before[name]), bits(after[name])) for name in raw)
+        assert same == (key not in updated), key
+        if key in updated and weight.is_quantised:
+            values = weight.read().float()
+            # e4m3 has three bits of mantissa: half a step is 1/16 of a value, or of the smallest normal one; a scale
+            # that is a power of two may be twice as large.
+            close = (values - exact[key]).abs() <= exact[key].abs() / 16 + exact[key].abs().max() * 2.0**-14
+            assert close.all(), key
+    base = load_base(tmp_path / "merged", load_in_4bit=False, precision="fp32")
+    with torch.no_grad():
+        difference = base.model(input_ids=ids).logits - logits
+    assert difference.norm() <= 0.15 * logits.norm()
+    assert json.loads((tmp_path / "merged" / "merge.json").read_text())["rounding_over_update"] > 0
+
+
+def scale_of(key):
+    return key.removesuffix("weight") + "scale"
+
+
+def bits(tensor):
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("family", "why"), [("gpt_oss", "4 bits"), ("deepseek_v4", "4 bits"), ("mixtral", "no effect")]
+)
+def test_no_update_goes_into_four_bits_and_requantising_plain_numbers_is_refused(
+    family, why, published, adapter_of, tmp_path
+):
+    plain = family == "mixtral"
+    folder = checkpoint(family, True) if plain else published(family)[0]
+    adapter = adapter_of(family)[0] if plain else published(family)[2]
+    with pytest.raises(WeightsError, match=rf"MRG-003 .*{why}.*merge.quantised=bf16"):
+        merge_folder(folder, adapter, tmp_path / "merged", how=AGAIN)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("family", "double"), [("qwen3_moe", False), ("qwen3_moe", True), ("gpt_oss", False), ("deepseek_v3", True)]
+)
+def test_merged_into_what_training_saw_it_answers_as_the_adapter_beside_the_base_in_4_bits(family, double, tmp_path):
+    base = load_base(checkpoint(family, True), load_in_4bit=True, precision="fp32", double_quantisation=double)
+    torch.manual_seed(5)
+    model = attach(base, ALL).eval()
+    ids = some_ids(base)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0, 0.1)
+        logits = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path / "adapter")
+    how = How(four_bit=FourBit("fp32", double))
+    merge_folder(checkpoint(family, True), tmp_path / "adapter", tmp_path / "merged", how=how)
+    merge_folder(checkpoint(family, True), tmp_path / "adapter", tmp_path / "original")
+    answers = []
+    for place in ("merged", "original"):
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / place, dtype=torch.float32).eval()
+        with torch.no_grad():
+            answers.append(merged(input_ids=ids).logits)
+    torch.testing.assert_close(answers[0], logits, rtol=1e-4, atol=1e-5)
+    assert (answers[1] - logits).abs().max() > 1e-3
+    told = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert told["base"] == "dequantised" and told["four_bit_over_update"] > 0
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """A dense checkpoint whose head is its embedding and is not in the file."""
+    folder = tmp_path_factory.mktemp("tied") / "base"
+    shutil.copytree(checkpoint("qwen3", True), folder)
+    for shard in folder.glob("*.safetensors"):
+        kept = {key: value for key, value in load_file(shard).items() if key != "lm_head.weight"}
+        save_file(kept, shard, metadata={"format": "pt"})
+    for name, change in {
+        "config.json": lambda values: values | {"tie_word_embeddings": True},
+        "model.safetensors.index.json": lambda values: {
+            "metadata": {},
+            "weight_map": {k: v for k, v in values["weight_map"].items() if k != "lm_head.weight"},
+        },
+    }.items():
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(change(values)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "target_parameters": ["embed_tokens.weight"]},
+        {"target_modules": ["lm_head"], "target_parameters": ["embed_tokens.weight"]},
+    ],
+    ids=["head", "embedding", "both"],
+)
+def test_tied_embeddings_with_an_update_at_one_end_are_parted(where, tied, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
+    assert stock.lm_head.weight.data_ptr() == stock.model.embed_tokens.weight.data_ptr()
+    model = get_peft_model(stock, LoraConfig(r=3, **where)).eval()
+    ids = torch.randint(5, 100, (2, 11))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0, 0.1)
+        logits = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    merge_folder(tied, tmp_path / "adapter", tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index) == {*tensors(tied), "lm_head.weight"} == set(tensors(tmp_path / "merged"))
+    merged, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(merged.eval()(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_of_the_embedding_as_a_module_is_refused_with_its_name(tied, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
+    model = get_peft_model(stock, LoraConfig(r=3, target_modules=["embed_tokens"]))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(AdapterError, match=r"ADP-016 .*lora_embedding"):
+        merge_folder(tied, tmp_path / "adapter", tmp_path / "merged")
+
+
+class Largest(TorchDispatchMode):
+    """Counts the bytes of the largest tensor that any operation makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for value in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+                self.bytes = max(self.bytes, value.numel() * value.element_size())
+        return made
+
+
+@pytest.mark.parametrize(
+    ("family", "how"), [("llama4", How()), ("gpt_oss", How()), ("mistral4", AGAIN), ("mistral4", How())]
+)
+def test_no_stack_of_experts_is_ever_in_memory_as_a_whole(family, how, published, adapter_of, tmp_path):
+    """Also not its update. The stacks have four experts; one in fp32 is the most that may be there, in fp8 a quarter."""
+    plain = family == "llama4"
+    folder, adapter = (checkpoint(family, True), adapter_of(family)[0]) if plain else published(family)[0:3:2]
+    plan = make_plan(folder, adapter, how)
+    stacks = [w for w in plan.weights.values() if len(w.shape) == 3 and w.key in plan.changes]
+    assert stacks and all(stack.shape[0] == 4 for stack in stacks)
+    planned = sheets(plan)
+    matrices = [weight.shape[-2:] for weight in plan.weights.values() if weight.key in plan.changes]
+    most = max(4 * rows * columns for rows, columns in matrices)
+    assert most < max(4 * w.shape[0] * w.shape[1] * w.shape[2] for w in stacks)
+    with Largest() as largest:
+        for sheet in planned:
+            write_sheet(plan, sheet, tmp_path / sheet.name)
+    assert 0 < largest.bytes <= most
+
+
+def test_rounding_that_takes_most_of_an_update_is_measured_and_warned_of(adapter_of, tmp_path):
+    adapter, _, _ = adapter_of("mixtral")
+    small = tmp_path / "adapter"
+    shutil.copytree(adapter, small)
+    values = load_file(small / "adapter_model.safetensors")
+    values = {key: value * 1e-4 if ".lora_B." in key else value for key, value in values.items()}
+    save_file(values, small / "adapter_model.safetensors", metadata={"format": "pt"})
+    base = checkpoint("mixtral")  # bf16
+    merge_folder(base, small, tmp_path / "merged")
+    told = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    plan, before, after = make_plan(base, small, How()), tensors(base), tensors(tmp_path / "merged")
+    rounding = update = 0.0
+    for key, change in plan.changes.items():
+        pair = change.share.pair(None)
+        delta = pair.scale * (pair.left_Or.double() @ pair.right_rI.double())
+        exact = before[key].double() + delta
+        rounding += float((after[key].double() - exact).square().sum())
+        update += float(delta.square().sum())
+    assert told["rounding_over_update"] == pytest.approx((rounding / update) ** 0.5, rel=1e-3)
+    assert told["rounding_over_update"] > 0.5
+    assert any(sentence.startswith("MRG-006") for sentence in sentences(told))
+    assert not any(s.startswith("MRG-006") for s in sentences(told | {"rounding_over_update": 0.1}))

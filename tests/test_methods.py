@@ -347,8 +347,29 @@ def test_a_pattern_that_fits_nothing_in_the_loaded_model_is_refused():
         ({"adapter": Adapter(init="pissa", rank=64)}, "ADP-007 .*k_proj has 32 directions"),
         ({"adapter": Adapter(init="olora"), "train__weight_decay": 0.1}, "ADP-008 train.weight_decay=0.1"),
         ({"adapter": Adapter(init="pissa"), "train__optimizer": "adamw_8bit"}, "ADP-008 train.optimizer=adamw_8bit"),
-        ({"adapter": Adapter(init="eva")}, "CHK-001 adapter.init=eva"),
-        ({"adapter": Adapter(method="full")}, "ADP-009 adapter.method=full is not available yet"),
+        ({"adapter": Adapter(init="svd")}, "CHK-001 adapter.init=svd"),
+        (
+            {"adapter": Adapter(method="full"), "export__formats": ["hf"]},
+            "ADP-017 adapter.load_in_4bit=true .*cannot be trained. Set adapter=full",
+        ),
+        (
+            {"adapter": Adapter(method="full", load_in_4bit=False), "export__formats": ["hf", "peft"]},
+            "EXP-002 export.formats: peft .*there is no adapter.*Set export=hf",
+        ),
+        (
+            {"adapter": Adapter(method="full", load_in_4bit=False, rslora=True), "export__formats": ["hf"]},
+            "ADP-009 adapter.rslora=True with adapter.method=full",
+        ),
+        (
+            {
+                "adapter": Adapter(method="full", load_in_4bit=False),
+                "export__formats": ["hf"],
+                "launch__devices": 2,
+                "launch__distribution": "fsdp2",
+            },
+            "LCH-012 launch.distribution=fsdp2 with adapter.method=full: .*Set launch.distribution=ddp",
+        ),
+        ({"adapter": Adapter(embeddings=True)}, "ADP-009 adapter.embeddings=true with adapter.method=lora"),
         ({"adapter": Adapter(lora_plus_ratio=0.5)}, "CHK-002 adapter.lora_plus_ratio"),
         ({"train__neftune_alpha": -1.0}, "CHK-002 train.neftune_alpha"),
         ({"train__optimizer": "sgd"}, "CHK-001 train.optimizer=sgd"),

@@ -1,19 +1,23 @@
-"""The record of a run, and whether a change to any file is found."""
+"""The record of a run, and whether a change to any file, number or event is found."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from finetune import record
 from finetune.errors import RunError
-from finetune.record import PACKAGES, output_names
-from finetune.run import run
-from finetune.rundir import RunDir
+from finetune.record import PACKAGES, content, output_names, schema_problems
+from finetune.run import carry_on, run
+from finetune.rundir import RunDir, read_json, write_json
 from finetune.verify import differences, verify
-from tests.job import WEIGHTS, Stages, ready
+from tests.job import PARITY, WEIGHTS, Stages, ready
 
 
 @pytest.fixture
@@ -24,41 +28,95 @@ def done(tmp_path: Path) -> RunDir:
     return run(ready(tmp_path, **own), launch=Stages())
 
 
-def test_the_record_holds_a_hash_of_every_output_but_itself_and_the_logs(done: RunDir) -> None:
-    record = json.loads(done.record.read_text())
+def forged(done: RunDir, *keys: str, value: Any) -> list[str]:
+    """What is found after one value of run.json was overwritten."""
+    told = read_json(done.record)
+    target = told
+    for key in keys[:-1]:
+        target = target[key]
+    assert target[keys[-1]] != value
+    target[keys[-1]] = value
+    write_json(done.record, told)
+    return differences(done)
+
+
+def test_the_record_holds_a_hash_of_every_output_but_itself_the_events_and_the_logs(done: RunDir) -> None:
+    told = json.loads(done.record.read_text())
     files = {p.relative_to(done.path).as_posix() for p in done.path.rglob("*") if p.is_file()}
-    assert files - set(record["outputs"]) <= {"run.json", ".lock", "logs/events"}
-    assert "logs/events" in files and len(record["outputs"]) == 9
-    for name, sha in record["outputs"].items():
+    assert files - set(told["outputs"]) <= {"run.json", ".lock", "logs/events", "events.jsonl"}
+    assert "logs/events" in files and len(told["outputs"]) == 11
+    for name, sha in told["outputs"].items():
         assert hashlib.sha256((done.path / name).read_bytes()).hexdigest() == sha
 
 
 def test_the_record_holds_a_hash_of_the_base_and_of_the_users_rows(done: RunDir, tmp_path: Path) -> None:
-    record = json.loads(done.record.read_text())
-    assert set(record["inputs"]) == {
+    told = json.loads(done.record.read_text())
+    assert set(told["inputs"]) == {
         str(tmp_path / name) for name in ("base/config.json", "base/model.safetensors", "rows.jsonl")
     }
     sha = hashlib.sha256(WEIGHTS).hexdigest()
-    assert record["inputs"][str(tmp_path / "base" / "model.safetensors")] == sha
+    assert told["inputs"][str(tmp_path / "base" / "model.safetensors")] == sha
 
 
 def test_the_record_says_with_what_the_run_was_made(done: RunDir) -> None:
-    record = json.loads(done.record.read_text())
-    assert record["seed"] == 17 and record["recipe"]["adapter"]["rank"] == 16
-    assert set(PACKAGES) == set(record["versions"])
-    assert record["licences"]["base"] == "apache-2.0" and record["licences"]["duties"]
-    assert record["data"]["splits"]["train"]["rows"] == 10
-    assert record["git_commit"] is None or len(record["git_commit"].removesuffix("+changes")) == 40
+    told = json.loads(done.record.read_text())
+    assert told["seed"] == 17 and told["recipe"]["adapter"]["rank"] == 16
+    assert set(PACKAGES) == set(told["versions"]) and told["packages"]["torch"] == told["versions"]["torch"]
+    assert told["licences"]["base"] == "apache-2.0" and told["licences"]["duties"]
+    assert told["git_commit"] is None or len(told["git_commit"].removesuffix("+changes")) == 40
+    lock = Path(record.__file__).parents[1] / "requirements.lock"
+    assert told["lock"]["sha256"] == hashlib.sha256(lock.read_bytes()).hexdigest()
+
+
+def test_the_record_says_how_many_rows_came_in_and_why_some_were_dropped(done: RunDir) -> None:
+    rows = json.loads(done.record.read_text())["rows"]
+    assert rows == {"read": 12, "kept": 11, "dropped": {"copy": 1}, "splits": {"train": 10, "heldout": 1}}
+
+
+def test_every_stage_that_began_and_ended_is_an_event(done: RunDir) -> None:
+    events = [json.loads(line) for line in done.events.read_text().splitlines()]
+    stages = ("data", "train", "evaluate", "merge", "export", "report")
+    assert [(e["what"], e["stage"]) for e in events] == [(w, s) for s in stages for w in ("started", "finished")]
+    assert json.loads(done.record.read_text())["events"]["count"] == 12
+
+
+def test_the_record_is_of_the_published_form_and_every_part_of_that_form_is_described(done: RunDir) -> None:
+    told = read_json(done.record)
+    assert schema_problems(told) == []
+    schema = json.loads((Path(record.__file__).parent / "schemas" / "run.schema.json").read_text())
+    assert set(schema["required"]) == set(schema["properties"]) == set(told)
+    bare = [
+        key
+        for part in (schema, *(p for p in schema["properties"].values() if "properties" in p))
+        for key, value in part["properties"].items()
+        if "description" not in value and "$ref" not in value and "anyOf" not in value
+    ]
+    assert bare == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "where"),
+    [
+        (("outputs", "recipe.yaml"), "abc", "outputs.recipe.yaml"),
+        (("energy", "kwh"), -1, "energy.kwh"),
+        (("events", "count"), "12", "events.count"),
+        (("git_commit",), "main", "git_commit"),
+        (("rows", "kept"), None, "rows.kept"),
+    ],
+)
+def test_a_record_of_another_form_is_told_where(done: RunDir, keys: tuple[str, ...], value: Any, where: str) -> None:
+    assert any(phrase.startswith(f"run.json: {where}: ") for phrase in forged(done, *keys, value=value))
 
 
 def test_an_untouched_run_verifies(done: RunDir) -> None:
     assert differences(done) == []
-    assert verify(done) == 12
+    assert verify(done) == 14
 
 
 def test_every_changed_byte_is_found_by_the_name_of_its_file(done: RunDir, tmp_path: Path) -> None:
     paths = [*(done.path / name for name in output_names(done)), tmp_path / "base" / "model.safetensors"]
-    assert len(paths) == 10
+    rooms = {path.parent.name for path in paths}
+    assert len(paths) == 12 and {"adapter", "merged", "export", "data"} <= rooms
     for path in paths:
         before = path.read_bytes()
         path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
@@ -66,6 +124,25 @@ def test_every_changed_byte_is_found_by_the_name_of_its_file(done: RunDir, tmp_p
         assert differences(done) == [f"{name} has changed"]
         path.write_bytes(before)
     assert differences(done) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "part"),
+    [
+        (("rows", "dropped"), {}, "rows"),
+        (("metrics", "tuned", "loss"), 0.5, "metrics"),
+        (("compute", "by_parameters", "flop"), 1.0, "compute"),
+        (("training", "tokens"), 5, "training"),
+        (("recipe", "seed"), 18, "recipe"),
+        (("licences", "said", "use"), "research", "licences"),
+        (("base", "title"), "Another", "base"),
+        (("energy", "kwh"), 0.0, "energy"),
+    ],
+)
+def test_a_number_of_the_record_that_its_files_contradict_is_named(
+    done: RunDir, keys: tuple[str, ...], value: Any, part: str
+) -> None:
+    assert forged(done, *keys, value=value) == [f"run.json: {part} is not what the files of the run say"]
 
 
 def test_missing_and_new_files_are_named_all_at_once(done: RunDir) -> None:
@@ -101,3 +178,66 @@ def test_a_run_without_a_record_says_which_stage_writes_it(tmp_path: Path) -> No
     run_dir = run(ready(tmp_path), until="train", launch=Stages())
     with pytest.raises(RunError, match="RUN-002"):
         verify(run_dir)
+
+
+def test_a_base_that_changed_while_it_was_trained_gets_no_record(tmp_path: Path) -> None:
+    run_dir = run(ready(tmp_path), until="evaluate", launch=Stages())
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(WEIGHTS[:-1] + b"x")
+    with pytest.raises(RunError, match=r"REC-001 changed or gone since training began: .*model\.safetensors"):
+        carry_on(run_dir, launch=Stages())
+    assert not run_dir.record.exists()
+    weights.write_bytes(WEIGHTS)  # another time, the same bytes
+    assert verify(carry_on(run_dir, launch=Stages())) == 13
+
+
+def test_files_that_share_their_bytes_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_text("1")
+    os.link(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "c").write_text("2")
+    read: list[Path] = []
+    monkeypatch.setattr(record, "sha256_file", lambda path: read.append(path) or path.read_text())
+    assert record.hashes(tmp_path, ["a", "b", "c"]) == {"a": "1", "b": "1", "c": "2"}
+    assert len(read) == 2
+
+
+@pytest.mark.parametrize(
+    ("figures", "told"),
+    [
+        ({}, []),
+        ({"mean_kl": 0.06}, ["parity: merged and adapter differ by 0.0600 nats per token, export.max_kl=0.05"]),
+        ({"base_kl": 1e-6}, ["parity: merged is as near to the base (1e-06 nats) as to the adapter (1e-05)"]),
+        ({"strangers": ["a.weight"]}, ["parity: 1 tensors are not what the adapter makes of them, e.g. a.weight"]),
+        ({"other": 1.0}, ["parity: is no proof of a merge: figures are missing or strange"]),
+    ],
+)
+def test_a_proof_beyond_its_limits_is_found(done: RunDir, figures: dict[str, Any], told: list[str]) -> None:
+    record, name = read_json(done.record), "merged/parity.json"
+    write_json(done.parity, PARITY | figures)
+    sha = hashlib.sha256(done.parity.read_bytes()).hexdigest()
+    write_json(done.record, record | {"parity": PARITY | figures, "outputs": record["outputs"] | {name: sha}})
+    assert differences(done) == told
+
+
+def test_a_licence_rule_that_an_export_breaks_is_found_with_its_source(tmp_path: Path) -> None:
+    recipe = ready(tmp_path, model__licence="qwen-license", licence__monthly_users=5)
+    (tmp_path / "base" / "LICENSE").write_text("Terms that nobody here has read.")
+    sha = hashlib.sha256((tmp_path / "base" / "LICENSE").read_bytes()).hexdigest()
+    recipe.licence.accept = sha
+    run_dir = run(recipe, launch=Stages())
+    assert differences(run_dir) == []
+    (tmp_path / "base" / "LICENSE").write_text("Other terms.")
+    found = differences(run_dir)
+    assert f"{tmp_path / 'base' / 'LICENSE'} has changed" in found
+    assert any(
+        phrase.startswith("LIC-007 the text of LICENSE beside the weights is not known here") for phrase in found
+    )
+
+
+def test_the_record_of_the_same_run_says_the_same_but_for_when_it_was_written(done: RunDir, tmp_path: Path) -> None:
+    from finetune.compose import read_recipe
+
+    again = content(done, read_recipe(done.recipe), tmp_path / "base")
+    told = read_json(done.record)
+    assert json.loads(json.dumps(again)) | {"written": ""} == told | {"written": ""}
+    assert told["recipe"] == dataclasses.asdict(read_recipe(done.recipe))

@@ -3,11 +3,14 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file
 
 from finetune.checkpoints import newest
+from finetune.launch import handed_on
 from finetune.rundir import read_json
 from finetune.stop import SIGNALS, asked_to_stop
 from tests.trained import ADAPTER, begun, ended, kill_after, prepared, told, wait_for
@@ -18,6 +21,7 @@ CASES = {
     "lora": (LORA, "finetune", 1),
     "qlora": (("train.accumulation=2",), "finetune", 1),
     "ddp": (TWICE, "finetune", 2),
+    "full": (("adapter=full", "adapter.embeddings=true", "train.optimizer=adamw_8bit"), "finetune", 1),
     "fsdp2": ((*TWICE, "launch.distribution=fsdp2"), "tests.fsdp_on_cpu", 2),
 }
 STEPS = 40
@@ -41,7 +45,8 @@ def test_forty_steps_killed_and_resumed_are_bit_identical(tmp_path, case, monkey
     assert f"going on after step {at} of {STEPS}" in said
     assert told(killed) == told(straight)
     assert len(told(killed)) == STEPS
-    assert (killed.adapter / ADAPTER).read_bytes() == (straight.adapter / ADAPTER).read_bytes()
+    file = "model.safetensors" if case == "full" else ADAPTER
+    assert (killed.trained / file).read_bytes() == (straight.trained / file).read_bytes()
     a, b = (read_json(run.train) for run in (killed, straight))
     assert a["expert_rows_with_a_gradient"] == b["expert_rows_with_a_gradient"]
     assert a["router"] == b["router"]
@@ -83,6 +88,26 @@ def test_each_signal_is_noted_and_a_second_ctrl_c_does_not_wait(number, capsys):
         else:
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
+
+
+def test_of_several_processes_the_first_says_that_a_checkpoint_follows(capsys, monkeypatch):
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with asked_to_stop() as request:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert request.signal == "SIGTERM"
+        assert ("a checkpoint follows" in capsys.readouterr().err) == (rank == "0")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_processes_of_a_training_hear_which_signal_came(number):
+    wait = "import signal as s; all = {s.SIGINT, s.SIGTERM, s.SIGUSR1}; s.pthread_sigmask(s.SIG_BLOCK, all); "
+    wait += "print('ready', flush=True); print(s.Signals(s.sigwait(all)).name)"
+    child = subprocess.Popen([sys.executable, "-c", wait], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert child.stdout.readline() == "ready\n"
+    with handed_on([child]):
+        os.kill(os.getpid(), number)
+    assert child.communicate(timeout=60)[0] == f"{signal.Signals(number).name}\n"
 
 
 def test_two_processes_stop_together_when_one_is_asked(tmp_path):

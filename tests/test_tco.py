@@ -17,7 +17,7 @@ from finetune import tco_formulas as formulas
 from finetune.__main__ import main
 from finetune.api_prices import ApiPrice, quoted
 from finetune.errors import FinetuneError, RecipeError
-from finetune.recipe import Tco
+from finetune.rates import Tco
 from finetune.tco import Reckoning, tco
 from finetune.tco_plot import draw
 from tests.job import good

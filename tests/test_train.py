@@ -177,6 +177,8 @@ def test_only_a_class_whose_backbone_is_itself_computes_all_logits_at_once():
         ("adapter.init=pissa", "adapter.rslora=true", "adapter.rank_pattern={down_proj: 4}"),
         ("train.optimizer=adamw_8bit", "train.neftune_alpha=5", "adapter.alpha_pattern={q_proj: 8}"),
         ("adapter.init=orthogonal", "train.optimizer=lion", "train.router_aux_loss_coef=0.01"),
+        ("adapter=full", "adapter.router=true", "train.router_aux_loss_coef=0.01"),
+        ("adapter=full", "model=gpt_oss_20b", "adapter.targets=experts", "train.gradient_checkpointing=true"),
     ],
     ids=lambda words: " ".join(words),
 )
@@ -189,3 +191,4 @@ def test_each_way_to_tune_goes_the_whole_way_to_an_export(words, tmp_path):
     assert scores["base"]["loss"] != scores["tuned"]["loss"]
     assert parity["mean_kl"] < 0.01
     assert done.report.is_file() and done.record.is_file()
+    assert done.tuned.exists() == ("adapter=full" in words) != done.adapter.exists()

@@ -18,6 +18,7 @@ from peft import (
 from torch import nn
 
 from finetune.adapters.coverage import adapted_parameters, check_coverage, coverage, coverage_table, print_coverage
+from finetune.adapters.eva import Directions, begin_at, directions, eva_summary, left_out
 from finetune.adapters.initial import initialise, without_update
 from finetune.adapters.targets import lora_config, register_layers
 from finetune.base import Base
@@ -25,11 +26,14 @@ from finetune.layouts import adaptable, foreign, read_adapter
 from finetune.recipe import Adapter
 
 __all__ = [
+    "Directions",
     "adapted_parameters",
     "attach",
     "check_coverage",
     "coverage",
     "coverage_table",
+    "directions",
+    "eva_summary",
     "keeping_fp32",
     "load_adapter",
     "print_coverage",
@@ -38,19 +42,23 @@ __all__ = [
 ]
 
 
-def attach(base: Base, adapter: Adapter) -> PeftModel:
+def attach(base: Base, adapter: Adapter, begin: Directions | None = None) -> PeftModel:
     """The base with a new adapter in fp32 whose update is zero: by default A is random (from torch's seed), B zero.
 
+    `begin` are the directions of `adapter.init=eva`: first values of A, and with them the ranks.
     Raises RecipeError (ADP-005) for a rank or alpha pattern that fits nothing, NumbersError (ADP-010) when the adapted
     weights are not exactly those the settings ask for.
     """
     with warnings.catch_warnings():
         # PEFT looks for rank patterns among modules only, says that ours for stacks match nothing, and applies them.
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning)
-        model = get_peft_model(base.model, lora_config(base, adapter))
+        model = get_peft_model(
+            base.model, lora_config(base, adapter, {path: len(a) for path, a in (begin or {}).items()})
+        )
     to_fp32(model)
     initialise(model, adapter.init)
-    check_coverage(model, base.family, adapter)
+    begin_at(model, begin or {})
+    check_coverage(model, base.family, adapter, left_out(begin or {}))
     return model
 
 

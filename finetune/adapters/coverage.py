@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -108,9 +109,13 @@ def wanted_parameters(model: nn.Module, family: Family, adapter: Adapter) -> set
     return found
 
 
-def check_coverage(model: nn.Module, family: Family, adapter: Adapter) -> None:
-    """Raises NumbersError (ADP-010) unless exactly the asked weights are adapted and nothing else is trainable."""
+def check_coverage(model: nn.Module, family: Family, adapter: Adapter, left_out: Collection[str] = ()) -> None:
+    """Raises NumbersError (ADP-010) unless exactly the asked weights are adapted and nothing else is trainable.
+
+    `left_out` are paths of maps that EVA gives no rank.
+    """
     wanted, have = wanted_parameters(model, family, adapter), adapted_parameters(model)
+    wanted -= {f"{path}.weight" for path in left_out}
     if wanted != have or not have:
         missing, extra = sorted(wanted - have), sorted(have - wanted)
         raise NumbersError(

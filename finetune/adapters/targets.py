@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from peft import LoraConfig
@@ -19,10 +19,15 @@ from finetune.families.family import LAYER
 from finetune.recipe import Adapter
 
 
-def lora_config(base: Base, adapter: Adapter) -> LoraConfig:
-    """PEFT's settings for an adapter, with explicit paths below the decoder layer and never "all-linear"."""
+def lora_config(base: Base, adapter: Adapter, given: Mapping[str, int] | None = None) -> LoraConfig:
+    """PEFT's settings for an adapter, with explicit paths below the decoder layer and never "all-linear".
+
+    `given` are the ranks of weights that have one of their own, by path; a weight of rank 0 gets no update.
+    """
+    given = given or {}
     stacks, matrices = target_parameters(base.family, adapter)
-    ranks, alphas = patterns(base.model, base.family, adapter)
+    ranks, alphas = patterns(base.model, base.family, adapter, given)
+    modules = present(base.model, target_modules(base.family, adapter))
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank * sizes.width(adapter),
@@ -32,13 +37,23 @@ def lora_config(base: Base, adapter: Adapter) -> LoraConfig:
         use_rslora=adapter.rslora,
         # What PEFT's other ways to begin do to the base or cannot do to stacks and 4 bits is done in `initial`.
         init_lora_weights="gaussian" if adapter.init == "gaussian" else True,
-        target_modules=list(present(base.model, target_modules(base.family, adapter))),
-        target_parameters=[*stacks, *matrices] or None,
+        target_modules=list(but_without_rank(modules, given)),
+        target_parameters=[*stacks, *but_without_rank(matrices, given, ".weight")] or None,
         rank_pattern=ranks,
         alpha_pattern=alphas,
     )
     register_layers(config, base)
     return config
+
+
+def but_without_rank(names: Iterable[str], given: Mapping[str, int], end: str = "") -> Iterator[str]:
+    """The names, each as it is or, where a layer's is given rank 0, those of the other layers one by one."""
+    for name in names:
+        found = {path: rank for path, rank in given.items() if path.endswith("." + name.removesuffix(end))}
+        if 0 in found.values():
+            yield from (f"{path}{end}" for path, rank in found.items() if rank)
+        else:
+            yield name
 
 
 def scaled(alpha: float, adapter: Adapter) -> float:
@@ -47,7 +62,9 @@ def scaled(alpha: float, adapter: Adapter) -> float:
     return alpha * (width**0.5 if adapter.rslora else width)
 
 
-def patterns(model: nn.Module, family: Family, adapter: Adapter) -> tuple[dict[str, int], dict[str, float]]:
+def patterns(
+    model: nn.Module, family: Family, adapter: Adapter, given: Mapping[str, int] | None = None
+) -> tuple[dict[str, int], dict[str, float]]:
     """PEFT's (rank_pattern, alpha_pattern): of weights that differ from `adapter.rank` and `adapter.alpha`.
 
     PEFT sorts them when it saves, so no two of ours fit the same weight. Raises RecipeError (ADP-005) for a pattern of
@@ -63,7 +80,11 @@ def patterns(model: nn.Module, family: Family, adapter: Adapter) -> tuple[dict[s
         name = path.removesuffix(".weight")
         used |= {sizes.pattern_of(given, name) for given in (adapter.rank_pattern, adapter.alpha_pattern)}
         target = match[2] if match[2] in (*stacks, *matrices) else match[2].removesuffix(".weight")
-        found.setdefault(target, {})[match[1]] = sizes.rank_at(name, match[2] in stacks, adapter)
+        rank, alpha = sizes.rank_at(name, match[2] in stacks, adapter)
+        if given and name in given:
+            rank, alpha = given[name], alpha * given[name] / rank  # the same scale
+        if rank:
+            found.setdefault(target, {})[match[1]] = (rank, alpha)
     unused = [key for key in (*adapter.rank_pattern, *adapter.alpha_pattern) if key not in used]
     if unused:
         why = "no adapted weight's path ends so. Write the end of one, such as self_attn.q_proj."
@@ -71,7 +92,7 @@ def patterns(model: nn.Module, family: Family, adapter: Adapter) -> tuple[dict[s
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for target, layers in found.items():
-        same = len(set(layers.values())) == 1
+        same = len(set(layers.values())) == 1 and not given
         for layer, (rank, alpha) in layers.items():
             key = re.escape(target) if same else re.escape(f"layers.{layer}.{target}")
             if rank != adapter.rank:

@@ -19,6 +19,22 @@ def matrices(config: shapes.Config) -> list[Matrix]:
     ]
 
 
+def served_config(config: shapes.Config) -> shapes.Config:
+    """How the router scores and chooses, which published files say and transformers 5 does not.
+
+    Without it llama.cpp's converter writes another score, and vLLM leaves the correction bias out.
+    """
+    return {
+        "scoring_func": shapes.stated(config, "scoring_func", absent="sigmoid"),
+        "topk_method": shapes.stated(config, "topk_method", absent="noaux_tc"),
+    }
+
+
+LATENT_ADAPTER = (
+    "llama.cpp keeps the maps of latent attention in another form, takes an adapter of them and applies it wrongly"
+)
+"""Why llama.cpp must not be given an adapter of such a family."""
+
 FAMILY = Family(
     key="deepseek_v3",
     model_types=("deepseek_v3",),
@@ -30,6 +46,9 @@ FAMILY = Family(
     shared=shapes.below("mlp.shared_experts"),
     dense=shapes.below("mlp"),
     licence="mit",
+    served_config=served_config,
+    converter_config=served_config,
+    no_gguf_adapter=LATENT_ADAPTER,
     tiny=shapes.TINY
     | {
         "model_type": "deepseek_v3",

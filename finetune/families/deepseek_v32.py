@@ -36,6 +36,7 @@ FAMILY = replace(
     model_types=("deepseek_v32",),
     block_class="DeepseekV32DecoderLayer",
     experts_class="DeepseekV32Experts",
+    gguf_tiny="its converter asks for a tokenizer with add_bos_token",
     unreachable=("self_attn.indexer",),
     tiny={
         **deepseek_v3.FAMILY.tiny,

@@ -93,6 +93,11 @@ def hyper_connections(config: shapes.Config) -> list[Matrix]:
     ]
 
 
+def no_gguf(_: shapes.Config) -> str:
+    """Merged experts are in bf16, and llama.cpp's converter takes them as published only."""
+    return "llama.cpp's converter takes its experts in FP4 only, which holds no update"
+
+
 FAMILY = Family(
     key="deepseek_v4",
     model_types=("deepseek_v4",),
@@ -112,6 +117,8 @@ FAMILY = Family(
     ),
     mixed_dtypes=True,
     licence="mit",
+    no_gguf=no_gguf,
+    no_served_adapter="its tensors are published under names of their own, and no server takes an adapter for them",
     packs=False,
     tiny=shapes.TINY
     | {

@@ -46,6 +46,14 @@ class Matrix:
         return self.rows * self.columns * self.count * (self.active if self.experts else 1)
 
 
+def _nothing(_: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {}
+
+
+def _no_reason(_: Mapping[str, Any]) -> str:
+    return ""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
     """The grammar of one model family. Names are module paths below a decoder layer, as transformers has them."""
@@ -102,6 +110,22 @@ class Family:
     """Key of the text part inside config.json for multimodal checkpoints, e.g. `text_config`."""
     licence: str = ""
     """Licence key of the family's best-known release; a model card may say otherwise."""
+    expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    """What servers call the maps of one expert: gate, up, down."""
+    served_experts: str = ""
+    """Where servers look for the experts, below a layer; empty means where the model has them."""
+    served_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _nothing
+    """Fields that servers look for in config.json and transformers 5 no longer writes, from the text part."""
+    converter_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _nothing
+    """Fields that llama.cpp's converter reads in another way than transformers, from the text part."""
+    no_gguf: Callable[[Mapping[str, Any]], str] = _no_reason
+    """Why there is no GGUF file of a model, from the text part of its config.json; empty where there is one."""
+    gguf_tiny: str = ""
+    """Why there is none of a tiny model of this family; empty where there is."""
+    no_served_adapter: str = ""
+    """Why its adapter is not written with one pair per expert; empty where servers take it so."""
+    no_gguf_adapter: str = ""
+    """Why llama.cpp must not be given its adapter, only merged weights; empty where it may."""
     tiny: Mapping[str, Any]
     """Config fields of a random model of a few hundred thousand parameters with every kind of layer the family has."""
     matrices: Callable[[Mapping[str, Any]], list[Matrix]]

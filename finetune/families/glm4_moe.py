@@ -32,6 +32,7 @@ FAMILY = Family(
     shared=shapes.below("mlp.shared_experts"),
     dense=shapes.below("mlp"),
     licence="mit",
+    gguf_tiny="its converter asks for a tokenizer with [gMASK] and its roles",
     tiny=shapes.TINY
     | {
         "model_type": "glm4_moe",

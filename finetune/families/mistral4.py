@@ -6,7 +6,7 @@ which stays frozen and in its own precision) and without that prefix in a text-o
 files are in fp8.
 """
 
-from finetune.families import shapes
+from finetune.families import deepseek_v3, shapes
 from finetune.families.family import Family, Matrix
 
 
@@ -18,6 +18,11 @@ def matrices(config: shapes.Config) -> list[Matrix]:
         *shapes.first_dense_layers(config),
         *shapes.layer_norms(config),
     ]
+
+
+def converter_config(config: shapes.Config) -> shapes.Config:
+    """The class under which llama.cpp's converter knows the text model, with or without a vision part."""
+    return {"architectures": ["Mistral3ForConditionalGeneration"]}
 
 
 FAMILY = Family(
@@ -33,6 +38,9 @@ FAMILY = Family(
     dense=shapes.below("mlp"),
     text_config="text_config",
     licence="apache-2.0",
+    converter_config=converter_config,
+    gguf_tiny="its converter asks for a tokenizer that llama.cpp knows",
+    no_gguf_adapter=deepseek_v3.LATENT_ADAPTER,
     tiny=shapes.TINY
     | {
         "model_type": "mistral4",

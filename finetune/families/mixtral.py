@@ -31,6 +31,8 @@ FAMILY = Family(
     balances=True,
     licence="apache-2.0",
     unsloth=True,
+    expert_names=("w1", "w3", "w2"),
+    served_experts="block_sparse_moe.experts",
     tiny=shapes.TINY
     | {
         "model_type": "mixtral",

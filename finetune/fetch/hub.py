@@ -12,7 +12,10 @@ from finetune import OFFLINE
 from finetune.fetch.child import NO_NETWORK, FetchError, disk_full, last_line, locked, no_space, run_child, writing
 from finetune.rundir import TEMPORARY, read_json, sha256_file, sha256_tree, write_json
 
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*")
+HUB_FILES = (
+    *("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
 """What is taken from a hub repository: weights, settings, tokenizer, licence. Never code, never a pickle."""
 
 MANIFEST = ".sha256.json"

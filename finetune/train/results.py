@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from finetune.adapters import eva_summary
 from finetune.compare import compare
 from finetune.progress import peak_memory_gib
+from finetune.recipe import Recipe
 from finetune.record import versions
-from finetune.rundir import atomic_folder, read_json, write_json
+from finetune.rundir import RunDir, atomic_folder, read_json, write_json
 from finetune.train import state as states
 from finetune.train.job import Job
 from finetune.train.learnt import unlearnt
@@ -61,6 +64,7 @@ def finish(job: Job) -> None:
             "resident_gib": round(job.base.resident_gib, 6),
             "optimizer_gib": round(held_gib(trainer.optimizer), 6),
             "coverage": job.table,
+            "beginning": begun(recipe, run_dir, trainer.model),
             "heldout": [
                 {"step": entry["step"], "loss": entry["eval_loss"]}
                 for entry in trainer.state.log_history
@@ -96,6 +100,12 @@ def tell_of_memory(job: Job) -> None:
         for row in compare(read_json(job.run_dir.plan), read_json(job.run_dir.train)):
             if row.unit == "GiB":
                 job.console.print(row.sentence(), markup=False, highlight=False, soft_wrap=True)
+
+
+def begun(recipe: Recipe, run_dir: RunDir, model: Any) -> dict[str, Any]:
+    """How the adapter began, and with EVA the ranks that came of it."""
+    found = load_file(run_dir.directions) if recipe.adapter.init == "eva" else {}
+    return {"init": recipe.adapter.init} | (eva_summary(found, model) if found else {})
 
 
 def save_adapter(model: Any, source: str, folder: Path, weights: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -77,6 +77,7 @@ def prepare(
     from finetune.progress import Guard, TrainingProgress
     from finetune.recompute import Recompute
     from finetune.source import base_folder
+    from finetune.train.beginning import beginning
     from finetune.train.distribute import as_stored, is_sharded, require_ranks
     from finetune.train.optimizer import loraplus
     from finetune.train.order import Order
@@ -91,8 +92,14 @@ def prepare(
     packed = load_packed(run_dir)
     rows = load_splits(run_dir).train if packed is None else packed
     whole = recipe.adapter.method == "full"
+
+    def begin(base: Any) -> Any:
+        return beginning(recipe, run_dir, base, rows, packed is not None, ranks)
+
     part = Part(ranks.rank, ranks.world) if is_sharded(recipe) else None
-    base, model = load(recipe, folder) if unsloth else _whole(recipe, folder) if whole else _load(recipe, folder, part)
+    base, model = (
+        load(recipe, folder) if unsloth else _whole(recipe, folder) if whole else _load(recipe, folder, part, begin)
+    )
     console.print(base.loading())
     table = coverage_table(model, base.family)
     print_coverage(table, console)
@@ -161,8 +168,8 @@ def prepare(
     )
 
 
-def _load(recipe: Recipe, folder: Path, part: Part | None) -> tuple[Any, Any]:
-    """(base, its PEFT model with a new adapter) in our own layers."""
+def _load(recipe: Recipe, folder: Path, part: Part | None, begin: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """(base, its PEFT model with a new adapter) in our own layers; `begin(base)` gives the adapter's first values."""
     from transformers import set_seed
 
     from finetune.adapters import attach
@@ -175,8 +182,9 @@ def _load(recipe: Recipe, folder: Path, part: Part | None) -> tuple[Any, Any]:
         double_quantisation=recipe.adapter.double_quantisation,
         part=part,
     )
+    found = begin(base)
     set_seed(recipe.seed)  # TRL 1.14.2 seeds after the adapter is made; the same seed would give another LoRA
-    return base, attach(base, recipe.adapter)
+    return base, attach(base, recipe.adapter, found)
 
 
 def _whole(recipe: Recipe, folder: Path) -> tuple[Any, Any]:

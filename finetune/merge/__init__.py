@@ -1,0 +1,223 @@
+"""The adapter added to the original weights, tensor by tensor, in the original checkpoint's files and keys.
+
+Sums are in fp32 and rounded once to each tensor's own type. Every other byte is copied, so that keys, order, files
+and tensors without an update come out as they were. A base in fp8 or fp4 comes out in bf16 under the keys of its
+unquantised twin, or in fp8 with new scales where the recipe says so. Memory: the adapter and one matrix. Then a fresh
+process proves what was written (`prove.py`); only a merge that passes gets its name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.compose import read_recipe
+from finetune.errors import RunError
+from finetune.merge.four_bit import FourBit
+from finetune.merge.plan import How, Plan, make_plan
+from finetune.merge.shard import Sheet, sheets, write_sheet
+from finetune.merge.staging import Finisher, Staging, identity, require_room, staging
+from finetune.parity import Parity, refuse
+from finetune.recipe import Recipe
+from finetune.rundir import RunDir, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "USE_POLICY*")
+"""What is copied beside the weights: config, tokenizer, template, licence."""
+
+QUIET_BYTES = 2**28
+"""Merges up to this size are done before anybody asks how far they are."""
+
+SWALLOWED = 0.5
+"""Share of the update that rounding may take (as a norm) before a person is warned."""
+
+
+def merge(run_dir: RunDir) -> None:
+    """Writes merged/ of a run: the base with its adapter added, parity.json and answers.json.
+
+    Raises WeightsError (MRG-001 to MRG-005) when they do not fit, GateError (MRG-010 to MRG-012, exit code 4) when the
+    proof fails: then there is no merged/, and the adapter stays.
+    """
+    from rich.console import Console
+
+    from finetune.source import base_folder
+
+    recipe, console = read_recipe(run_dir.recipe), Console()
+    adapter = run_dir.require(run_dir.trained, "train")
+    with merging(base_folder(recipe), adapter, run_dir.merged, how_of(recipe), console) as folder:
+        _say(console, "proving it in a fresh process: the same prompts to adapter, base and merged files ...")
+        prove(run_dir, folder)
+        parity = Parity.read(folder / "parity.json")
+        _say(console, parity.sentence())
+        refuse(parity, recipe)
+
+
+def merge_folder(
+    base: Path, adapter: Path, target: Path, console: Console | None = None, how: How | None = None
+) -> None:
+    """Writes the checkpoint in `base` with the PEFT adapter in `adapter` added, into `target`, without the proof.
+
+    Raises what `make_plan` raises before a byte is written, and RunError DSK-002 when the disk is too small.
+    """
+    with merging(base, adapter, target, how or How(), console):
+        pass
+
+
+@contextmanager
+def merging(base: Path, adapter: Path, target: Path, how: How, console: Console | None = None) -> Iterator[Path]:
+    """The finished folder of a merge, which becomes `target` when the block ends well.
+
+    Killed at any moment, the same merge goes on with the files that it had finished.
+    """
+    plan = make_plan(base, adapter, how)
+    planned = sheets(plan)
+    with staging(target, identity(base, adapter, how)) as place:
+        _write_all(plan, planned, place, console)
+        _write_small(plan, planned, place.folder)
+        told = summary(plan, place)
+        write_json(place.folder / "merge.json", told)
+        if console is not None:
+            for sentence in sentences(told):
+                _say(console, sentence)
+        yield place.folder
+
+
+def how_of(recipe: Recipe) -> How:
+    """What a recipe says of quantised weights. A rehearsal's tiny base has none, and nothing to requantise."""
+    adapter = recipe.adapter
+    seen = recipe.merge.base == "dequantised"
+    four_bit = FourBit(recipe.train.precision, adapter.double_quantisation) if seen else None
+    return How(quantised="bf16" if recipe.model.tiny else recipe.merge.quantised, four_bit=four_bit)
+
+
+def prove(run_dir: RunDir, folder: Path) -> None:
+    """Writes parity.json and answers.json into the folder of a merge, by a process of its own. Raises RunError MRG-013.
+
+    Nothing that the merging process holds can help it: it reads what is on disk.
+    """
+    command = [sys.executable, "-m", "finetune.merge.prove", str(run_dir.path), str(folder)]
+    done = subprocess.run(command, check=False)
+    if done.returncode or not (folder / "parity.json").is_file():
+        what = f"the proof ended with code {done.returncode}"
+        why = "it says why above, or the system ended it; merged files are kept until it has passed"
+        raise RunError("MRG-013", what, why, f"python -m finetune merge run={run_dir.path}")
+
+
+def summary(plan: Plan, place: Staging) -> dict[str, Any]:
+    """What merge.json holds: what was merged into what, and what of it the stored types lost."""
+    tally = place.tally()
+    wanted = [change for change in (*plan.changes.values(), *plan.extras) if change.is_wanted]
+    types = sorted({"BF16" if c.weight.is_quantised and not plan.keeps_layout else _type(c) for c in wanted})
+    return {
+        "schema": 1,
+        "model_type": str(plan.names.model_type),
+        "base": "dequantised" if plan.how.four_bit else "original",
+        "quantised": plan.how.quantised if plan.quantisation else "none",
+        "updates": len(plan.updates),
+        "tensors": sum(change.share is not None for change in wanted),
+        "tensors_from_4bit": sum(change.in_4bit for change in wanted),
+        "files": len(place.files),
+        "untied": plan.untied,
+        "stored_as": types,
+        "rounding_over_update": tally.lost(),
+        "four_bit_over_update": tally.distance() if plan.how.four_bit else None,
+        "sha256": {name: entry["sha256"] for name, entry in sorted(place.files.items())},
+    }
+
+
+def sentences(told: dict[str, Any]) -> Iterator[str]:
+    """What a person is told of a merge, from merge.json."""
+    types = ", ".join(told["stored_as"])
+    layout = {"none": "keys, files and types are the base's", "bf16": "fp8 and fp4 weights became bf16"}
+    how = layout.get(told["quantised"], "keys, files and types are the base's, scales are new")
+    yield (
+        f"merged: {told['updates']} updates into {told['tensors']} tensors of {told['files']} files; {how}; rounding "
+        f"to {types} took {told['rounding_over_update']:.2%} of the update"
+    )
+    if told["base"] == "dequantised":
+        yield (
+            f"merge.base=dequantised: {told['tensors_from_4bit']} tensors begin with what training in 4 bits saw of "
+            f"them, which is {told['four_bit_over_update']:.1f} times the update away from the original weights"
+        )
+    if told["untied"]:
+        yield "the adapter changes one end of tied embeddings: both are written, tie_word_embeddings is false now"
+    if told["rounding_over_update"] > SWALLOWED:
+        yield (
+            f"MRG-006 rounding to {types} took {told['rounding_over_update']:.0%} of the update: merged weights hold "
+            "little of what was trained. Serve the adapter beside its base (export.formats=[peft]), or train longer."
+        )
+
+
+def _type(change: Any) -> str:
+    return str(change.weight.entries[0].dtype)
+
+
+def _write_all(plan: Plan, planned: list[Sheet], place: Staging, console: Console | None) -> None:
+    """Writes every file that is not finished yet."""
+    for name in place.damaged:
+        _say(console, f"{name} is not what it was when it was finished: written again")
+    left = [sheet for sheet in planned if sheet.name not in place.files]
+    if len(left) < len(planned):
+        _say(console, f"going on with a merge that was stopped: {len(planned) - len(left)} of {len(planned)} files")
+    require_room(place.folder, sum(sheet.size for sheet in left))
+    with Finisher(place) as finisher, _watched(console, left) as advance:
+        for sheet in left:
+            tally = write_sheet(plan, sheet, place.partial(sheet.name), advance)
+            finisher.finish(sheet.name, tally)
+
+
+def _write_small(plan: Plan, planned: list[Sheet], folder: Path) -> None:
+    """Copies config, tokenizer and their like; of quantised and untied ones a config that says what they are now."""
+    for pattern in SMALL_FILES:
+        for path in plan.base.glob(pattern):
+            if path.name != "finetune.json":
+                shutil.copy2(path, folder / path.name)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if not plan.keeps_layout:
+            part.pop("quantization_config", None)
+        if plan.untied and (part is config or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    if not plan.keeps_layout or plan.untied:
+        write_json(path, config)
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            where = {key: sheet.name for sheet in planned for key in sheet.keys}
+            total = sum(sheet.size - len(sheet.header) for sheet in planned)
+            write_json(index, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+@contextmanager
+def _watched(console: Console | None, left: list[Sheet]) -> Iterator[Callable[[int], None]]:
+    """A function that is told of written bytes: a bar on a terminal, a line every tenth of the work elsewhere."""
+    total, done = sum(sheet.size for sheet in left), 0
+    if console is not None and console.is_terminal:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (BarColumn(None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress("merging", *columns, console=console, expand=True) as bar:
+            task = bar.add_task("merging", total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+
+    def advance(count: int) -> None:
+        nonlocal done
+        before, done = done * 10 // max(total, 1), done + count
+        if total > QUIET_BYTES and done * 10 // total > before:
+            _say(console, f"merging: {done / 2**30:.1f} of {total / 2**30:.1f} GiB, {len(left)} files")
+
+    yield advance
+
+
+def _say(console: Console | None, sentence: str) -> None:
+    if console is not None:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)

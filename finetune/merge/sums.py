@@ -1,0 +1,77 @@
+"""The arithmetic of a merge, one matrix at a time: sums in fp32, rounded once, and how much the rounding lost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+
+from finetune.merge.updates import New, Pair
+
+VALUES = 2**18
+"""Values of a matrix that are summed at a time: small enough for the processor's cache."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums of squares over all values that were written."""
+
+    update: float = 0.0
+    """Of what the adapter adds."""
+    rounding: float = 0.0
+    """Of what the stored type could not hold of the sums."""
+    four_bit: float = 0.0
+    """Of the difference that packing into 4 bits makes, where the sums begin with that."""
+
+    def add(self, other: Tally) -> None:
+        """Adds the sums of another."""
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+    def lost(self) -> float:
+        """Norm of the rounding over that of the update; 0 without an update."""
+        return math.sqrt(self.rounding / self.update) if self.update else 0.0
+
+    def distance(self) -> float:
+        """Norm of what 4 bits changed over that of the update; 0 without an update."""
+        return math.sqrt(self.four_bit / self.update) if self.update else 0.0
+
+
+def add(base_OI: torch.Tensor, pair: Pair | New | None, out_OI: torch.Tensor, tally: Tally) -> None:
+    """Writes base + update into `out`, which may be the base itself; sums are in fp32 and rounded once to its type.
+
+    Every value is the sum of the matrix product, times the scale, and the base's value, in this order: as PEFT does it.
+    """
+    if base_OI.dim() != 2:  # a vector, a convolution
+        base_OI, out_OI = (tensor.view(len(tensor) if tensor.dim() > 2 else 1, -1) for tensor in (base_OI, out_OI))
+    rows = max(1, VALUES // base_OI.shape[1])
+    exact_, plain_ = (torch.empty(min(rows, len(base_OI)), base_OI.shape[1]) for _ in "ab")  # used again and again
+    if isinstance(pair, Pair) and pair.lengths_O is None:
+        tally.update += pair.squares()
+    for begin in range(0, len(base_OI), rows):
+        part = slice(begin, begin + rows)
+        exact, plain = exact_[: len(base_OI) - begin], plain_[: len(base_OI) - begin]
+        plain.copy_(base_OI[part])  # a sum of two types is slower than this and a sum of one
+        if pair is None:
+            exact.copy_(plain)
+        elif isinstance(pair, New):
+            exact.copy_(pair.values.reshape(base_OI.shape)[part])
+            tally.update += squares(exact - plain)
+        else:
+            torch.mm(pair.left_Or[part], pair.right_rI, out=exact)
+            if pair.scale != 1:
+                exact *= pair.scale
+            exact += plain
+            if pair.lengths_O is not None:
+                exact *= (pair.lengths_O[part] / exact.norm(dim=1))[:, None]
+                tally.update += squares(exact - plain)
+        out_OI[part] = exact
+        if out_OI.dtype != torch.float32:
+            tally.rounding += squares(exact.sub_(plain.copy_(out_OI[part])))
+
+
+def squares(values: torch.Tensor) -> float:
+    """The sum of squares of a contiguous tensor."""
+    flat = values.reshape(-1)
+    return float(torch.dot(flat, flat))
