@@ -20,10 +20,10 @@ VERBS = {
     "export": ("finetune.commands:job", "... and what a server loads"),
     "report": ("finetune.commands:job", "... and a page to look at"),
     "plan": (
-        "finetune.planning:plan",
+        "finetune.plan_commands:plan",
         "what it needs, takes and costs; loads and fetches nothing, unless probe=3 trains so many steps",
     ),
-    "plan tco": ("finetune.planning:tco", "what its tokens cost on your own node, against an API (plot=FILE.png)"),
+    "plan tco": ("finetune.plan_commands:tco", "what its tokens cost on your own node, against an API (plot=FILE.png)"),
     "check": ("finetune.commands:check", "whether it can start here"),
     "table": (
         "finetune.commands:table",
@@ -68,7 +68,7 @@ OPTIONS = """\
   --rows N           how many rows `data preview` shows
   --version, --help
 
-Every setting, with its meaning: finetune/recipe.py. The order of the stages: finetune/run.py.
+Every setting, with its meaning: finetune/recipe.py and rates.py. The order of the stages: finetune/run.py.
 """
 
 

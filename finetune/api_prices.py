@@ -11,8 +11,8 @@ from decimal import Decimal
 from importlib import metadata
 from typing import Any
 
-from finetune.cost_settings import Tco
 from finetune.errors import FinetuneError
+from finetune.rates import Tco
 
 PACKAGE = "genai-prices"
 

@@ -14,6 +14,7 @@ TYPE_WORDS = {
     bool: "true or false",
     str: "a text",
     list[str]: "a list of texts such as [a,b]",
+    list[float]: "a list of numbers such as [0.3,1.0]",
     dict[str, Any]: "a mapping",
     dict[str, str]: "a mapping of texts such as {a: b}",
     dict[str, int]: "a mapping to whole numbers such as {a: 8}",

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune import memory, sizes, terms
-from finetune.check import source_kind
 from finetune.cost import Probe, cost
-from finetune.figure import Figure, computed, given
+from finetune.disk import disk
+from finetune.figure import Figure, computed
 from finetune.gpus import Gpu, compared
 from finetune.host import host
 from finetune.licences import find_licence
@@ -124,7 +124,7 @@ def plan(recipe: Recipe, *, prepared: Path | None = None, probe: Probe | None = 
         ways=memory.with_and_without_recomputing(fitted),
         host=host(recipe),
         here=compared(gpus, need),
-        disk=_disk(recipe),
+        disk=disk(recipe),
         work=effort,
         cost=cost(recipe, effort, heldout_rows(recipe, prepared), effort[1], probe),
         fits=need <= recipe.costs.device_gib,
@@ -161,40 +161,6 @@ def _parameters(recipe: Recipe) -> tuple[Figure, ...]:
         ),
         computed("trainable", trainable, "", f"{how}; {trainable / total:.2%} of all"),
     )
-
-
-def _disk(recipe: Recipe) -> tuple[Figure, ...]:
-    model, merged = recipe.model, sizes.merged_gib(recipe.model)
-    weights, family = sizes.matrices(model), sizes.family_of_card(model)
-    adapter = sizes.trained_parameters(weights, family, recipe.adapter) * sizes.FP32_BYTES / sizes.GIB
-    tuned = "tuned" if recipe.adapter.method == "full" else "adapter"
-    train, published = recipe.train, sizes.weights_gib(model)
-    saved = (train.keep_checkpoints + 1) * 3 * adapter  # values and two moments of AdamW
-    if model.tiny:
-        download = given("download", 0.0, "GiB", "nothing is fetched, the model is made here")
-    elif model.download_gib > 0:
-        download = given("download", published, "GiB", "size as published")
-    else:
-        download = computed("download", published, "GiB", "all parameters x 2 B")
-    kind = source_kind(model.source)
-    fetched = 0.0 if model.tiny or kind not in ("package", "hub") or not recipe.network else published
-    made = merged if model.tiny or model.upcycle_experts else 0.0
-    return (
-        download,
-        computed("cache", fetched + made, "GiB", "what is fetched or made once, for all runs"),
-        computed(tuned, adapter, "GiB", "trainable parameters x 4 B"),
-        computed("checkpoints", saved, "GiB", f"{train.keep_checkpoints} and one in the making, x 3 x {tuned}"),
-        computed("merged", merged, "GiB", "all parameters x 2 B"),
-        *(computed(f"export, {name}", *_export(name, merged, adapter)) for name in recipe.export.formats),
-    )
-
-
-def _export(name: str, merged: float, adapter: float) -> tuple[float, str, str]:
-    """(GiB, unit, arithmetic) of one export format."""
-    if name.startswith("peft"):
-        return adapter, "GiB", "what was trained x 4 B; on one disk it shares the adapter's bytes"
-    how = "all parameters x 2 B" + ("; on one disk they share those of `merged`" if name == "hf" else "")
-    return merged, "GiB", how
 
 
 def _verdict(recipe: Recipe, need: float, change: tuple[str, ...]) -> str:

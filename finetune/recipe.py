@@ -1,8 +1,7 @@
 """Every setting of a job, typed, with its meaning under it.
 
 A `Recipe` is complete: every default stands here once, the YAML files under `recipes/` say only what differs, and
-nothing behind `compose.from_config` sees a Hydra object. Of ours it imports other settings alone:
-those of costs stand in `cost_settings.py`.
+nothing behind `compose.from_config` sees a Hydra object. Prices and speeds stand in `rates.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.cost_settings import Costs, Tco, one_of
+from finetune.rates import Costs, Tco
+from finetune.setting import one_of as one_of
 
 
 @dataclass(kw_only=True, slots=True)

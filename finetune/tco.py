@@ -13,10 +13,10 @@ from typing import Any
 
 from finetune import check, sizes
 from finetune.api_prices import ApiPrice, quoted
-from finetune.cost_settings import Tco
 from finetune.errors import RecipeError
 from finetune.figure import Figure, assumed, computed, given
 from finetune.plan import plan
+from finetune.rates import Tco
 from finetune.recipe import Recipe
 from finetune.tco_formulas import (
     HOURS_PER_MONTH,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from finetune.api_prices import ApiPrice
-from finetune.cost_settings import Tco
+from finetune.rates import Tco
 
 HOURS_PER_MONTH = 730.0
 

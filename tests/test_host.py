@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune import memory, sizes, work
+from finetune import check, disk, memory, sizes, work
 from finetune.compose import load_recipe
 from finetune.cost import Probe
 from finetune.families import FAMILIES
@@ -133,3 +133,16 @@ def test_measured_steps_take_the_place_of_an_assumed_speed() -> None:
     assert value(figures, "price") == 10.0 * value(figures, "hours")
     assert figures.figure("tokens per second").basis == figures.figure("device-hours").basis == "measured"
     assert plan(good()).figure("hours").basis == "assumed"
+
+
+def test_each_export_format_of_a_server_has_its_own_size() -> None:
+    recipe = good(export__formats=["hf", "peft_per_expert", "gguf", "ollama"], export__gguf=["f16", "q8_0"])
+    recipe.export.gguf_adapter = True
+    figures = plan(recipe)
+    assert value(figures, "export, peft_per_expert") == 2 * value(figures, "adapter")
+    assert value(figures, "export, gguf") == pytest.approx(value(figures, "merged") * (1 + 8.5 / 16))
+    assert figures.figure("export, gguf").basis == "assumed" and value(figures, "export, ollama") < 0.001
+
+
+def test_every_type_of_gguf_file_has_its_bits() -> None:
+    assert set(disk.GGUF_BITS) == {*check.GGUF_TYPES, *check.GGUF_SMALL}

@@ -16,8 +16,8 @@ import pytest
 from finetune import tco_formulas as formulas
 from finetune.__main__ import main
 from finetune.api_prices import ApiPrice, quoted
-from finetune.cost_settings import Tco
 from finetune.errors import FinetuneError, RecipeError
+from finetune.rates import Tco
 from finetune.tco import Reckoning, tco
 from finetune.tco_plot import draw
 from tests.job import good

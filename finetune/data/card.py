@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from finetune.cost_settings import one_of
 from finetune.errors import DataError
+from finetune.setting import one_of
 
 _NOT_FOR_TRAINING = re.compile(r"\bNC\b|non-?commercial|unverified|unclear|unknown", re.IGNORECASE)
 

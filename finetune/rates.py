@@ -1,14 +1,10 @@
-"""Settings of what a job and its model cost, each with its meaning under it: parts of a `Recipe`."""
+"""Settings of `plan` and `plan tco`: prices, speeds and hours, which are the user's own figures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-
-def one_of(*choices: str) -> Any:
-    """A text setting whose value must be one of `choices`; the first is the default. `check` refuses others."""
-    return field(default=choices[0], metadata={"choices": choices})
+from finetune.setting import one_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -88,8 +84,8 @@ class Tco:
     tokens_per_month: float = 1e9
     """Tokens, as `counts` says, that are served per month."""
     api_model: str = ""
-    """Model of an API as provider:model, as genai-prices names them; its prices then come from that package (extra
-    [prices], bundled, no network). Empty: the three prices below."""
+    """Model of an API as provider:model, as genai-prices names them; its prices then come from that package
+    (extra [prices], bundled, no network). Empty: the three prices below."""
     api_input: float = 3.0
     """Price of a million input tokens."""
     api_output: float = 15.0

@@ -1,4 +1,4 @@
-"""What the verbs `plan` and `plan tco` do."""
+"""What the verbs `plan` and `plan tco` do. Nothing heavy is imported before it is needed."""
 
 from __future__ import annotations
 
