@@ -1,21 +1,21 @@
 """The export is what the merge has proved, and holds no held-out rows."""
 
+import shutil
+
 import pytest
 
-from finetune.compose import load_recipe
 from finetune.errors import RunError
 from finetune.export import export, link_tree
 from finetune.parity import Parity
-from finetune.run import run
-from finetune.rundir import read_json
+from finetune.rundir import RunDir, read_json
 
 
-@pytest.fixture(scope="module")
-def merged(tmp_path_factory):
-    """A rehearsal that has been merged and not exported, with an adapter that is plainly felt."""
-    folder = tmp_path_factory.mktemp("export")
-    words = ["scale=rehearsal", f"runs_dir={folder}", f"cache_dir={folder / 'cache'}", "train.lr=0.01"]
-    return run(load_recipe("qwen3_30b_legal", *words), until="merge")
+@pytest.fixture
+def merged(merged_run, tmp_path):
+    """A copy of a run that has been merged and not exported."""
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(merged_run[0].path, copy.path)
+    return copy
 
 
 def test_an_export_holds_the_model_the_adapter_the_proof_and_a_card(merged):
@@ -31,12 +31,11 @@ def test_an_export_holds_the_model_the_adapter_the_proof_and_a_card(merged):
     assert Parity.read(merged.parity).sentence() in card
 
 
-def test_without_a_proof_there_is_no_export(merged, tmp_path):
-    hidden = tmp_path / "parity.json"
-    merged.parity.rename(hidden)
+def test_without_a_proof_there_is_no_export(merged):
+    merged.parity.unlink()
     with pytest.raises(RunError, match="RUN-002"):
         export(merged)
-    hidden.rename(merged.parity)
+    assert not merged.export.exists()
 
 
 def test_linked_folders_share_bytes_where_they_can_and_copy_where_not(tmp_path, monkeypatch):
