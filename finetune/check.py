@@ -103,6 +103,7 @@ ABOVE_ZERO: dict[str, float] = {
     "train.lr": math.inf,
     "train.max_grad_norm": math.inf,
     "export.max_kl": math.inf,
+    "merge.tolerance": math.inf,
     "costs.device_gib": math.inf,
     "costs.device_tflops": math.inf,
     "costs.utilisation": 1.0,

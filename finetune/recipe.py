@@ -296,6 +296,9 @@ class Merge:
     quantised: str = one_of("bf16", "requantise")
     """What a base in fp8 or fp4 becomes: `bf16` weights, or fp8 again with new scales, of the tensors with an update
     alone, in the same layout. Never 4 bits: those are too coarse for an update."""
+    tolerance: float = 100.0
+    """How many times the KL divergence that rounding explains the merged weights may be away from the adapter, before
+    the merge is refused; beside `export.max_kl`."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -16,3 +16,19 @@ def base(tmp_path_factory: Any) -> Path:
     folder: Path = tmp_path_factory.mktemp("base")
     make_tokenizer(CHATML).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def merged_run(tmp_path_factory: Any) -> Any:
+    """(run folder, what was said) of a rehearsal that has been merged, with an adapter that is plainly felt."""
+    import contextlib
+    import io
+
+    from finetune.compose import load_recipe
+    from finetune.run import run
+
+    folder, said = tmp_path_factory.mktemp("merged-run"), io.StringIO()
+    words = ["scale=rehearsal", f"runs_dir={folder}", f"cache_dir={folder / 'cache'}", "train.lr=0.01"]
+    with contextlib.redirect_stdout(said):
+        done = run(load_recipe("qwen3_30b_legal", *words), until="merge")
+    return done, said.getvalue()

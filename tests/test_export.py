@@ -1,25 +1,24 @@
 """The export is what the merge has proved, its clients say so, and it holds no held-out rows."""
 
 import os
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.compose import load_recipe
 from finetune.errors import GateError, RunError
 from finetune.export import export, link_tree
 from finetune.parity import Parity
-from finetune.run import run
-from finetune.rundir import read_json
+from finetune.rundir import RunDir, read_json
 
 
-@pytest.fixture(scope="module")
-def merged(tmp_path_factory):
-    """A rehearsal that has been merged and not exported, with an adapter that is plainly felt."""
-    folder = tmp_path_factory.mktemp("export")
-    words = ["scale=rehearsal", f"runs_dir={folder}", f"cache_dir={folder / 'cache'}", "train.lr=0.01"]
-    return run(load_recipe("qwen3_30b_legal", *words), until="merge")
+@pytest.fixture
+def merged(merged_run, tmp_path):
+    """A copy of a run that has been merged and not exported."""
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(merged_run[0].path, copy.path)
+    return copy
 
 
 def test_an_export_holds_the_model_the_adapter_the_proof_and_a_card(merged):
@@ -47,15 +46,12 @@ def test_an_export_holds_the_model_the_adapter_the_proof_and_a_card(merged):
 
 def test_a_merged_file_that_answers_as_something_else_is_not_exported(merged, tmp_path):
     shard = sorted(merged.merged.glob("*.safetensors"))[0]
-    kept = shard.read_bytes()
     values = {key: torch.randn_like(value) for key, value in load_file(shard).items()}
     save_file(values, shard, metadata={"format": "pt"})
-    before = (merged.export / "clients.json").read_bytes()
     with pytest.raises(GateError, match=r"EXP-030 hf in transformers"):
         export(merged)
-    assert (merged.export / "clients.json").read_bytes() == before and merged.adapter.exists()
+    assert merged.adapter.exists() and not merged.export.exists()
     assert not list(merged.path.glob(".partial-*"))
-    shard.write_bytes(kept)
 
 
 def test_an_adapter_per_expert_and_a_start_line_are_exported_beside_a_note_of_what_was_not_asked(merged, monkeypatch):
@@ -63,7 +59,6 @@ def test_an_adapter_per_expert_and_a_start_line_are_exported_beside_a_note_of_wh
     recipe = merged.recipe.read_text()
     merged.recipe.write_text(recipe.replace("  - peft\n", "  - peft_per_expert\n  - vllm\n", 1))
     export(merged)
-    merged.recipe.write_text(recipe)
     assert {path.name for path in (merged.export / "peft_per_expert").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -76,12 +71,11 @@ def test_an_adapter_per_expert_and_a_start_line_are_exported_beside_a_note_of_wh
     assert "vllm was not asked" in (merged.export / "README.md").read_text()
 
 
-def test_without_a_proof_there_is_no_export(merged, tmp_path):
-    hidden = tmp_path / "parity.json"
-    merged.parity.rename(hidden)
+def test_without_a_proof_there_is_no_export(merged):
+    merged.parity.unlink()
     with pytest.raises(RunError, match="RUN-002"):
         export(merged)
-    hidden.rename(merged.parity)
+    assert not merged.export.exists()
 
 
 def test_linked_folders_share_bytes_where_they_can_and_copy_where_not(tmp_path, monkeypatch):

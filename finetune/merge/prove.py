@@ -24,7 +24,7 @@ from finetune.merge.changed import Changed, compare
 from finetune.merge.plan import make_plan
 from finetune.parity import Parity
 from finetune.recipe import Recipe
-from finetune.rundir import RunDir, open_run, write_json
+from finetune.rundir import RunDir, open_run, read_json, write_json
 from finetune.shards import check_shards
 from finetune.stop import end_with_parent
 from finetune.whole import load_trained
@@ -71,22 +71,22 @@ def prove(run_dir: RunDir, folder: Path) -> None:
     base = base_folder(recipe)
     plan = make_plan(base, run_dir.trained, how_of(recipe))
     changed = compare(plan, folder)
-    quantised = how_of(recipe).quantised if plan.quantisation else "none"
     del plan
     heldout = load_splits(run_dir).heldout
     rows = heldout.select(range(min(recipe.export.parity_prompts, len(heldout))))
-    parity, answers = compared(base, run_dir.trained, folder, rows, recipe, changed, quantised)
+    parity, answers = compared(base, run_dir.trained, folder, rows, recipe, changed)
     write_json(folder / "answers.json", answers)
     write_json(folder / "parity.json", parity.as_dict())
 
 
 def compared(
-    base: Path, adapter: Path, merged: Path, rows: Any, recipe: Recipe, changed: Changed, quantised: str = "none"
+    base: Path, adapter: Path, merged: Path, rows: Any, recipe: Recipe, changed: Changed
 ) -> tuple[Parity, dict[str, Any]]:
     """(figures, content of answers.json) of the adapter beside its base against `merged` on held-out `rows`.
 
     With merge.base=dequantised the reference is the adapter beside the base in 4 bits, else beside the original one.
     """
+    told = read_json(merged / "merge.json")
     size_gib = sum(path.stat().st_size for path in check_shards(base)) / 2**30
     precision = "fp32" if size_gib <= FP32_LIMIT_GIB else "bf16"
     from_4bit = recipe.merge.base == "dequantised"
@@ -109,7 +109,7 @@ def compared(
             bare_logs = [_chosen(model, p.ids, ids) for p, ids in zip(prompts, bare.answers, strict=True)]
         if not from_4bit:
             tuned_logs = [_chosen(model, p.ids, ids) for p, ids in zip(prompts, original.answers, strict=True)]
-    loaded_by = "finetune" if quantised == "requantise" else "transformers"
+    loaded_by = "finetune" if told["quantised"] == "requantise" else "transformers"
     with _stock(merged, precision, loaded_by) as (model, say):
         stored = say(model, prompts, length)
     kl = divergences(reference, stored)
@@ -134,13 +134,14 @@ def compared(
         tensors_rounded_away=changed.rounded_away,
         strangers=changed.strangers,
         loaded_by=loaded_by,
-        quantised=quantised,
+        rounding=told["rounding_over_update"],
+        quantised=told["quantised"],
     )
 
     def answer(ids: list[int], logs: list[float]) -> dict[str, Any]:
         return {"ids": ids, "text": tokenizer.decode(ids, skip_special_tokens=True), "logprobs": logs}
 
-    told = [
+    each = [
         {
             "messages": prompt.messages,
             "text": prompt.text,
@@ -152,7 +153,7 @@ def compared(
         for i, prompt in enumerate(prompts)
     ]
     answers = {"schema": 1, "precision": precision, "reference": parity.reference, "max_new_tokens": length}
-    return parity, answers | {"prompts": told}
+    return parity, answers | {"prompts": each}
 
 
 def prompt_of(row: Any, tokenizer: Any) -> Prompt:

@@ -134,8 +134,8 @@ def staging(target: Path, what: dict[str, Any]) -> Iterator[Staging]:
         except FinetuneError:
             shutil.rmtree(folder)
             raise
-        (folder / PROGRESS).unlink()
         publish(folder, target)
+        (target / PROGRESS).unlink()  # not before: a merge killed in between would begin anew
     finally:
         os.close(handle)
 
