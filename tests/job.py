@@ -86,6 +86,7 @@ PARITY = Parity(
     tensors_rounded_away=0,
     strangers=[],
     loaded_by="transformers",
+    rounding=0.01,
     quantised="none",
 ).as_dict()
 """The same of the merge's proof."""
