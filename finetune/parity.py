@@ -10,10 +10,9 @@ from finetune.errors import GateError
 from finetune.recipe import Recipe
 from finetune.rundir import read_json
 
-
 NOISE = {"original": 1e-6, "four_bit": 1e-4, "bf16": 5e-3}
-"""KL divergence in nats per token that arithmetic alone may make: in fp32 beside the original base; beside one in 4 bits,
-which training unpacked into bf16; and in bf16."""
+"""KL divergence in nats per token that arithmetic alone may make: in fp32 beside the original base; beside one in 4
+bits, which training may have unpacked into bf16; and in bf16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,8 +114,8 @@ def refuse(parity: Parity, recipe: Recipe) -> None:
     limit = largest_kl(parity, recipe)
     if not parity.mean_kl <= limit:
         what = (
-            f"merged and adapter differ by {parity.mean_kl:.2e} nats per token, {limit:.2e} are allowed (rounding explains "
-            f"{explained_kl(parity):.2e}, times merge.tolerance={recipe.merge.tolerance:g}; export.max_kl="
+            f"merged and adapter differ by {parity.mean_kl:.2e} nats per token, {limit:.2e} are allowed (rounding "
+            f"explains {explained_kl(parity):.2e}, times merge.tolerance={recipe.merge.tolerance:g}; export.max_kl="
             f"{recipe.export.max_kl:g})"
         )
         if parity.quantised == "requantise":
