@@ -1,7 +1,8 @@
 """A process that starts the same merge at many places, kills each at another point twice, and lets it end.
 
 `python -m tests.merge_killed BASE ADAPTER FOLDER POINT...` prints a line of JSON per point: how many files each killed
-merge had finished (there may be one), and the hashes of what it left in the end. Each merge is a fork, so that imports are done once.
+merge had finished (there may be one), and the hashes of what it left in the end. Each merge is a fork, so that imports
+are done once.
 """
 
 import json
