@@ -12,7 +12,7 @@ from finetune.rundir import read_json
 
 NOISE = {"original": 1e-6, "four_bit": 1e-4, "bf16": 5e-3}
 """KL divergence in nats per token that arithmetic alone may make: in fp32 beside the original base; beside one in 4
-bits, which training unpacked into bf16; and in bf16."""
+bits, which training may have unpacked into bf16; and in bf16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,7 @@
     .venv/bin/python scripts/bench_merge.py [--rounds 5] [--experts 32] [--hidden 1024] [--intermediate 512]
 
 Writes scripts/bench_results/merge_<machine>.json. Makes checkpoints of 2 and of 20 files (one layer each, all tensors
-of one size, random bf16 weights under the names and shapes of a Qwen3-MoE model) with adapters on all experts and
+of one size, random bf16 weights under the names and shapes of a Qwen3-MoE model) with adapters on all experts and on
 attention. Every merge and every copy is a process of its own; imports are not counted, planning and hashing are. Both
 sides end when the disk holds the files (fsync). They take turns; ratios are taken per round and the median reported.
 Memory is the highest resident set of the process. The adapter is in memory and grows with the model, so growth is given

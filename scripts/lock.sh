@@ -6,7 +6,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/setup_venv.sh"
 
 cd -- "$root"
 # A .venv that can compile is taken as it is: with a new dependency in pyproject.toml it cannot be what the locks say yet.
-.venv/bin/python -m piptools --version >/dev/null 2>&1 || set_up test
+.venv/bin/python -m piptools compile --version >/dev/null 2>&1 || set_up test
 temporary=$(mktemp -d)
 trap 'rm -rf -- "$temporary"' EXIT
 

@@ -1,7 +1,8 @@
 """A process that starts the same merge at many places, kills each at another point twice, and lets it end.
 
 `python -m tests.merge_killed BASE ADAPTER FOLDER POINT...` prints a line of JSON per point: how many files each killed
-merge had finished, and the hashes of what it left in the end. Each merge is a fork, so that imports are done once.
+merge had finished (there may be one), and the hashes of what it left in the end. Each merge is a fork, so that imports
+are done once.
 """
 
 import json
@@ -28,8 +29,7 @@ def main(base: Path, adapter: Path, folder: Path, points: list[int]) -> None:
                 merge_until(base, adapter, target, left)
                 os._exit(0)
             _, status = os.waitpid(child, 0)
-            if left == 0:
-                assert status == 0, status
+            if finished and status == 0:  # the last, or a second one that had less left to do than that
                 break
             assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
             assert not target.exists()

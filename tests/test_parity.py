@@ -263,7 +263,7 @@ def test_a_merge_that_fails_its_proof_is_not_published_and_the_adapter_stays(mer
     copy = RunDir(tmp_path / "run")
     shutil.copytree(merged_run[0].path, copy.path)
     shutil.rmtree(copy.merged)
-    proved = merging.prove
+    proved = merging.prove_apart
 
     def damaged(run_dir, folder):
         shard = sorted(folder.glob("*.safetensors"))[0]
@@ -272,7 +272,7 @@ def test_a_merge_that_fails_its_proof_is_not_published_and_the_adapter_stays(mer
         shard.write_bytes(data)
         proved(run_dir, folder)
 
-    monkeypatch.setattr(merging, "prove", damaged)
+    monkeypatch.setattr(merging, "prove_apart", damaged)
     with pytest.raises(GateError, match=r"MRG-012 1 tensors .*the adapter is unharmed") as caught:
         merging.merge(copy)
     assert caught.value.exit_code == 4

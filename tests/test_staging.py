@@ -47,15 +47,15 @@ class Heard(Console):
 def test_killed_twice_at_any_write_it_goes_on_and_ends_with_the_same_bytes(job, tmp_path):
     """At six of the 88 times that a merge of five files writes, sizes, renames or syncs one."""
     base, adapter, whole = job
-    points = [str(point) for point in range(2, 87, 17)]
+    points = [str(point) for point in range(2, 80, 15)]
     command = [sys.executable, "-m", "tests.merge_killed", str(base), str(adapter), str(tmp_path), *points]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(lines) == len(points)
-    assert all(first <= second for (first, second), _ in lines)
-    assert {first for (first, _), _ in lines} >= {0, 1, 2, 5}
+    assert all(finished == sorted(finished) for finished, _ in lines)
+    assert len({finished[0] for finished, _ in lines}) >= 4 and any(len(finished) == 2 for finished, _ in lines)
     assert all(left == whole for _, left in lines)
     assert not list(tmp_path.iterdir())
 

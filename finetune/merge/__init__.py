@@ -54,7 +54,7 @@ def merge(run_dir: RunDir) -> None:
     adapter = run_dir.require(run_dir.trained, "train")
     with merging(base_folder(recipe), adapter, run_dir.merged, how_of(recipe), console) as folder:
         _say(console, "proving it in a fresh process: the same prompts to adapter, base and merged files ...")
-        prove(run_dir, folder)
+        prove_apart(run_dir, folder)
         parity = Parity.read(folder / "parity.json")
         _say(console, parity.sentence())
         refuse(parity, recipe)
@@ -98,7 +98,7 @@ def how_of(recipe: Recipe) -> How:
     return How(quantised="bf16" if recipe.model.tiny else recipe.merge.quantised, four_bit=four_bit)
 
 
-def prove(run_dir: RunDir, folder: Path) -> None:
+def prove_apart(run_dir: RunDir, folder: Path) -> None:
     """Writes parity.json and answers.json into the folder of a merge, by a process of its own. Raises RunError MRG-013.
 
     Nothing that the merging process holds can help it: it reads what is on disk.
