@@ -10,6 +10,9 @@ from finetune.errors import GateError
 from finetune.recipe import Recipe
 from finetune.rundir import read_json
 
+FP32_LIMIT_GIB = 4.0
+"""Checkpoints up to this size are compared in fp32, larger ones in bf16."""
+
 NOISE = {"original": 1e-6, "four_bit": 1e-4, "bf16": 5e-3}
 """KL divergence in nats per token that arithmetic alone may make: in fp32 beside the original base; beside one in 4
 bits, which training may have unpacked into bf16; and in bf16."""

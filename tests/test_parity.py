@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from finetune import merge as merging
 from finetune.data import load_splits
 from finetune.errors import GateError, RunError
+from finetune.gpus import Gpu
 from finetune.merge.changed import compare
 from finetune.merge.plan import How, make_plan
 from finetune.merge.prove import compared, kl
@@ -265,12 +266,12 @@ def test_a_merge_that_fails_its_proof_is_not_published_and_the_adapter_stays(mer
     shutil.rmtree(copy.merged)
     proved = merging.prove_apart
 
-    def damaged(run_dir, folder):
+    def damaged(run_dir, folder, say):
         shard = sorted(folder.glob("*.safetensors"))[0]
         data = bytearray(shard.read_bytes())
         data[-3] ^= 1
         shard.write_bytes(data)
-        proved(run_dir, folder)
+        proved(run_dir, folder, say)
 
     monkeypatch.setattr(merging, "prove_apart", damaged)
     with pytest.raises(GateError, match=r"MRG-012 1 tensors .*the adapter is unharmed") as caught:
@@ -289,3 +290,19 @@ def test_a_proof_that_dies_keeps_the_merged_files_for_the_next_time(merged_run, 
     kept = copy.path / (RESUMED + "merged")
     assert not copy.merged.exists() and len(list(kept.glob("model-*.safetensors"))) > 1
     assert len(read_json(kept / ".progress.json")["files"]) == len(list(kept.glob("model-*.safetensors")))
+
+
+def test_the_proof_goes_where_it_has_room_or_says_what_it_needs(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(10 * 2**30)
+    said = []
+    monkeypatch.setattr(merging, "available_gib", lambda: 12.0)
+    for free, environment in ((None, {}), (11.1, {}), (10.9, {"CUDA_VISIBLE_DEVICES": ""})):
+        found = [] if free is None else [Gpu(name="a GPU", total_gib=24.0, free_gib=free)]
+        monkeypatch.setattr(merging, "gpus", lambda found=found: found)
+        assert merging.proof_place(tmp_path, said.append) == environment
+    assert said == ["the proof takes 11 GiB, a GPU has 11 free: it runs on the host, slowly"]
+    (tmp_path / "config.json").write_text('{"quantization_config": {}}')
+    with pytest.raises(RunError, match=r"MRG-014 proving the merge takes 22.0 GiB of memory, 12.0 are free"):
+        merging.proof_place(tmp_path, said.append)

@@ -9,6 +9,7 @@ process proves what was written (`prove.py`); only a merge that passes gets its 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,19 +20,24 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.compose import read_recipe
 from finetune.errors import RunError
+from finetune.gpus import gpus
+from finetune.machine import available_gib
 from finetune.merge.four_bit import FourBit
 from finetune.merge.plan import How, Plan, make_plan
 from finetune.merge.shard import Sheet, sheets, write_sheet
 from finetune.merge.staging import Finisher, Staging, identity, require_room, staging
-from finetune.parity import Parity, refuse
+from finetune.parity import FP32_LIMIT_GIB, Parity, refuse
 from finetune.recipe import Recipe
-from finetune.rundir import RunDir, write_json
+from finetune.rundir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "USE_POLICY*")
 """What is copied beside the weights: config, tokenizer, template, licence."""
+
+PROOF_MARGIN = 1.1
+"""Memory of the proof over that of the weights it loads."""
 
 QUIET_BYTES = 2**28
 """Merges up to this size are done before anybody asks how far they are."""
@@ -54,7 +60,7 @@ def merge(run_dir: RunDir) -> None:
     adapter = run_dir.require(run_dir.trained, "train")
     with merging(base_folder(recipe), adapter, run_dir.merged, how_of(recipe), console) as folder:
         _say(console, "proving it in a fresh process: the same prompts to adapter, base and merged files ...")
-        prove_apart(run_dir, folder)
+        prove_apart(run_dir, folder, lambda sentence: _say(console, sentence))
         parity = Parity.read(folder / "parity.json")
         _say(console, parity.sentence())
         refuse(parity, recipe)
@@ -98,17 +104,41 @@ def how_of(recipe: Recipe) -> How:
     return How(quantised="bf16" if recipe.model.tiny else recipe.merge.quantised, four_bit=four_bit)
 
 
-def prove_apart(run_dir: RunDir, folder: Path) -> None:
-    """Writes parity.json and answers.json into the folder of a merge, by a process of its own. Raises RunError MRG-013.
+def prove_apart(run_dir: RunDir, folder: Path, say: Callable[[str], None]) -> None:
+    """Writes parity.json and answers.json into the folder of a merge, by a process of its own.
 
-    Nothing that the merging process holds can help it: it reads what is on disk.
+    Nothing that the merging process holds can help it: it reads what is on disk. Raises RunError: MRG-013 when it
+    ends without a proof, MRG-014 when there is too little memory for one.
     """
     command = [sys.executable, "-m", "finetune.merge.prove", str(run_dir.path), str(folder)]
-    done = subprocess.run(command, check=False)
+    done = subprocess.run(command, check=False, env=os.environ | proof_place(folder, say))
     if done.returncode or not (folder / "parity.json").is_file():
         what = f"the proof ended with code {done.returncode}"
         why = "it says why above, or the system ended it; merged files are kept until it has passed"
         raise RunError("MRG-013", what, why, f"python -m finetune merge run={run_dir.path}")
+
+
+def proof_place(folder: Path, say: Callable[[str], None]) -> dict[str, str]:
+    """Environment of the proof: without GPUs where the first of them has no room for the weights as they are compared.
+
+    Base and merged weights are loaded one after the other and unquantised, however training held the base. Raises
+    RunError MRG-014 when the host has no room either; merged files are kept.
+    """
+    size_gib = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
+    eight_bits = "quantization_config" in read_json(folder / "config.json")
+    need = size_gib * (2 if size_gib <= FP32_LIMIT_GIB else 1) * (2 if eight_bits else 1) * PROOF_MARGIN
+    found = gpus()
+    if found and need <= found[0].free_gib:
+        return {}
+    if found:
+        say(
+            f"the proof takes {need:.0f} GiB, {found[0].name} has {found[0].free_gib:.0f} free: it runs on the host, slowly"
+        )
+    if need > (free := available_gib()):
+        what = f"proving the merge takes {need:.1f} GiB of memory, {free:.1f} are free"
+        why = "base and merged weights are compared as they are stored, not in 4 bits; merged files are kept"
+        raise RunError("MRG-014", what, why, "the same command where there is more memory: it goes on from here")
+    return {"CUDA_VISIBLE_DEVICES": ""} if found else {}
 
 
 def summary(plan: Plan, place: Staging) -> dict[str, Any]:

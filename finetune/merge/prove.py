@@ -22,15 +22,12 @@ from finetune.failures import explain
 from finetune.merge import how_of
 from finetune.merge.changed import Changed, compare
 from finetune.merge.plan import make_plan
-from finetune.parity import Parity
+from finetune.parity import FP32_LIMIT_GIB, Parity
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir, open_run, read_json, write_json
 from finetune.shards import check_shards
 from finetune.stop import end_with_parent
 from finetune.whole import load_trained
-
-FP32_LIMIT_GIB = 4.0
-"""Checkpoints up to this size are compared in fp32, larger ones in bf16."""
 
 TOKENS = 128
 """Answer tokens of a prompt that are compared, at most."""
