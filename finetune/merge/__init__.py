@@ -131,9 +131,8 @@ def proof_place(folder: Path, say: Callable[[str], None]) -> dict[str, str]:
     if found and need <= found[0].free_gib:
         return {}
     if found:
-        say(
-            f"the proof takes {need:.0f} GiB, {found[0].name} has {found[0].free_gib:.0f} free: it runs on the host, slowly"
-        )
+        free, name = found[0].free_gib, found[0].name
+        say(f"the proof takes {need:.0f} GiB, {name} has {free:.0f} free: it runs on the host, slowly")
     if need > (free := available_gib()):
         what = f"proving the merge takes {need:.1f} GiB of memory, {free:.1f} are free"
         why = "base and merged weights are compared as they are stored, not in 4 bits; merged files are kept"
