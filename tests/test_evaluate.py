@@ -372,7 +372,7 @@ def stage(monkeypatch: pytest.MonkeyPatch, tok: Any, rows: list[dict[str, Any]],
         ),
     )
     for name, what in {
-        "adapters": {"load_adapter": lambda _base, _folder: toy.adapted()},
+        "whole": {"load_trained": lambda _base, _folder: toy.adapted()},
         "base": {"load_base": lambda _folder, *, load_in_4bit, precision, double_quantisation: base},
         "compose": {"read_recipe": lambda _path: recipe},
         "data": {"load_splits": lambda _run: SimpleNamespace(train=data, heldout=data)},
