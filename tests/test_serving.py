@@ -35,7 +35,7 @@ CONVERTED = {
     "mistral4": {},
     "gpt_oss": {},
     "mixtral": {},
-    "olmoe": {},
+    "olmoe": {"num_key_value_heads": 4},
     "granitemoe": {},
     "llama": {},
     "qwen3": {},

@@ -29,6 +29,7 @@ FAMILY = Family(
     experts_class="GraniteMoeExperts",
     router="block_sparse_moe.router",
     licence="apache-2.0",
+    no_gguf_adapter="llama.cpp's converter does not know the names of its experts' maps",
     tiny=shapes.TINY
     | {
         "model_type": "granitemoe",

@@ -41,6 +41,7 @@ FAMILY = Family(
     published_names=((r"^", "language_model."),),
     text_config="text_config",
     licence="llama4",
+    no_gguf_adapter="llama.cpp's converter does not know the names of its experts' maps",
     tiny=shapes.TINY
     | {
         "model_type": "llama4_text",

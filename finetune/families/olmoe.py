@@ -35,6 +35,7 @@ FAMILY = Family(
     router="mlp.gate",
     balances=True,
     licence="apache-2.0",
+    gguf_tiny="llama.cpp knows it with as many heads of keys as of queries",
     tiny=shapes.TINY
     | {
         "model_type": "olmoe",
