@@ -90,8 +90,10 @@ def test_every_package_that_we_import_is_a_dependency_and_the_other_way_round() 
     # unsloth is an extra, and imported by one file after `machine` has found it (finetune/train/with_unsloth.py).
     # triton is a part of torch's builds for GPUs, and asked for before it is imported (finetune/experts/fused.py).
     # The extras [sign], [energy], [gguf] and [prices] are asked for before they are imported (signing.py, energy.py,
-    # machine.py, api_prices.py), and llama.cpp's server is one of them (llama_cpp_runner.py).
-    extras = {"triton", "unsloth", "model_signing", "cryptography", "pynvml", "llama_cpp", "genai_prices", "xllamacpp"}
+    # machine.py, api_prices.py). llama.cpp's server and its converter are programs of their own, imported by the child
+    # process that runs them (llama_cpp_runner.py, export/converter_child.py).
+    extras = {"triton", "unsloth", "model_signing", "cryptography", "pynvml", "llama_cpp", "genai_prices"}
+    extras |= {"xllamacpp", "conversion", "convert_hf_to_gguf", "convert_lora_to_gguf"}
     modules = {name.split(".")[0] for name in imported} - sys.stdlib_module_names - {"finetune"} - extras
     names = packages_distributions()
     ours = {canonicalize_name(names[module][0]) for module in modules}
