@@ -78,7 +78,7 @@ def _full(recipe: Recipe) -> Iterator[str]:
         return
     if adapter.load_in_4bit:
         yield (
-            "ADP-017 adapter.load_in_4bit=true with adapter.method=full: weights in 4 bits cannot be trained. "
+            "ADP-021 adapter.load_in_4bit=true with adapter.method=full: weights in 4 bits cannot be trained. "
             "Set adapter=full, which loads them in bf16, or adapter.method=lora."
         )
     usual = Adapter()
@@ -91,7 +91,7 @@ def _full(recipe: Recipe) -> Iterator[str]:
             )
     if any(name.startswith("peft") for name in recipe.export.formats):
         yield (
-            "EXP-007 export.formats: peft with adapter.method=full: there is no adapter to export, the weights "
+            "EXP-009 export.formats: peft with adapter.method=full: there is no adapter to export, the weights "
             "themselves were trained. Set export=hf."
         )
     if launch.distribution == "fsdp2" and launch.nodes * launch.devices > 1:

@@ -350,11 +350,11 @@ def test_a_pattern_that_fits_nothing_in_the_loaded_model_is_refused():
         ({"adapter": Adapter(init="svd")}, "CHK-001 adapter.init=svd"),
         (
             {"adapter": Adapter(method="full"), "export__formats": ["hf"]},
-            "ADP-017 adapter.load_in_4bit=true .*cannot be trained. Set adapter=full",
+            "ADP-021 adapter.load_in_4bit=true .*cannot be trained. Set adapter=full",
         ),
         (
             {"adapter": Adapter(method="full", load_in_4bit=False), "export__formats": ["hf", "peft"]},
-            "EXP-007 export.formats: peft .*there is no adapter.*Set export=hf",
+            "EXP-009 export.formats: peft .*there is no adapter.*Set export=hf",
         ),
         (
             {"adapter": Adapter(method="full", load_in_4bit=False, rslora=True), "export__formats": ["hf"]},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -417,3 +418,12 @@ def test_the_user_can_name_the_format_and_the_columns(tmp_path: Path, base: Path
     assert notes == ["rows.jsonl: prompt_completion, by its keys", "columns without a meaning here: source"]
     with pytest.raises(DataError, match=r"DATA-026 rows\.jsonl:1 has no key 'text', expected text"):
         prepare(tmp_path, base, path, format="text")
+
+
+def test_the_share_of_faulty_rows_that_is_proposed_is_enough(tmp_path: Path, base: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", *(qa(f"q{i}", f"a{i}") for i in range(6)), {"messages": 1})
+    with pytest.raises(DataError) as caught:
+        prepare(tmp_path, base, path)
+    fraction = float(re.search(r"max_drop_fraction=(\S+)", str(caught.value)).group(1))  # type: ignore[union-attr]
+    assert fraction == 0.15
+    prepare(tmp_path, base, path, on_bad_row="drop", max_drop_fraction=fraction, heldout_fraction=0.3)

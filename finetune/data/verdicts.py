@@ -5,6 +5,7 @@ Works on columns of a few bytes per row (`facts`), never on the rows themselves,
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -188,11 +189,14 @@ def _faults(facts: Facts, data: Data) -> list[str]:
     )
     if data.on_bad_row == "drop" and not fatal.any():
         title += f", more than data.max_drop_fraction={data.max_drop_fraction:.1%}"
-    raise listed_rows(facts, shown, title)
+    raise listed_rows(facts, shown, title, share)
 
 
-def listed_rows(facts: Facts, rows: Any, title: str) -> DataError:
-    """One error for many rows: the count by code, and the first 20 in full. Its id is that of the first."""
+def listed_rows(facts: Facts, rows: Any, title: str, share: float = 0.0) -> DataError:
+    """One error for many rows: the count by code, and the first 20 in full. Its id is that of the first.
+
+    `share` is how many of all rows they are.
+    """
     counts = Counter(facts.codes[facts.code[row]] for row in rows)
     lines = []
     for row in rows[:SHOWN]:
@@ -202,7 +206,8 @@ def listed_rows(facts: Facts, rows: Any, title: str) -> DataError:
     if len(rows) > SHOWN:
         rest = ", ".join(f"{n} x {code}" for code, n in counts.most_common())
         lines.append(f"  and {len(rows) - SHOWN} more; all: {rest}")
-    fix = "mend these rows, or data.on_bad_row=drop data.max_drop_fraction=0.05"
+    enough = max(0.05, math.ceil(100 * share) / 100)
+    fix = f"mend these rows, or data.on_bad_row=drop data.max_drop_fraction={enough:g}"
     if facts.codes[facts.code[rows[0]]] == "DATA-014":
         fix = "remove these rows, or data.benchmarks={INDEX: drop}"
     return DataError(facts.codes[facts.code[rows[0]]], "\n".join([f"{title}:", *lines]), "", fix)
