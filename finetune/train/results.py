@@ -62,7 +62,8 @@ def finish(job: Job) -> None:
             "load_limit_gib": round(job.base.resident_gib + 2 * job.base.largest_group_gib, 4),
             "load_seconds": round(job.base.load_seconds, 2),
             "resident_gib": round(job.base.resident_gib, 6),
-            "optimizer_gib": round(held_gib(trainer.optimizer), 6),
+            # A training that goes on after its last update has no optimizer any more.
+            **({"optimizer_gib": round(held_gib(trainer.optimizer), 6)} if trainer.optimizer else {}),
             "coverage": job.table,
             "beginning": begun(recipe, run_dir, trainer.model),
             "heldout": [
