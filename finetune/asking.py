@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import ipaddress
 import json
 import math
@@ -219,9 +220,7 @@ def _send(url: str, body: dict[str, Any] | None, api_key: str, timeout_s: float)
             raise _refusal(url, error.code, error.read(2000)) from None
     except (OSError, urllib.error.URLError, ValueError) as error:
         raise _silence(url, error, timeout_s) from None
-    except Exception as error:  # http.client's own, for a reply that is not HTTP
-        if type(error).__module__ != "http.client":
-            raise
+    except http.client.HTTPException as error:  # a reply that is not HTTP
         raise _silence(url, error, timeout_s) from None
     try:
         return json.loads(text)
