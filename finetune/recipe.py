@@ -1,7 +1,8 @@
 """Every setting of a job, typed, with its meaning under it.
 
 A `Recipe` is complete: every default stands here once, the YAML files under `recipes/` say only what differs, and
-nothing behind `compose.from_config` sees a Hydra object. Prices and speeds stand in `rates.py`.
+nothing behind `compose.from_config` sees a Hydra object. Prices and speeds stand in `rates.py`, what is
+measured afterwards in `judging.py`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune.judging import Evaluate as Evaluate
 from finetune.rates import Costs, Tco
 from finetune.setting import one_of as one_of
 
@@ -266,24 +268,6 @@ class Launch:
     """Further options of sbatch, one each: [--exclusive, --mail-type=END]."""
     setup: list[str] = field(default_factory=list)
     """Lines of shell before the program starts, one each: [module load cuda, source env.sh]."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Evaluate:
-    """Base against tuned, on the same held-out rows."""
-
-    rows: int = 0
-    """Held-out rows to use; 0 means all."""
-    batch_size: int = 8
-    """Rows per forward pass."""
-    samples: int = 5
-    """Rows shown side by side in the report: question, base, tuned, expected."""
-    max_new_tokens: int = 48
-    """Longest answer generated for a sample, in tokens."""
-    confidence: float = 0.95
-    """Level of the intervals."""
-    min_gain: float = -1.0
-    """Gate: accuracy gain of tuned over base that the run must reach, as a fraction; -1 means no gate."""
 
 
 @dataclass(kw_only=True, slots=True)
