@@ -2,8 +2,8 @@
 
 Sums are in fp32 and rounded once to each tensor's own type. Every other byte is copied, so that keys, order, files
 and tensors without an update come out as they were. A base in fp8 or fp4 comes out in bf16 under the keys of its
-unquantised twin, or in fp8 with new scales where the recipe says so. Memory: the adapter and one matrix. Then a fresh
-process proves what was written (`prove.py`); only a merge that passes gets its name.
+unquantised twin, or in fp8 with new scales where the recipe says so. Memory: the adapter, and one matrix for each of up
+to eight threads. Then a fresh process proves what was written (`prove.py`); only a merge that passes gets its name.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from finetune.errors import RunError
 from finetune.gpus import gpus
 from finetune.machine import available_gib
 from finetune.merge.four_bit import FourBit
+from finetune.merge.lanes import lanes
 from finetune.merge.plan import How, Plan, make_plan
 from finetune.merge.shard import Sheet, sheets, write_sheet
 from finetune.merge.staging import Finisher, Staging, identity, require_room, staging
@@ -197,9 +198,9 @@ def _write_all(plan: Plan, planned: list[Sheet], place: Staging, console: Consol
     if len(left) < len(planned):
         _say(console, f"going on with a merge that was stopped: {len(planned) - len(left)} of {len(planned)} files")
     require_room(place.folder, sum(sheet.size for sheet in left))
-    with Finisher(place) as finisher, _watched(console, left) as advance:
+    with Finisher(place) as finisher, _watched(console, left) as advance, lanes() as pool:
         for sheet in left:
-            tally = write_sheet(plan, sheet, place.partial(sheet.name), advance)
+            tally = write_sheet(plan, sheet, place.partial(sheet.name), pool, advance)
             finisher.finish(sheet.name, tally)
 
 

@@ -1,7 +1,7 @@
 """One file of the merged checkpoint: what it is made of (`sheets`), and writing it (`write_sheet`).
 
 Bytes without an update are copied within the kernel where it can. Tensors with one are read, summed and written one
-matrix at a time: of a stack never more than one expert is in memory.
+matrix at a time: of a stack no thread has more than one expert in memory.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,22 +171,44 @@ def written_bytes(change: Change) -> int:
     return size
 
 
-def write_sheet(plan: Plan, sheet: Sheet, path: Path, advance: Callable[[int], None] = lambda _: None) -> Tally:
-    """Writes one file; the sums of squares of what was added and lost. `advance` is told of bytes that are written."""
-    tally = Tally()
+def write_sheet(
+    plan: Plan, sheet: Sheet, path: Path, pool: ThreadPoolExecutor, advance: Callable[[int], None] = lambda _: None
+) -> Tally:
+    """Writes one file; the sums of squares of what was added and lost. `advance` is told of bytes that are written.
+
+    The threads of `pool` take a tensor each. Sums are added up in the order of the file, whoever was first.
+    """
+    total, lock = Tally(), threading.Lock()
+
+    def told(count: int) -> None:
+        with lock:
+            advance(count)
+
     with path.open("wb", buffering=0) as file:
         target = file.fileno()
         os.ftruncate(target, sheet.size)
         write_at(target, sheet.header, 0)
-        for copy in sheet.copies:
-            with copy.source.open("rb", buffering=0) as source:
-                copy_range(source.fileno(), target, copy)
-            advance(copy.length)
-        for place in sheet.places:
-            for offset, tensor in outputs(plan, place, tally):
-                data = bytes_of(tensor)
-                write_at(target, data, offset)
-                advance(data.nbytes)
+        begun = [pool.submit(_write_place, plan, place, target, told) for place in sheet.places]
+        try:
+            for copy in sheet.copies:
+                with copy.source.open("rb", buffering=0) as source:
+                    copy_range(source.fileno(), target, copy)
+                told(copy.length)
+            for future in begun:
+                total.add(future.result())
+        finally:
+            for future in begun:
+                future.cancel()
+            wait(begun)  # none may write into a file that is closed
+    return total
+
+
+def _write_place(plan: Plan, place: Place, target: int, advance: Callable[[int], None]) -> Tally:
+    tally = Tally()
+    for offset, tensor in outputs(plan, place, tally):
+        data = bytes_of(tensor)
+        write_at(target, data, offset)
+        advance(data.nbytes)
     return tally
 
 

@@ -47,6 +47,9 @@ def add(base_OI: torch.Tensor, pair: Pair | New | None, out_OI: torch.Tensor, ta
         base_OI, out_OI = (tensor.view(len(tensor) if tensor.dim() > 2 else 1, -1) for tensor in (base_OI, out_OI))
     rows = max(1, VALUES // base_OI.shape[1])
     exact_, plain_ = (torch.empty(min(rows, len(base_OI)), base_OI.shape[1]) for _ in "ab")  # used again and again
+    left_Or, scale = (pair.left_Or, pair.scale) if isinstance(pair, Pair) else (None, 1.0)
+    if left_Or is not None and math.frexp(scale)[0] == 0.5:  # a power of two: exact wherever it is multiplied
+        left_Or, scale = left_Or * scale, 1.0
     if isinstance(pair, Pair) and pair.lengths_O is None:
         tally.update += pair.squares()
     for begin in range(0, len(base_OI), rows):
@@ -59,9 +62,10 @@ def add(base_OI: torch.Tensor, pair: Pair | New | None, out_OI: torch.Tensor, ta
             exact.copy_(pair.values.reshape(base_OI.shape)[part])
             tally.update += squares(exact - plain)
         else:
-            torch.mm(pair.left_Or[part], pair.right_rI, out=exact)
-            if pair.scale != 1:
-                exact *= pair.scale
+            assert left_Or is not None
+            torch.mm(left_Or[part], pair.right_rI, out=exact)
+            if scale != 1:
+                exact *= scale
             exact += plain
             if pair.lengths_O is not None:
                 exact *= (pair.lengths_O[part] / exact.norm(dim=1))[:, None]

@@ -1,0 +1,36 @@
+"""Tensors of a merge side by side: one thread each, and no thread of torch's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+
+MOST = 8
+"""Lanes at most: beyond, disks are slower than the arithmetic."""
+
+
+@contextmanager
+def lanes() -> Iterator[ThreadPoolExecutor]:
+    """Threads that merge a tensor each, one fewer than the process may use: the last one hashes and writes.
+
+    Each holds one matrix. Within them torch works in one thread: the pieces that are summed are so small that threads
+    would wait for each other, and on a busy machine much longer than they work.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(MOST, max(1, processors() - 1)), "merge") as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
