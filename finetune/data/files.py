@@ -11,7 +11,7 @@ import dataclasses
 import glob
 import gzip
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,24 +165,35 @@ def opened(source: Source) -> Iterator[Any]:
 
 
 def _lines(source: Source) -> Iterator[Block]:
-    batch: list[tuple[int, bytes]] = []
-    size = number = 0
+    """The lines of a file that are not blank."""
     with opened(source) as handle:
-        while raw := handle.readline(LINE_LIMIT + 1):
-            number += 1
-            if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise ValueError("it is UTF-16; save it as UTF-8")
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if len(raw) > LINE_LIMIT:
-                raw = _skip(handle, raw)
-            if not raw.strip():
-                continue
-            batch.append((number, raw))
-            size += len(raw)
-            if len(batch) == BLOCK_ROWS or size >= BLOCK_BYTES:
-                yield Block(file=source.name, kind="jsonl", line=batch[0][0], payload=batch)
-                batch, size = [], 0
+        yield from _filled(source, _numbered(handle))
+
+
+def _numbered(handle: Any) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    while raw := handle.readline(LINE_LIMIT + 1):
+        number += 1
+        if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError("it is UTF-16; save it as UTF-8")
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        if len(raw) > LINE_LIMIT:
+            raw = _skip(handle, raw)
+        if raw.strip():
+            yield number, raw
+
+
+def _filled(source: Source, records: Iterable[tuple[int, bytes]]) -> Iterator[Block]:
+    """Blocks of numbered records, each as large as a block may be."""
+    batch: list[tuple[int, bytes]] = []
+    size = 0
+    for number, raw in records:
+        batch.append((number, raw))
+        size += len(raw)
+        if len(batch) == BLOCK_ROWS or size >= BLOCK_BYTES:
+            yield Block(file=source.name, kind="jsonl", line=batch[0][0], payload=batch)
+            batch, size = [], 0
     if batch:
         yield Block(file=source.name, kind="jsonl", line=batch[0][0], payload=batch)
 
@@ -204,17 +215,9 @@ def _json(source: Source) -> Iterator[Block]:
     if head[:1] == b"{":
         yield from _lines(source)
         return
-    batch: list[tuple[int, bytes]] = []
-    size = number = 0
     with opened(source) as handle:
-        for number, element in enumerate(elements(io.TextIOWrapper(handle, "utf-8-sig", newline=""), LINE_LIMIT), 1):
-            batch.append((number, element.encode()))
-            size += len(element)
-            if len(batch) == BLOCK_ROWS or size >= BLOCK_BYTES:
-                yield Block(file=source.name, kind="jsonl", line=batch[0][0], payload=batch)
-                batch, size = [], 0
-    if batch:
-        yield Block(file=source.name, kind="jsonl", line=batch[0][0], payload=batch)
+        text = io.TextIOWrapper(handle, "utf-8-sig", newline="")
+        yield from _filled(source, enumerate((e.encode() for e in elements(text, LINE_LIMIT)), 1))
 
 
 def _text(source: Source) -> Iterator[Block]:
