@@ -90,17 +90,17 @@ def clients(tmp_path):
     return Clients(answers=TWO, tokenizer=Words(), logs=tmp_path, say=lines.append, here=True, servers={}), lines
 
 
-def test_a_format_that_answers_otherwise_stops_the_stage_with_exit_code_4(clients, monkeypatch):
+def test_a_format_that_answers_otherwise_stops_the_stage_with_exit_code_4(clients, monkeypatch, tmp_path):
     ask, _ = clients
     monkeypatch.setattr(asked, "stock_answers", lambda *_: [told(1, 2, 3), told(1, 2, 3)])
     with pytest.raises(
         GateError, match=r"EXP-030 hf in transformers .* and as the base does: same first token 50%"
     ) as e:
-        ask.transformers("hf", None)
+        ask.transformers("hf", tmp_path)
     assert e.value.exit_code == 4
 
 
-def test_a_format_that_its_client_cannot_load_stops_the_stage(clients, monkeypatch):
+def test_a_format_that_its_client_cannot_load_stops_the_stage(clients, monkeypatch, tmp_path):
     ask, _ = clients
 
     def refuse(*_):
@@ -108,7 +108,7 @@ def test_a_format_that_its_client_cannot_load_stops_the_stage(clients, monkeypat
 
     monkeypatch.setattr(asked, "stock_answers", refuse)
     with pytest.raises(GateError, match=r"EXP-031 hf cannot be loaded and asked by transformers: unknown architecture"):
-        ask.transformers("hf", None)
+        ask.transformers("hf", tmp_path)
 
 
 def test_a_client_that_is_not_installed_is_noted_with_what_to_type(clients, tmp_path):
@@ -280,3 +280,15 @@ def test_sources_with_other_bytes_or_without_the_folder_are_an_error(tmp_path):
     with pytest.raises(FetchError, match=r"FET-001 .*some_tool-1.0.tar.gz is there but damaged"):
         fetch_package("some-tool", "1.0", digest, cache=tmp_path, network=False, form=SOURCES)
     assert fetch.find_package("some-tool", "1.0", digest, cache=tmp_path, form=SOURCES) is None
+
+
+def test_weights_that_do_not_fit_into_memory_are_not_asked_and_that_is_said(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(bytes(2**20))
+    lines = []
+    for free, is_asked in ((2.1 / 1024, False), (2.3 / 1024, True)):  # 1 MiB of bf16 is 2 MiB in fp32, and a tenth
+        monkeypatch.setattr(asked, "available_gib", lambda free=free: free)
+        monkeypatch.setattr(asked, "stock_answers", lambda *_: [told(0, 2, 3), told(1, 2, 3)])
+        clients = Clients(TWO, Words(), tmp_path, lines.append, here=True)
+        clients.transformers("hf", tmp_path)
+        assert clients.told[0]["asked"] is is_asked
+    assert "would take 0.0 GiB of memory" in lines[0]

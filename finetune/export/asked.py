@@ -20,6 +20,7 @@ from typing import Any
 from finetune.asking import Answer, complete
 from finetune.errors import GateError, ServerError
 from finetune.export.stock import stock_answers
+from finetune.machine import available_gib
 from finetune.rundir import read_json
 from finetune.servers import Server, found, started
 
@@ -28,6 +29,8 @@ TIE = 0.1
 EXACT, Q8, SMALL = (0.95, 0.1), (0.9, 0.25), (0.5, 1.5)
 """(share of prompts whose first token is the adapter's, mean distance of log-probabilities in nats) at the least and at
 the most: of weights as they are, in 8 bits, and in fewer, where the limit only catches nonsense."""
+ROOM = 1.1
+"""Memory of a client over that of the weights it loads."""
 INSTALL = {
     "llama.cpp": "pip install xllamacpp, or llama-server on the PATH, or FINETUNE_LLAMA_CPP=/its/python",
     "vllm": "pip install vllm into a Python of its own and FINETUNE_VLLM=/that/bin/python",
@@ -84,13 +87,16 @@ class Clients:
     """Servers at hand; looked for when the first is needed."""
 
     def transformers(self, kind: str, folder: Path, adapter: Path | None = None) -> None:
-        """Asks transformers, with an adapter also PEFT. Raises GateError EXP-030 or EXP-031 (exit code 4)."""
+        """Asks transformers, with an adapter also PEFT, or notes that there is no room. Raises as `llama_cpp`."""
         client = "transformers" if adapter is None else "peft"
+        need, free = self._need_gib(folder), available_gib()
+        if need > free:
+            return self.not_asked(kind, client, f"it would take {need:.1f} GiB of memory, {free:.1f} are free")
         try:
             told = stock_answers(folder, self.answers, adapter) if self.here else self._child(folder, adapter)
         except (ValueError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
             raise _broken(kind, client, _last_line(error)) from error
-        self._judge(kind, client, version(client), told, EXACT)
+        return self._judge(kind, client, version(client), told, EXACT)
 
     def llama_cpp(self, kind: str, model: Path, limits: tuple[float, float], adapter: Path | None = None) -> None:
         """Asks llama.cpp, or notes that it is not installed. Raises GateError EXP-030 or EXP-031 (exit code 4)."""
@@ -141,6 +147,11 @@ class Clients:
 
     def _complete(self, at: Any, prompt: dict[str, Any]) -> Answer:
         return complete(at, prompt["text"], max_tokens=self.answers["max_new_tokens"], timeout_s=600)
+
+    def _need_gib(self, folder: Path) -> float:
+        """Memory that transformers takes for the weights in a folder: those of 16 bits double where it asks in fp32."""
+        gib = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
+        return gib * (2 if self.answers["precision"] == "fp32" else 1) * ROOM
 
     def _context(self) -> int:
         """Room for the longest prompt and its answer, and no more: some servers take memory for all of it."""

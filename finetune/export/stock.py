@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ def stock_answers(folder: Path, answers: dict[str, Any], adapter: Path | None = 
     if adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(adapter))
+        with warnings.catch_warnings():  # about ranks per map and tied ends: the answers are compared, which says more
+            warnings.simplefilter("ignore", UserWarning)
+            model = PeftModel.from_pretrained(model, str(adapter))
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     told = []
