@@ -30,22 +30,21 @@ def own_prompts(recipe: Recipe) -> dict[Kind, list[str]]:
 
 def read_prompts(file: str, kind: Kind) -> list[str]:
     """The prompts of one kind in a file. XSTest has both: its contrasts should be refused, all others answered."""
-    found: list[str] = []
-    columns: set[str] = set()
+    rows: list[dict[str, Any]] = []
     for source in sources([file]):
         for block in blocks(source):
             for record in records(block):
                 if not isinstance(record.value, dict):
                     fault = record.faults[0].partition(" @ ")[2] if record.faults else "it is no object"
                     raise _unread(f"{source.name}:{record.line}", fault)
-                columns |= set(record.value)
-                prompt = _prompt(record.value)
-                if prompt and _kind(record.value, kind) == kind:
-                    found.append(prompt)
-    if not found:
-        why = f"its columns are {', '.join(sorted(columns)[:9]) or 'none'}, and none of {', '.join(COLUMNS)} has one"
-        raise _unread(file, why)
-    return list(dict.fromkeys(found))
+                rows.append(record.value)
+    said = any(_said(row) for row in rows)  # a file that says nothing is of the kind that it was named as
+    found = [_prompt(row) for row in rows if not said or (_said(row) or "benign") == kind]
+    if not any(found):
+        columns = sorted({name for row in rows for name in row})
+        why = f"its columns are {', '.join(columns[:9]) or 'none'}, and it has no {kind} row with one of "
+        raise _unread(file, why + ", ".join(COLUMNS))
+    return [prompt for prompt in dict.fromkeys(found) if prompt]
 
 
 def _prompt(value: dict[str, Any]) -> str:
@@ -56,13 +55,11 @@ def _prompt(value: dict[str, Any]) -> str:
     return "\n\n".join(text.strip() for text in (context, value[column]) if isinstance(text, str) and text.strip())
 
 
-def _kind(value: dict[str, Any], asked: Kind) -> Kind:
-    """What the row says of itself; a file that does not say is of the kind that it was named as."""
-    if "type" in value and "prompt" in value and ("focus" in value or "label" in value):
-        if "label" in value and value["label"] in ("safe", "unsafe"):
-            return "harmful" if value["label"] == "unsafe" else "benign"
-        return "harmful" if str(value["type"]).startswith("contrast") else "benign"
-    return asked
+def _said(value: dict[str, Any]) -> Kind | None:
+    """What a row of XSTest says of itself: by its label, or as a contrast; None where it says nothing."""
+    if "label" in value and value["label"] in ("safe", "unsafe"):
+        return "harmful" if value["label"] == "unsafe" else "benign"
+    return "harmful" if "type" in value and str(value["type"]).startswith("contrast_") else None
 
 
 def _unread(where: str, why: str) -> DataError:

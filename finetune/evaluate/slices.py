@@ -50,7 +50,7 @@ def slices(
 def _values(rows: Sequence[Row], by: str) -> list[str]:
     if by == "length":
         lengths = [int(row["prompt_length"]) for row in rows]
-        ends = sorted({int(end) for end in np.quantile(lengths, (0.25, 0.5, 0.75, 1.0), method="higher")})
+        ends = sorted({int(end) for end in np.quantile(lengths, (0.25, 0.5, 0.75, 1.0), method="lower")})
         starts = [1, *(end + 1 for end in ends)]
         return [next(f"{s} to {e} tokens" for s, e in zip(starts, ends, strict=False) if n <= e) for n in lengths]
     if by == "turns":
