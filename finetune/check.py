@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune import methods, sbatch, sizes, terms
+from finetune import judging, methods, sbatch, sizes, terms
 from finetune.engine import engine_problems
 from finetune.errors import RecipeError
 from finetune.families import FAMILIES, Family
@@ -62,11 +62,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "launch.cpu_threads": (0, 4096),
     "launch.cpus_per_task": (0, 4096),
     "launch.warn_seconds": (10, 65535),
-    "evaluate.rows": (0, math.inf),
-    "evaluate.batch_size": (1, math.inf),
-    "evaluate.samples": (0, 1000),
-    "evaluate.max_new_tokens": (1, math.inf),
-    "evaluate.min_gain": (-1, 1),
+    **judging.RANGES,
     "export.parity_prompts": (1, math.inf),
     "licence.monthly_users": (0, math.inf),
     "model.pretraining_tokens": (0, math.inf),
@@ -126,7 +122,7 @@ def problems(recipe: Recipe) -> list[str]:
     """A sentence for every setting that cannot work: id, `key=value`, why, what to type. Empty when all is well."""
     rules = (
         *(_choices, _ranges, _names, _model, methods.problems, _train, _data, _trackers, _launch, _merge, _export),
-        *(terms.problems, engine_problems),
+        *(terms.problems, engine_problems, _evaluate),
     )
     return [sentence for rule in rules for sentence in rule(recipe)]
 
@@ -283,6 +279,14 @@ def _cleaning(data: Data) -> Iterator[str]:
                 yield f"DAT-010 data.{key} has no effect with a data card, which says it itself. Leave it out."
     if not data.card and data.excerpt_words:
         yield "DAT-010 data.excerpt_words has no effect without a data card. Leave it out."
+
+
+def _evaluate(recipe: Recipe) -> Iterator[str]:
+    yield from judging.problems(recipe.evaluate)
+    for key in ("harmful_file", "benign_file"):
+        name = getattr(recipe.evaluate, key)
+        if name and not Path(name).expanduser().is_file():
+            yield f"EVL-007 evaluate.{key}: {name} does not exist in {Path.cwd()}. Give the path of a file."
 
 
 def _trackers(recipe: Recipe) -> Iterator[str]:

@@ -121,8 +121,12 @@ def refuse(recipe: Recipe) -> None:
 
 
 def require_gates(run_dir: RunDir) -> None:
-    """Nothing, or GateError when the scores are below what the recipe demands: also when a run is continued later."""
+    """Nothing, or GateError with every gate that the scores do not pass: also when a run is continued later."""
     failed = [gate for gate in read_json(run_dir.scores)["gates"] if not gate["passed"]]
     if failed:
-        what = "; ".join(f"{gate['gate']} is {gate['value']}, demanded {gate['limit']}" for gate in failed)
+        what = "; ".join(
+            f"{gate['gate']} is {gate['value']}, demanded {gate['limit']}"
+            + (f" ({gate['why']})" if "why" in gate else "")  # scores of older versions do not say
+            for gate in failed
+        )
         raise GateError("EVAL-004", what, "the run stops here and exports nothing", f"{run_dir.scores} for the scores")

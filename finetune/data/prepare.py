@@ -55,8 +55,21 @@ def prepare(run_dir: RunDir) -> None:
     from finetune.source import base_folder
 
     recipe = read_recipe(run_dir.recipe)
+    _look_ahead(recipe)
     put(prepared(recipe, base_folder(recipe), run_dir.rejected), run_dir.data)
     show_report(read_json(run_dir.data / "report.json"), Console())
+
+
+def _look_ahead(recipe: Recipe) -> None:
+    """What `evaluate` will read, looked at now: not when training is over, on a machine that may have no network."""
+    if recipe.evaluate.general:
+        from finetune.data.general import fetch_general
+
+        fetch_general(recipe)
+    if recipe.evaluate.drift:
+        from finetune.data.prompts import own_prompts
+
+        own_prompts(recipe)
 
 
 def load_splits(run_dir: RunDir) -> Splits:

@@ -1,18 +1,22 @@
-"""Base against tuned on the same held-out rows: loss, right answers with intervals, paired tests, samples, gates."""
+"""Base against tuned on the same rows and prompts: what was gained, what was forgotten, what drifted, and the gates."""
 
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import DataError, GateError, NumbersError
+from finetune.errors import DataError, NumbersError
+from finetune.evaluate import metric
+from finetune.evaluate.conclude import conclude
+from finetune.evaluate.gates import gates, require_gates
+from finetune.evaluate.table import show
 from finetune.rundir import RunDir, write_json
 
 if TYPE_CHECKING:
     from finetune.evaluate.score import Row, RowScore
-    from finetune.recipe import Evaluate
+    from finetune.recipe import Evaluate, Recipe
 
 
 def evaluate(run_dir: RunDir) -> None:
@@ -30,9 +34,9 @@ def evaluate(run_dir: RunDir) -> None:
     recipe = read_recipe(run_dir.recipe)
     run_dir.require(run_dir.data / "report.json", "data")
     run_dir.require(run_dir.trained, "train")
-    splits = load_splits(run_dir)
+    splits, folder = load_splits(run_dir), base_folder(recipe)
     base = load_base(
-        base_folder(recipe),
+        folder,
         load_in_4bit=recipe.adapter.load_in_4bit,
         precision=recipe.train.precision,
         double_quantisation=recipe.adapter.double_quantisation,
@@ -43,20 +47,47 @@ def evaluate(run_dir: RunDir) -> None:
         scores = compare(
             model, base.tokenizer, splits.train, splits.heldout, recipe.evaluate, recipe.seed, use_cache=cache
         )
+        scores |= what_it_broke(model, base.tokenizer, recipe, folder, use_cache=cache)
+    scores["gates"] = gates(scores, recipe.evaluate)
     write_json(run_dir.scores, scores)
     show(scores)
     require_gates(scores)
 
 
+def what_it_broke(
+    model: Any, tokenizer: Any, recipe: Recipe, folder: Path, *, use_cache: bool = True
+) -> dict[str, Any]:
+    """`forgetting` and `safety` of scores.json, each None where the recipe asks for nothing; `folder` is the base's."""
+    settings = recipe.evaluate
+    found: dict[str, Any] = {"forgetting": None, "safety": None}
+    was_training = model.training
+    model.eval()
+    try:
+        if settings.general:
+            from finetune.data.general import general_rows
+            from finetune.evaluate.forgetting import forgetting
+
+            found["forgetting"] = forgetting(model, tokenizer, general_rows(recipe, folder), settings, recipe.seed)
+        if settings.drift:
+            from finetune.data.prompts import own_prompts
+            from finetune.evaluate.drift import chosen, drift
+
+            prompts = chosen(own_prompts(recipe), settings, recipe.seed)
+            found["safety"] = drift(model, tokenizer, prompts, settings, recipe.seed, use_cache)
+    finally:
+        model.train(was_training)
+    return found
+
+
 def compare(
     model: Any, tokenizer: Any, train: Any, heldout: Any, settings: Evaluate, seed: int, *, use_cache: bool = True
 ) -> dict[str, Any]:
-    """The content of scores.json. `model` is a PEFT model; its base is the same model with the adapter disabled.
+    """What scores.json says of the held-out rows. `model` is a PEFT model; with its adapter disabled it is its base.
 
     `train` and `heldout` are datasets with the columns of `load_splits`; of `train` only `answer`, `choices` and
     `group` are read. Held-out rows and samples are drawn by `seed` when fewer than all are used.
     """
-    from finetune.evaluate.score import greedy, progress, prompt_of, score_rows
+    from finetune.evaluate.score import progress, score_rows
 
     rows = _drawn(heldout, settings.rows, seed)
     if not rows:
@@ -72,83 +103,42 @@ def compare(
         with progress(len(rows), "tuned") as advance:
             tuned = score_rows(model, tokenizer, rows, settings.batch_size, advance)
         effect = adapter_effect(base, tuned)
-        before, after = [], []
-        for begin in range(0, len(shown), settings.batch_size):
-            prompts = [prompt_of(row) for row in shown[begin : begin + settings.batch_size]]
-            with model.disable_adapter():
-                before += greedy(model, tokenizer, prompts, settings.max_new_tokens, use_cache)
-            after += greedy(model, tokenizer, prompts, settings.max_new_tokens, use_cache)
+        before, after = _answers(model, tokenizer, shown, settings, use_cache)
+        marks = _marks(model, tokenizer, rows, settings, seed, use_cache) if metric.reads_answers(settings) else None
     finally:
         model.train(was_training)
     samples = [
         {"row": row["row"], "question": _question(row), "expected": row["answer"], "base": old, "tuned": new}
         for row, old, new in zip(shown, before, after, strict=True)
     ]
-    return conclude(rows, base, tuned, train, settings) | {"adapter_effect": effect, "samples": samples}
+    scores = conclude(rows, base, tuned, train, settings, seed=seed, answered=marks)
+    return scores | {"adapter_effect": effect, "samples": samples}
 
 
-def conclude(
-    rows: Sequence[Row], base: Sequence[RowScore], tuned: Sequence[RowScore], train: Any, settings: Evaluate
-) -> dict[str, Any]:
-    """Everything in scores.json that follows from the rows' scores: shares, intervals, tests, verdict, gates."""
-    from finetune.evaluate import verdict as say
-
-    level = settings.confidence
-    asked = [i for i, row in enumerate(rows) if row["choices"]]
-    groups, trained = {row["group"] for row in rows}, set(train["group"])
-    scores: dict[str, Any] = {
-        "rows": len(rows),
-        "rows_with_choices": len(asked),
-        "groups": len(groups) if len(groups) > 1 else None,
-        "groups_trained_on": len(groups & trained),
-        "confidence": level,
-        "base": _side(rows, base, asked, level),
-        "tuned": _side(rows, tuned, asked, level),
-        "majority": None,
-        "by_answer": [],
-        "tests": dict.fromkeys(
-            ("tuned_vs_base", "tuned_vs_majority", "tuned_vs_base_by_group", "tuned_vs_majority_by_group")
-        ),
-    }
-    scores["tests"]["loss"] = say.loss_change([s.loss for s in base], [s.loss for s in tuned], level)
-    if asked:
-        right = [rows[i]["answer"] for i in asked]
-        trained_answers = [a for a, choices in zip(train["answer"], train["choices"], strict=True) if choices]
-        usual = say.majority_answer(trained_answers, right)
-        by_base = [base[i].choice == rows[i]["answer"] for i in asked]
-        by_tuned = [tuned[i].choice == rows[i]["answer"] for i in asked]
-        by_usual = [answer == usual for answer in right]
-        share, low, high = say.proportion(sum(by_usual), len(asked), level)
-        scores["majority"] = {"answer": usual, "accuracy": share, "correct": sum(by_usual), "low": low, "high": high}
-        of_group = [rows[i]["group"] for i in asked]
-        for name, other in (("tuned_vs_base", by_base), ("tuned_vs_majority", by_usual)):
-            scores["tests"][name] = say.mcnemar(by_tuned, other)
-            scores["tests"][f"{name}_by_group"] = say.by_group(by_tuned, other, of_group)
-        scores["by_answer"] = _by_answer(right, [base[i].choice for i in asked], [tuned[i].choice for i in asked])
-    scores["gain"] = say.is_gain(scores)
-    scores["verdict"] = say.verdict(scores)
-    scores["gates"] = gates(scores, settings)
-    return scores
+def _marks(
+    model: Any, tokenizer: Any, rows: Sequence[Row], settings: Evaluate, seed: int, use_cache: bool
+) -> metric.Marks:
+    """The metric of generated answers, on `metric_rows` of the rows."""
+    places = _drawn(range(len(rows)), settings.metric_rows, seed)
+    asked = [rows[i] for i in places]
+    base, tuned = _answers(model, tokenizer, asked, settings, use_cache)
+    return metric.by_answer(settings.metric, places, [row["answer"] for row in asked], base, tuned)
 
 
-def gates(scores: dict[str, Any], settings: Evaluate) -> list[dict[str, Any]]:
-    """One entry per gate that the recipe sets. A gate that cannot be measured is not passed."""
-    if settings.min_gain <= -1:
-        return []
-    asked = scores["majority"] is not None
-    value = scores["tuned"]["accuracy"] - scores["base"]["accuracy"] if asked else None
-    passed = value is not None and value >= settings.min_gain
-    return [{"gate": "evaluate.min_gain", "limit": settings.min_gain, "value": value, "passed": passed}]
+def _answers(
+    model: Any, tokenizer: Any, rows: Sequence[Row], settings: Evaluate, use_cache: bool
+) -> tuple[list[str], list[str]]:
+    """Greedy answers of base and tuned to the rows' prompts."""
+    from finetune.evaluate.score import greedy, prompt_of
 
-
-def require_gates(scores: dict[str, Any]) -> None:
-    """Raises GateError EVAL-004 when a gate is not passed."""
-    for gate in scores["gates"]:
-        if not gate["passed"]:
-            value = "not measurable, the rows have no choices" if gate["value"] is None else f"{gate['value']:.3f}"
-            raise GateError(
-                "EVAL-004", f"{gate['gate']}={gate['limit']:g} is not met", f"it is {value}; scores.json is written"
-            )
+    before: list[str] = []
+    after: list[str] = []
+    for begin in range(0, len(rows), settings.batch_size):
+        prompts = [prompt_of(row) for row in rows[begin : begin + settings.batch_size]]
+        with model.disable_adapter():
+            before += greedy(model, tokenizer, prompts, settings.max_new_tokens, use_cache)
+        after += greedy(model, tokenizer, prompts, settings.max_new_tokens, use_cache)
+    return before, after
 
 
 def adapter_effect(base: Sequence[RowScore], tuned: Sequence[RowScore]) -> dict[str, float]:
@@ -166,71 +156,7 @@ def adapter_effect(base: Sequence[RowScore], tuned: Sequence[RowScore]) -> dict[
     return {"largest_nats": float(change.max()), "mean_nats": float(change.mean(dtype=np.float64))}
 
 
-def show(scores: dict[str, Any]) -> None:
-    """Prints the table and the verdict."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", "loss", "right", "interval", title=f"{scores['rows']} held-out rows")
-    for name in ("base", "tuned", "majority"):
-        side = scores[name]
-        if side is None:
-            continue
-        asked = side["accuracy"] is not None
-        table.add_row(
-            name if name != "majority" else f"always '{side['answer']}'",
-            f"{side['loss']:.3f}" if "loss" in side else "",
-            f"{100 * side['accuracy']:.1f} %" if asked else "",
-            f"{100 * side['low']:.1f} to {100 * side['high']:.1f} %" if asked else "",
-        )
-    console = Console()
-    console.print(table)
-    console.print(scores["verdict"], markup=False, highlight=False)
-
-
-def _side(rows: Sequence[Row], scored: Sequence[RowScore], asked: Sequence[int], level: float) -> dict[str, Any]:
-    from finetune.evaluate.verdict import proportion
-
-    tokens = sum(len(s.logprobs) for s in scored)
-    total = sum(s.loss * len(s.logprobs) for s in scored)
-    side: dict[str, Any] = {
-        "loss": total / tokens,
-        "row_loss": sum(s.loss for s in scored) / len(scored),
-        "tokens": tokens,
-        "accuracy": None,
-        "correct": None,
-        "low": None,
-        "high": None,
-        "ties": None,
-    }
-    if asked:
-        correct = sum(scored[i].choice == rows[i]["answer"] for i in asked)
-        share, low, high = proportion(correct, len(asked), level)
-        side |= {"accuracy": share, "correct": correct, "low": low, "high": high}
-        side["ties"] = sum(scored[i].tied for i in asked)
-    return side
-
-
-def _by_answer(right: Sequence[str], base: Sequence[Any], tuned: Sequence[Any]) -> list[dict[str, Any]]:
-    """Per answer: how often it is right, is said, and is said rightly. Shows a model that says one thing only."""
-    expected, said_base, said_tuned = Counter(right), Counter(base), Counter(tuned)
-    hits_base = Counter(r for r, b in zip(right, base, strict=True) if r == b)
-    hits_tuned = Counter(r for r, t in zip(right, tuned, strict=True) if r == t)
-    names = sorted(expected | said_base | said_tuned, key=lambda a: (-expected[a], a))
-    return [
-        {
-            "answer": a,
-            "rows": expected[a],
-            "base_said": said_base[a],
-            "base_right": hits_base[a],
-            "tuned_said": said_tuned[a],
-            "tuned_right": hits_tuned[a],
-        }
-        for a in names
-    ]
-
-
-def _drawn(rows: Sequence[Row], number: int, seed: int) -> list[Row]:
+def _drawn(rows: Sequence[Any], number: int, seed: int) -> list[Any]:
     """`number` rows drawn by `seed`, in their own order; all rows when `number` is 0 or more than there are."""
     if not 0 < number < len(rows):
         return list(rows)

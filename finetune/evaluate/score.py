@@ -182,11 +182,35 @@ def greedy(
     All together, because a step of a packed model costs nearly the same for one row as for many. Here the padding is on
     the left, where `generate` expects it and makes position ids for it.
     """
+    return _generated(model, tokenizer, prompts, max_new_tokens, use_cache, do_sample=False)
+
+
+def sampled(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    use_cache: bool,
+    *,
+    seed: int,
+    temperature: float,
+) -> list[str]:
+    """The same with tokens drawn by their probability at a temperature, nothing cut off. Equal seeds draw alike."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        return _generated(model, tokenizer, prompts, max_new_tokens, use_cache, **how)
+
+
+def _generated(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, use_cache: bool, **how: Any
+) -> list[str]:
     from transformers import GenerationConfig
 
     stops = stop_tokens(model, tokenizer)
     settings = GenerationConfig(
-        do_sample=False,
+        **how,
         max_new_tokens=max_new_tokens,
         eos_token_id=stops,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,

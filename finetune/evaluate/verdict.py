@@ -82,6 +82,8 @@ def verdict(scores: dict[str, Any]) -> str:
         seen += f" from {_count(scores['groups'], 'group')} {unseen}"
     change = scores["tests"]["loss"]
     loss = f"the loss per answer token {_moved(scores['base']['loss'], scores['tuned']['loss'])}"
+    if scores["metric"] is not None and scores["metric"]["name"] != "accuracy":
+        return f"{seen}, {loss}{_interval(change)}. {_measured(scores['metric'])}"
     if scores["majority"] is None:
         return (
             f"{seen}, {loss}{_interval(change)}. These rows have no choices to be right or wrong about, and a lower "
@@ -97,11 +99,26 @@ def verdict(scores: dict[str, Any]) -> str:
 
 
 def is_gain(scores: dict[str, Any]) -> bool:
-    """Tuned is right more often than base and than the majority answer, each with p below 0.05."""
+    """Tuned is right more often than base and than the majority answer, each with p below 0.05.
+
+    By another metric than accuracy there is no majority answer to beat: better than base then suffices.
+    """
+    if scores["metric"] is not None and scores["metric"]["name"] != "accuracy":
+        return _better(scores["metric"]["test"])
     if scores["majority"] is None:
         return False
     tests = scores["tests"]
     return all(_better(tests[name]) for name in ("tuned_vs_base", "tuned_vs_majority"))
+
+
+def _measured(metric: dict[str, Any]) -> str:
+    """What a metric of generated answers says, in words."""
+    test, p = metric["test"], _p(metric["test"]["p"])
+    base, tuned = (_share({"accuracy": side["value"], **side}) for side in (metric["base"], metric["tuned"]))
+    said = f"Marked by {metric['name']}, the answers to {_count(metric['rows'], 'row')} reach {tuned}, base's {base}"
+    if _better(test):
+        return f"{said}. The gain is real by a paired test (p = {p})."
+    return f"{said}. " + (f"It is worse than its base (p = {p})." if _worse(test) else f"No gain is shown (p = {p}).")
 
 
 def _judged(base: dict[str, Any], majority: dict[str, Any], tests: dict[str, Any], answer: str) -> str:
@@ -141,7 +158,8 @@ def _sign_p(wins: int, losses: int) -> float:
 
 
 def _share(part: dict[str, Any]) -> str:
-    return f"{100 * part['accuracy']:.0f} % ({100 * part['low']:.0f} to {100 * part['high']:.0f} %)"
+    ends = "" if part["low"] is None else f" ({100 * part['low']:.0f} to {100 * part['high']:.0f} %)"
+    return f"{100 * part['accuracy']:.0f} %{ends}"
 
 
 def _moved(base: float, tuned: float) -> str:
