@@ -65,13 +65,14 @@ class Taker(HFLM):
     """A loaded model as the harness asks it; `cut` counts prompts that were longer than it can read."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, use_cache: bool) -> None:
-        super().__init__(
-            pretrained=model,
-            tokenizer=tokenizer,
-            backend="causal",
-            batch_size=batch_size,
-            softmax_dtype="float32",
-        )
+        with _quiet():
+            super().__init__(
+                pretrained=model,
+                tokenizer=tokenizer,
+                backend="causal",
+                batch_size=batch_size,
+                softmax_dtype="float32",
+            )
         self.cut = 0
         self._keeps_cache = use_cache
         self._narrow = model.get_output_embeddings().weight.dtype != torch.float32

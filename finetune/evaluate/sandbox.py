@@ -26,6 +26,8 @@ MEMORY_MIB = 1024
 """Address space of one program."""
 OUTPUT_BYTES = 1 << 16
 """What a program may print; one that prints more is ended."""
+CHILD = Path(__file__).with_name("sandbox_child.py")
+"""What confines itself and becomes the program."""
 CANNOT = 90
 """Exit code of a child that could not confine itself."""
 
@@ -54,7 +56,7 @@ def run_code(program: str, seconds: float = SECONDS, memory_mib: int = MEMORY_MI
         file = Path(folder).resolve() / "program.py"
         file.write_text(f"{program}\nprint({reached!r}, flush=True)\n", encoding="utf-8", errors="replace")
         child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", Path(__file__).with_name("sandbox_child.py"), file]
+            [sys.executable, "-I", "-S", "-B", str(CHILD), str(file)]
             + [str(max(1, round(seconds))), str(memory_mib)],
             cwd=folder,
             env={},
