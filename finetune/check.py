@@ -15,6 +15,7 @@ from finetune.engine import engine_problems
 from finetune.errors import RecipeError
 from finetune.families import FAMILIES, Family
 from finetune.recipe import Data, Recipe
+from finetune.tasks import task_problems
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -122,7 +123,7 @@ def problems(recipe: Recipe) -> list[str]:
     """A sentence for every setting that cannot work: id, `key=value`, why, what to type. Empty when all is well."""
     rules = (
         *(_choices, _ranges, _names, _model, methods.problems, _train, _data, _trackers, _launch, _merge, _export),
-        *(terms.problems, engine_problems, _evaluate),
+        *(terms.problems, engine_problems, _evaluate, task_problems),
     )
     return [sentence for rule in rules for sentence in rule(recipe)]
 

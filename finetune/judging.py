@@ -22,6 +22,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "evaluate.drift_prompts": (0, math.inf),
     "evaluate.drift_seeds": (0, 100),
     "evaluate.drift_new_tokens": (1, math.inf),
+    "evaluate.task_rows": (0, math.inf),
+    "evaluate.few_shot": (-1, 64),
     "evaluate.min_gain": (-1, 1),
     "evaluate.max_loss": (0, math.inf),
     "evaluate.max_forgetting": (0, 1),
@@ -71,6 +73,18 @@ class Evaluate:
     """Answers sampled for each prompt beside the greedy one, at temperature 0.7."""
     drift_new_tokens: int = 64
     """Longest such answer, in tokens."""
+    tasks: list[str] = field(default_factory=list)
+    """Benchmarks that base and tuned take: ours (`data/tasks`), of lm-evaluation-harness, or of `tasks_folder`."""
+    tasks_folder: str = ""
+    """Folder with tasks of your own as YAML, and with data of the harness's tasks at `<dataset_path>`."""
+    task_rows: int = 0
+    """Rows of each task, drawn by `seed`; 0 means all."""
+    few_shot: int = -1
+    """Worked examples before each row of a task; -1 leaves it to the task."""
+    task_chat: bool = False
+    """Put the rows of tasks into the base's chat template. Published scores are mostly without."""
+    allow_code: bool = False
+    """Run the programs that models write in code tasks. They run confined: no files, no network, limited time."""
     min_gain: float = -1.0
     """Gate: gain of tuned over base in the metric that the run must reach, as a fraction; -1 means no gate."""
     max_loss: float = 0.0

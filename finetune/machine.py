@@ -23,6 +23,7 @@ from finetune.licences import find_licence
 from finetune.recipe import Recipe
 from finetune.shards import PACKED_TYPES, check_shards, quantisation_of, read_headers
 from finetune.signing import signing_problems
+from finetune.tasks import tasks_absent
 
 FLOORS = {
     "torch": ((2, 10), "CVE-2026-24747"),
@@ -55,7 +56,7 @@ def environment_problems() -> list[str]:
 def fit_problems(recipe: Recipe) -> list[str]:
     """A sentence for everything that this recipe asks of this machine in vain."""
     of_machine = (*launch_problems(recipe), *tracker_problems(recipe), *device_problems(recipe))
-    return [*of_machine, *gguf_problems(recipe), *signing_problems(recipe)]
+    return [*of_machine, *gguf_problems(recipe), *signing_problems(recipe), *tasks_absent(recipe)]
 
 
 def launch_problems(recipe: Recipe) -> list[str]:

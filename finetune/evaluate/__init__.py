@@ -48,9 +48,18 @@ def evaluate(run_dir: RunDir) -> None:
             model, base.tokenizer, splits.train, splits.heldout, recipe.evaluate, recipe.seed, use_cache=cache
         )
         scores |= what_it_broke(model, base.tokenizer, recipe, folder, use_cache=cache)
+        scores["tasks"] = None
+        if recipe.evaluate.tasks:
+            from finetune.evaluate.tasks import take_tasks
+
+            scores["tasks"] = take_tasks(model, base.tokenizer, recipe, splits.train, use_cache=cache)
     scores["gates"] = gates(scores, recipe.evaluate)
     write_json(run_dir.scores, scores)
     show(scores)
+    if scores["tasks"] is not None:
+        from finetune.evaluate.tasks import show as show_tasks
+
+        show_tasks(scores["tasks"])
     require_gates(scores)
 
 
