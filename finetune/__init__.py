@@ -1,8 +1,9 @@
 """Fine-tune open-weight Mixture-of-Experts models in 4 bits, on premises, with proofs. Start at `finetune.run`."""
 
+import importlib
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Set before the first import of a Hugging Face library: each of these libraries calls out otherwise (TRL and datasets
 # by default). `finetune.fetch` lifts them in a child process, and only where the recipe says network=true.
@@ -20,13 +21,29 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional kernel of a hub is absent
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_recipe"]
+__all__ = ["__version__", "compare", "load_recipe", "open_run", "open_sweep", "plan", "run", "run_sweep"]
+
+API = {
+    "load_recipe": "compose",
+    "plan": "plan",
+    "run": "run",
+    "open_run": "notebook",
+    "run_sweep": "notebook",
+    "open_sweep": "notebook",
+    "compare": "notebook",
+}
+"""What a notebook imports -> its module, which is imported when first asked for: `import finetune` stays instant."""
+
+if TYPE_CHECKING:
+    from finetune.compose import load_recipe
+    from finetune.notebook import compare, open_run, open_sweep, run_sweep
+    from finetune.plan import plan
+    from finetune.run import run
 
 
 def __getattr__(name: str) -> Any:
-    """`load_recipe`, imported when first asked for, so that `import finetune` stays instant."""
-    if name == "load_recipe":
-        from finetune.compose import load_recipe
-
-        return load_recipe
-    raise AttributeError(f"module 'finetune' has no attribute {name!r}")
+    """The names of `API`. Of plan and run it gives the module, which can be called as the function in it."""
+    if name not in API:
+        raise AttributeError(f"module 'finetune' has no attribute {name!r}")
+    module: Any = importlib.import_module(f"finetune.{API[name]}")
+    return module if API[name] == name else getattr(module, name)

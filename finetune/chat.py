@@ -6,10 +6,11 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.recipe import Recipe
 from finetune.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -40,33 +41,21 @@ def chat(run_dir: RunDir, of: str = SIDES[0]) -> None:
     The adapter is loaded over its base; `of` merged loads merged/ as it is on disk, and the whole base beside it when
     /base is typed. Raises RunError when the run does not have them.
     """
-    from finetune.base import load_base
     from finetune.compose import read_recipe
-    from finetune.data import load_splits
     from finetune.source import base_folder
-    from finetune.whole import load_trained
 
     recipe = read_recipe(run_dir.recipe)
     merged = of == "merged"
-    folder = run_dir.require(run_dir.merged, "merge") if merged else None
-    trained = None if merged else run_dir.require(run_dir.trained, "train")
-    opening = opening_of(load_splits(run_dir).heldout[0]["messages"])
-
-    def load(folder: Path) -> Any:
-        return load_base(
-            folder,
-            load_in_4bit=recipe.adapter.load_in_4bit and not merged,
-            precision=recipe.train.precision,
-            double_quantisation=recipe.adapter.double_quantisation and not merged,
-        )
-
-    base = load(folder or base_folder(recipe))
-    model = load_trained(base, trained) if trained else base.model
-    _to_talk(model, base)
+    if merged:
+        base = _base(recipe, run_dir.require(run_dir.merged, "merge"), packed=False)
+        model = _to_talk(base.model, base)
+    else:
+        model, base = _tuned(recipe, run_dir)
+    opening = _opening(run_dir)
 
     @functools.cache
     def bare() -> Any:
-        other = load(base_folder(recipe))
+        other = _base(recipe, base_folder(recipe), packed=False)
         return _to_talk(other.model, other)
 
     if sys.stdin.isatty():
@@ -82,6 +71,54 @@ def chat(run_dir: RunDir, of: str = SIDES[0]) -> None:
     else:
         with base.arithmetic():
             answer_lines(model, base.tokenizer, sys.stdin, sys.stdout.write, opening)
+
+
+def answers(run_dir: RunDir, questions: Sequence[str], max_new_tokens: int) -> list[tuple[str, str, str]]:
+    """(question, what the base says, what the tuned model says), each question a conversation of its own.
+
+    Raises RunError when the run has no adapter, ValueError when a question is longer than the model can read.
+    """
+    from finetune.compose import read_recipe
+
+    model, base = _tuned(read_recipe(run_dir.recipe), run_dir)
+    opening, said = _opening(run_dir), []
+    with base.arithmetic():
+        for question in questions:
+            asked = [*opening, {"role": "user", "content": question}]
+            old, new = (
+                reply(model, base.tokenizer, asked, base=side, longest=max_new_tokens) for side in (True, False)
+            )
+            said.append((question, old, new))
+    return said
+
+
+def _tuned(recipe: Recipe, run_dir: RunDir) -> tuple[Any, Any]:
+    """The adapter over its base, ready to answer, and the base."""
+    from finetune.source import base_folder
+    from finetune.whole import load_trained
+
+    trained = run_dir.require(run_dir.trained, "train")
+    base = _base(recipe, base_folder(recipe), packed=True)
+    return _to_talk(load_trained(base, trained), base), base
+
+
+def _base(recipe: Recipe, folder: Path, packed: bool) -> Any:
+    """A base as it was trained on, or with `packed` false in the precision of its files."""
+    from finetune.base import load_base
+
+    return load_base(
+        folder,
+        load_in_4bit=recipe.adapter.load_in_4bit and packed,
+        precision=recipe.train.precision,
+        double_quantisation=recipe.adapter.double_quantisation and packed,
+    )
+
+
+def _opening(run_dir: RunDir) -> list[Message]:
+    """What the model saw at the start of every row."""
+    from finetune.data import load_splits
+
+    return opening_of(load_splits(run_dir).heldout[0]["messages"])
 
 
 def _to_talk(model: Any, base: Any) -> Any:
@@ -160,10 +197,12 @@ def reply(
     messages: list[Message],
     write: Callable[[str], None] = lambda text: None,
     base: bool = False,
+    longest: int = 0,
 ) -> str:
     """The greedy answer to a conversation, handed to `write` piece by piece as it grows; `base` leaves the adapter out.
 
-    Ctrl-C ends the answer: what was said until then is returned. Raises ValueError when nothing fits after it.
+    It has at most `longest` tokens, or 512. Ctrl-C ends the answer: what was said until then is returned. Raises
+    ValueError when nothing fits after it.
     """
     import torch
     from transformers import GenerationConfig, TextStreamer
@@ -185,7 +224,7 @@ def reply(
     stops = stops if isinstance(stops, list) else [stops]
     settings = GenerationConfig(
         do_sample=False,
-        max_new_tokens=min(MAX_NEW_TOKENS, room),
+        max_new_tokens=min(longest or MAX_NEW_TOKENS, room),
         eos_token_id=sorted({token for token in (*stops, tokenizer.eos_token_id) if token is not None}),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         use_cache=model.generation_config.use_cache,

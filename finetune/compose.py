@@ -15,7 +15,7 @@ from finetune import guard, keys
 from finetune.errors import RecipeError
 from finetune.recipe import Recipe
 
-GROUPS = ("recipe", "model", "adapter", "data", "train", "launch", "evaluate", "merge", "export", "scale")
+GROUPS = ("recipe", "model", "adapter", "data", "train", "launch", "evaluate", "merge", "export", "costs", "scale")
 """Folders of a recipes folder; `group=option` on the command line chooses a file in one."""
 
 

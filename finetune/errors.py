@@ -27,6 +27,10 @@ class FinetuneError(Exception):
         text = text if listed and not self.why else text.rstrip(".") + "."
         return text + ("\n" if listed else " ") + f"Try: {self.fix}" if self.fix else text
 
+    def _render_traceback_(self) -> list[str]:
+        """The sentence alone: what IPython and its notebooks print in place of a traceback (their documented hook)."""
+        return self.sentence().splitlines()
+
 
 class RecipeError(FinetuneError):
     """Settings that cannot work; carries every problem found, not the first one."""

@@ -13,22 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from finetune import memory, sizes, terms
+from finetune.callable_module import call_by_name
 from finetune.cost import Probe, cost
 from finetune.disk import disk
+from finetune.errors import RunError
 from finetune.figure import Figure, computed
 from finetune.gpus import Gpu, compared
 from finetune.host import host
 from finetune.licences import find_licence
 from finetune.recipe import Recipe
+from finetune.rundir import read_json
+from finetune.views import Cell, Panel, Table
 from finetune.work import heldout_rows, longest_row, work
 
 NODE = 8
 """Devices of one machine that a sentence about several machines assumes."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Plan:
-    """What a job is expected to need. `plan.json` of a run folder holds `Plan.as_json()`."""
+    """What a job is expected to need, shown as tables. `plan.json` of a run folder holds `Plan.as_json()`."""
 
     recipe: str
     """Name of the recipe."""
@@ -93,6 +97,29 @@ class Plan:
         plain: dict[str, Any] = dataclasses.asdict(self)
         return plain
 
+    def as_rows(self) -> list[dict[str, Cell]]:
+        """A dict per figure: group, name, value, unit, basis, and where it comes from."""
+        groups = self.groups().items()
+        return [{"group": name} | dataclasses.asdict(figure) for name, group in groups for figure in group]
+
+    def __repr__(self) -> str:
+        return repr(self._panel())
+
+    def _repr_html_(self) -> str:
+        return self._panel()._repr_html_()
+
+    def _panel(self) -> Panel:
+        said = [("recipe", f"{self.recipe} ({self.scale})"), ("base", self.model), ("note", self.note)]
+        said += [("licence", self.licence), ("duties", "\n".join(self.duties)), ("facts", self.facts)]
+        head = Table("", ("what", "it is"), tuple(row for row in said if row[1]))
+        columns = ("figure", "value", "unit", "basis", "how")
+        tables = [
+            Table(name, columns, tuple((f.name, f.value, f.unit, f.basis, f.how) for f in group))
+            for name, group in self.groups().items()
+            if group
+        ]
+        return Panel(sentence=self.verdict, tables=(head, *tables))
+
 
 def plan(recipe: Recipe, *, prepared: Path | None = None, probe: Probe | None = None, gpus: Sequence[Gpu] = ()) -> Plan:
     """The plan of a recipe.
@@ -131,6 +158,21 @@ def plan(recipe: Recipe, *, prepared: Path | None = None, probe: Probe | None = 
         change=change,
         verdict=_verdict(recipe, need, change),
     )
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a run folder's plan.json. Raises RunError when another version has written it."""
+    values = read_json(path)
+    if set(values) != {f.name for f in dataclasses.fields(Plan)}:
+        what, why = f"{path} is not a plan that this version can read", "another version has written it"
+        raise RunError("RUN-009", what, why, "plan(recipe) makes one anew")
+    read: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            read[name] = tuple(Figure(**entry) if isinstance(entry, dict) else entry for entry in value)
+        else:
+            read[name] = value
+    return Plan(**read)
 
 
 def run_folder_gib(figures: Plan) -> float:
@@ -176,3 +218,6 @@ def _verdict(recipe: Recipe, need: float, change: tuple[str, ...]) -> str:
     where = f"launch=slurm launch.distribution=fsdp2 launch.nodes={nodes}" if nodes > 1 else "launch=fsdp2"
     way = f"it fits with {where} launch.devices={devices}" if count else "more devices do not help"
     return f"Does not fit: {of}, and no setting for {on} changes that; {way}. scale=rehearsal runs it on a tiny model."
+
+
+call_by_name(__name__)  # so that `from finetune import plan` may give the module or the function

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune import check, events, machine, permits, record, signing
+from finetune.callable_module import call_by_name
 from finetune.compose import read_recipe, recipe_yaml
 from finetune.errors import GateError, RecipeError, RunError
 from finetune.launch import launch as launch_here
@@ -130,3 +131,6 @@ def require_gates(run_dir: RunDir) -> None:
             for gate in failed
         )
         raise GateError("EVAL-004", what, "the run stops here and exports nothing", f"{run_dir.scores} for the scores")
+
+
+call_by_name(__name__)  # so that `from finetune import run` may give the module or the function

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from finetune.compare import Row
 from finetune.figure import Figure
 from finetune.plan import Plan
+from finetune.views import number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,15 +59,6 @@ def show_comparison(rows: Sequence[Row], console: Console) -> None:
         error = f"{row.error:+.1%}"
         table.add_row(row.name, f"{row.planned:,.4g}", f"{row.measured:,.4g}", row.unit, error, row.how)
     console.print(table)
-
-
-def number(value: float) -> str:
-    """A number as a person reads it: thousands apart, three digits of a fraction, powers of ten when huge."""
-    if value >= 1e13 or 0 < value < 1e-3:
-        return f"{value:.3g}"
-    if isinstance(value, int) or value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
 
 
 def figure_table(title: str, figures: Sequence[Figure]) -> object:

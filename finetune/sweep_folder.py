@@ -55,6 +55,11 @@ class Sweep:
     jobs: tuple[Job, ...]
     """Its jobs, in the order in which they are carried out."""
 
+    @property
+    def picture(self) -> Path:
+        """The plot of its scores, there as soon as one job has some."""
+        return self.path / "sweep.png"
+
     def with_job(self, number: int, exit_code: int) -> Sweep:
         """The sweep after its job `number`, from 0, returned `exit_code`; written to disk."""
         jobs = [replace(job, exit_code=exit_code) if n == number else job for n, job in enumerate(self.jobs)]

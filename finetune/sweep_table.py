@@ -37,7 +37,7 @@ def write_results(sweep: Sweep) -> None:
         points = [
             Point(settings_of(job.words), job.tuned_loss(), job.exit_code not in (0, *STOPPED)) for job in sweep.jobs
         ]
-        draw_sweep(sweep.path / "sweep.png", points, sorted({round(job.base_loss(), 4) for job in scored}))
+        draw_sweep(sweep.picture, points, sorted({round(job.base_loss(), 4) for job in scored}))
 
 
 def rows(jobs: Sequence[Job]) -> list[tuple[str, ...]]:

@@ -141,16 +141,8 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal() -> None:
     assert room._printable("a\x1b[2Jb\x07\tc\nd\u200bé") == "a[2Jb\tc\ndé"
 
 
-def run_chat(
-    tmp_path: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    tok: Any,
-    stdin: str,
-    model: Any,
-    opening: Any = (),
-    of: str = "adapter",
-) -> list[tuple[Any, bool]]:
-    """Talks through a pipe; returns (folder, whether in 4 bits) of what was loaded."""
+def stand_ins(monkeypatch: pytest.MonkeyPatch, tok: Any, model: Any, opening: Any = ()) -> list[tuple[Any, bool]]:
+    """Stand-ins for what loads a run; returns the list of (folder, whether in 4 bits) that they will have loaded."""
     loaded: list[tuple[Any, bool]] = []
 
     def load_base(folder: Any, *, load_in_4bit: bool, precision: str, double_quantisation: bool) -> Any:
@@ -166,6 +158,20 @@ def run_chat(
         "source": {"base_folder": lambda _recipe: "the base"},
     }.items():
         monkeypatch.setitem(sys.modules, f"finetune.{name}", SimpleNamespace(**what))  # type: ignore[arg-type]
+    return loaded
+
+
+def run_chat(
+    tmp_path: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tok: Any,
+    stdin: str,
+    model: Any,
+    opening: Any = (),
+    of: str = "adapter",
+) -> list[tuple[Any, bool]]:
+    """Talks through a pipe; returns (folder, whether in 4 bits) of what was loaded."""
+    loaded = stand_ins(monkeypatch, tok, model, opening)
     monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
     room.chat(RunDir(tmp_path), of)
     return loaded
@@ -214,3 +220,20 @@ def test_chat_of_merged_without_merged_weights_says_which_stage_is_missing(
 ) -> None:
     with pytest.raises(RunError, match=r"merged is missing.*python -m finetune merge run="):
         run_chat(tmp_path, monkeypatch, tok, "", None, of="merged")
+
+
+def test_questions_of_a_notebook_get_the_answers_of_base_and_tuned_within_the_given_length(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, tok: Any
+) -> None:
+    model, opening = toy.adapted(), {"role": "system", "content": "this is a licence"}
+    (tmp_path / "adapter").mkdir()
+    loaded = stand_ins(monkeypatch, tok, model, [opening])
+    said = room.answers(RunDir(tmp_path), ["is this a licence", "licence"], 8)
+    asked = [[opening, user(question)] for question in ("is this a licence", "licence")]
+    with model.disable_adapter():
+        base = [expected(model, tok, messages) for messages in asked]
+    tuned = [expected(model, tok, messages) for messages in asked]
+    assert said == list(zip(("is this a licence", "licence"), base, tuned, strict=True))
+    assert base != tuned and loaded == [("the base", True)]
+    shorter = room.answers(RunDir(tmp_path), ["is this a licence"], 2)[0]
+    assert tuned[0].startswith(shorter[2]) and len(shorter[2]) < len(tuned[0])
