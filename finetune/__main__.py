@@ -29,6 +29,7 @@ VERBS = {
         "finetune.commands:table",
         "scores of all runs in a folder (run=FOLDER), e.g. of a sweep that was queued",
     ),
+    "fetch": ("finetune.site_commands:fetch", "what a job needs from outside into the cache, and nothing else"),
     "recipes": ("finetune.commands:recipes", "the recipes there are"),
     "chat": ("finetune.commands:chat", "a prompt to talk to the tuned model (run=PATH; of=merged without the adapter)"),
     "serve": (

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune import check, events, machine, permits, record, signing
+from finetune import check, events, machine, outside, permits, record, signing
 from finetune.compose import read_recipe, recipe_yaml
 from finetune.errors import GateError, RecipeError, RunError
 from finetune.launch import launch as launch_here
@@ -83,7 +83,7 @@ def carry_on(run_dir: RunDir, *, until: str = "report", launch: Callable[[str, R
             run_dir.reopen()
             if stage == "train" and not run_dir.inputs.exists():
                 before_training(recipe, run_dir, until)
-            with events.stage(run_dir, stage):
+            with outside.noting(run_dir, recipe), events.stage(run_dir, stage):
                 launch(stage, run_dir)
         if stage == "evaluate":
             require_gates(run_dir)
