@@ -1,8 +1,8 @@
 """Every address that a Python process asks for, noted, and refused where that is wanted. Standard library only.
 
-`finetune/__init__.py` calls `guard` where FINETUNE_EGRESS_LOG names a file, so that each process of ours has it before
-anything else is imported: scripts/egress_check.sh sets it. A child process that fetches calls `watch`, and so the record
-can say which hosts the bytes came from. An audit hook (PEP 578) sees what Python does; what native code does, only the
+`finetune/__init__.py` calls `guard` where FINETUNE_EGRESS_LOG names a file (scripts/egress_check.sh sets it), so that
+each process of ours has it before anything else is imported. A child process that fetches calls `watch`: so the record
+can say which hosts the bytes came from. An audit hook (PEP 578) sees what Python does; what native code does only the
 system sees: the check has a namespace without routes and strace for that.
 """
 
@@ -37,7 +37,7 @@ def watch(log: str) -> None:
 
 
 def attempts(log: Path) -> list[dict[str, Any]]:
-    """What was noted: `event`, `address`, `process`, `program`, `when`. A line that a killed process cut is passed over."""
+    """What was noted: `event`, `address`, `process`, `program`, `when`. A line that was cut is passed over."""
     found = []
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []:
         try:

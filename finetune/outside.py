@@ -17,7 +17,7 @@ from finetune.source import base_folder, split_package
 def bring(recipe: Recipe) -> dict[str, Path]:
     """What a job of this recipe reads -> where it is now: base, rows and converter, fetched where `network` is true.
 
-    Nothing is trained or prepared. Raises WeightsError and FetchError when something is not here and may not be fetched.
+    Nothing is trained or prepared. Raises WeightsError and FetchError for what is not here and may not be fetched.
     """
     found = {"base": base_folder(recipe)}
     if recipe.data.card and not recipe.data.sample and (card := read_card(recipe.data.card)).package:
@@ -31,8 +31,8 @@ def bring(recipe: Recipe) -> dict[str, Path]:
 
 
 def wanted(recipe: Recipe) -> set[str]:
-    """What a job of this recipe would fetch, as the ledger of fetches calls it: `package version`, `repository commit`."""
-    model, found = recipe.model, set()
+    """What a job of this recipe would fetch, as the ledger of fetches calls it: `name version`, `repository commit`."""
+    model, found = recipe.model, set[str]()
     kind = source_kind(model.source)
     if kind == "package" and not model.tiny:
         found.add(" ".join(split_package(model.source)[:2]))

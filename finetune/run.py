@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune import check, events, machine, outside, permits, record, signing
+from finetune import check, events, floors, machine, outside, permits, record, signing
 from finetune.compose import read_recipe, recipe_yaml
 from finetune.errors import GateError, RecipeError, RunError
 from finetune.launch import launch as launch_here
@@ -114,7 +114,7 @@ def permit(recipe: Recipe, run_dir: RunDir | None, until: str, base: Path | None
 
 def refuse(recipe: Recipe) -> None:
     """Nothing, or the errors of everything that would stop the job later."""
-    if found := [*check.problems(recipe), *machine.environment_problems(), *machine.fit_problems(recipe)]:
+    if found := [*check.problems(recipe), *floors.unsafe(), *machine.fit_problems(recipe)]:
         raise RecipeError(found)
     if wrong := machine.missing_weights(recipe) or machine.unfit_weights(recipe):
         raise wrong

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from finetune.fetch.child import FetchError
+from finetune.fetch.hub import MANIFEST as HUB_MANIFEST
 from finetune.fetch.hub import fetch_hub
 from finetune.fetch.llama_cpp import CONVERTER, converter_sources, fetch_converter, has_converter
 from finetune.fetch.noted import fetched
@@ -17,6 +18,7 @@ from finetune.recipe import Recipe
 
 __all__ = [
     "CONVERTER",
+    "HUB_MANIFEST",
     "SOURCES",
     "FetchError",
     "cache_folder",

@@ -24,9 +24,7 @@ def watched(program: str, log: Path, words: list[str]) -> list[str]:
     return [sys.executable, "-c", prelude + program, str(Path(egress.__file__)), str(log), *words]
 
 
-def note(
-    cache: Path, what: str, files: Mapping[str, Path], log: Path, known: Mapping[str, str] | None = None
-) -> None:
+def note(cache: Path, what: str, files: Mapping[str, Path], log: Path, known: Mapping[str, str] | None = None) -> None:
     """Adds what has just been fetched to the ledger: every file with its bytes and sha256, and the hosts in `log`.
 
     `known`: hashes that were taken already.
