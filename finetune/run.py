@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune import check, events, machine, permits, record, signing
+from finetune import check, events, floors, machine, outside, permits, record, signing
 from finetune.callable_module import call_by_name
 from finetune.compose import read_recipe, recipe_yaml
 from finetune.errors import GateError, RecipeError, RunError
@@ -84,7 +84,7 @@ def carry_on(run_dir: RunDir, *, until: str = "report", launch: Callable[[str, R
             run_dir.reopen()
             if stage == "train" and not run_dir.inputs.exists():
                 before_training(recipe, run_dir, until)
-            with events.stage(run_dir, stage):
+            with outside.noting(run_dir, recipe), events.stage(run_dir, stage):
                 launch(stage, run_dir)
         if stage == "evaluate":
             require_gates(run_dir)
@@ -115,7 +115,7 @@ def permit(recipe: Recipe, run_dir: RunDir | None, until: str, base: Path | None
 
 def refuse(recipe: Recipe) -> None:
     """Nothing, or the errors of everything that would stop the job later."""
-    if found := [*check.problems(recipe), *machine.environment_problems(), *machine.fit_problems(recipe)]:
+    if found := [*check.problems(recipe), *floors.unsafe(), *machine.fit_problems(recipe)]:
         raise RecipeError(found)
     if wrong := machine.missing_weights(recipe) or machine.unfit_weights(recipe):
         raise wrong

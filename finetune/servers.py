@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+from finetune import floors
 from finetune.asking import Endpoint, models
 from finetune.errors import ServerError
 from finetune.start_lines import HERE, Order, Server, command, environment, foreign
@@ -105,8 +106,11 @@ def started(
     0 is any free one; what the server says is added to `log`; the other words are those of `start_lines.Order`.
 
     Raises ServerError: SRV-002 it ended before it was ready, SRV-003 it was not ready after `wait_s`, SRV-004 it cannot
-    take this model or adapter, SRV-010 the port is taken.
+    take this model or adapter, SRV-010 the port is taken. SEC-001: its version has a known hole.
     """
+    if unsafe := floors.too_old(server.package, server.version):
+        what, _, fix = unsafe.removeprefix("SEC-001 ").partition(" Type: ")
+        raise ServerError("SEC-001", what.rstrip("."), "", f"{fix}, for {server.program}")
     order = Order(
         model=model, adapter=adapter, port=_port(port), name=name, dtype=dtype, context=context, api_key=api_key
     )

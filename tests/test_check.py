@@ -245,14 +245,6 @@ def test_a_place_that_cannot_be_written_is_told_by_its_setting(tmp_path: Path) -
     assert len(found) == 1 and found[0].startswith("RUN-001 runs_dir=")
 
 
-def test_an_old_package_is_refused_and_the_installed_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert machine.environment_problems() == []
-    monkeypatch.setitem(machine.FLOORS, "torch", ((99, 0), "CVE-0000"))
-    monkeypatch.setitem(machine.FLOORS, "no-such-package", ((1,), ""))
-    found = machine.environment_problems()
-    assert [p[:7] for p in found] == ["SEC-001", "DEP-001"]
-
-
 def test_checking_imports_no_torch_and_no_hydra() -> None:
     code = (
         "import sys; from finetune.check import problems; from finetune.recipe import Recipe\n"

@@ -9,19 +9,25 @@ import os
 from pathlib import Path
 
 from finetune.fetch.child import FetchError
+from finetune.fetch.hub import MANIFEST as HUB_MANIFEST
 from finetune.fetch.hub import fetch_hub
-from finetune.fetch.llama_cpp import fetch_converter, has_converter
+from finetune.fetch.llama_cpp import CONVERTER, converter_sources, fetch_converter, has_converter
+from finetune.fetch.noted import fetched
 from finetune.fetch.package import SOURCES, extract, fetch_package, find_package, open_wheel, unpack
 from finetune.recipe import Recipe
 
 __all__ = [
+    "CONVERTER",
+    "HUB_MANIFEST",
     "SOURCES",
     "FetchError",
     "cache_folder",
+    "converter_sources",
     "extract",
     "fetch_converter",
     "fetch_hub",
     "fetch_package",
+    "fetched",
     "find_package",
     "has_converter",
     "open_wheel",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 from finetune import OFFLINE
+from finetune.fetch import noted
 from finetune.fetch.child import NO_NETWORK, FetchError, disk_full, last_line, locked, no_space, run_child, writing
 from finetune.rundir import TEMPORARY, read_json, sha256_file, sha256_tree, write_json
 
@@ -56,17 +56,21 @@ def _hub_download(repo: str, revision: str, target: Path) -> None:
     # The partial folder has a fixed name: a download of many hours goes on where it was interrupted.
     partial = target.with_name(f"{TEMPORARY}{target.name}")
     program = (
-        "import sys, json; from huggingface_hub import snapshot_download\n"
+        "import json; from huggingface_hub import snapshot_download\n"
         "repo, revision, folder, files = sys.argv[1:]\n"
         "snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=json.loads(files))"
     )
     lifted = {**OFFLINE, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
-    words = [sys.executable, "-c", program, repo, revision, str(partial), json.dumps(HUB_FILES)]
+    log = partial.with_name(f"{partial.name}-hosts")
+    words = noted.watched(program, log, [repo, revision, str(partial), json.dumps(HUB_FILES)])
     code, text = run_child(words, lifted, f"fetching {repo} at {revision[:12]}", partial)
     if code != 0:
         raise _hub_error(text, repo, revision, target)
     shutil.rmtree(partial / ".cache", ignore_errors=True)
-    write_json(partial / MANIFEST, sha256_tree(partial))
+    files = sha256_tree(partial)
+    noted.note(target.parent.parent, f"{repo} {revision}", {name: partial / name for name in files}, log, files)
+    log.unlink(missing_ok=True)
+    write_json(partial / MANIFEST, files)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
 

