@@ -48,7 +48,7 @@ class Parser:
     """An input whose form is right and whose content is not, or nearly so."""
     examples: list[tuple[Files, str]] = field(default_factory=list)
     """What once went wrong, and the id it ends with now; empty where it is taken."""
-    weight: int = 10
+    weight: float = 10
     """Its share of the inputs: high where one takes microseconds."""
     native: bool = False
     """Whether its bytes are parsed by a library in C++ or Rust."""

@@ -281,33 +281,35 @@ def ask_index(folder: Path) -> None:
 PARSERS = [
     Parser(
         name="rows: JSONL, JSON, CSV, text",
+        weight=30,
         parse=read,
         seeds=text_seeds,
         shaped=shaped_text,
-        weight=30,
     ),
-    Parser(name="rows: Parquet, Arrow", parse=read, seeds=table_seeds, shaped=shaped_table, weight=10, native=True),
-    Parser(name="rows: gzip, zstd", parse=read, seeds=squeezed_seeds, shaped=shaped_squeezed, weight=10),
+    Parser(name="rows: Parquet, Arrow", weight=12, parse=read, seeds=table_seeds, shaped=shaped_table, native=True),
+    Parser(name="rows: gzip, zstd", weight=12, parse=read, seeds=squeezed_seeds, shaped=shaped_squeezed),
     Parser(
         name="messages of a file",
+        weight=20,
         parse=lambda folder: read_messages(folder / "r.jsonl"),
         seeds=lambda: [{"r.jsonl": written(ROWS[:3], ".jsonl")}],
         shaped=lambda draw: {"r.jsonl": written([poked(draw.choice(ROWS[:3]), draw)], ".jsonl")},
     ),
     Parser(
         name="rows as tokens",
+        weight=1,
         parse=make,
         seeds=lambda: [{"r.jsonl": written([row], ".jsonl")} for row in ROWS],
         shaped=shaped_words,
-        weight=1,
     ),
     Parser(
         name="evaluation items",
+        weight=20,
         parse=lambda folder: read_items(folder / "i.jsonl"),
         seeds=lambda: [{"i.jsonl": written(ITEMS, ".jsonl")}],
         shaped=lambda draw: {"i.jsonl": written([poked(draw.choice(ITEMS), draw)], ".jsonl")},
     ),
-    Parser(name="index of an evaluation set", parse=ask_index, seeds=index_seeds, shaped=shaped_index, weight=8),
+    Parser(name="index of an evaluation set", weight=10, parse=ask_index, seeds=index_seeds, shaped=shaped_index),
 ]
 EXAMPLES = 60
 

@@ -145,31 +145,31 @@ TARGET = b"purpose: x\ntrain: {_target_: os.system}\n"
 PARSERS = [
     Parser(
         name="data cards",
+        weight=2,
         parse=use_card,
         seeds=lambda: [{"card.yaml": text.encode()} for text in cards()],
         shaped=shaped_card,
-        weight=3,
     ),
     Parser(
         name="recipe.yaml",
+        weight=0.2,
         parse=lambda folder: read_recipe(folder / "recipe.yaml"),
         seeds=lambda: [{"recipe.yaml": frozen().encode()}, {"recipe.yaml": PLAIN.encode()}],
         shaped=shaped_recipe,
-        weight=1,
     ),
     Parser(
         name="folders of settings",
+        weight=0.05,
         parse=use_folder,
         seeds=lambda: [{"recipe/mine.yaml": PLAIN.encode()}],
         shaped=shaped_folder,
-        weight=0,
     ),
     Parser(
         name="words of the command line",
+        weight=6,
         parse=use_words,
         seeds=lambda: [{"words": b"data\nrecipe=x\nadapter.rank=8"}, {"words": b"-m\ntrain.lr=1e-4,2e-4"}],
         shaped=shaped_words,
-        weight=5,
     ),
 ]
 EXAMPLES = {"data cards": 40, "recipe.yaml": 30, "folders of settings": 8, "words of the command line": 60}

@@ -46,7 +46,9 @@ def safetensors(header: Any, length: int | None = None, size: int | None = None)
     """A file of that header, with another length or other size of data where given."""
     text = dumped(header)
     if size is None:
-        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"] if isinstance(header, dict) else []
+        ends = (
+            [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"] if isinstance(header, dict) else []
+        )
         size = max(ends, default=0)
     return (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(size)
 
@@ -67,7 +69,9 @@ def shaped_weights(draw: random.Random) -> Files:
         index = dumped(poked(INDEX, draw))
         return {"model.safetensors.index.json": index, "one.safetensors": safetensors(header_of(SHAPES))}
     length = draw.choice((None, None, None, None, 0, 7, 2**31, 100_000_000, 2**63))
-    return {"model.safetensors": safetensors(poked(header_of(tensors), draw), length, draw.choice((size, size, 0, 999)))}
+    return {
+        "model.safetensors": safetensors(poked(header_of(tensors), draw), length, draw.choice((size, size, 0, 999)))
+    }
 
 
 def use_weights(folder: Path) -> None:
@@ -126,14 +130,21 @@ def shaped_adapter(draw: random.Random) -> Files:
     settings, header = dict(ADAPTER), header_of(PAIRS)
     how = draw.randrange(4)
     if how < 2:
-        key = draw.choice(("rank_pattern", "alpha_pattern", "lora_B_layout", "auto_mapping", "unsloth_fused_expert_lora", "x"))
-        value = draw.choice(({"q_proj": 2}, {"(": 1}, {"(a+)+$": 2}, {"q_proj": "x"}, "grouped_by_expert", [], 1, {"a": {}}))
+        key = draw.choice(
+            ("rank_pattern", "alpha_pattern", "lora_B_layout", "auto_mapping", "unsloth_fused_expert_lora", "x")
+        )
+        value = draw.choice(
+            ({"q_proj": 2}, {"(": 1}, {"(a+)+$": 2}, {"q_proj": "x"}, "grouped_by_expert", [], 1, {"a": {}})
+        )
         settings = poked(settings | {key: value} if how else settings, draw)
     elif how == 2:
         header = poked(header, draw)
     else:
         names = list(PAIRS)
-        moved = {draw.choice(names): ("F32", draw.choice(([2, 6], [6, 2], [0, 0], [2], [2, 3, 1], []))), "x": ("F32", [1])}
+        moved = {
+            draw.choice(names): ("F32", draw.choice(([2, 6], [6, 2], [0, 0], [2], [2, 3, 1], []))),
+            "x": ("F32", [1]),
+        }
         header = header_of(PAIRS | {k: v for k, v in moved.items() if k != "x" or draw.randrange(2)})
     return adapter(dumped(settings), safetensors(header, None, 160))
 
@@ -218,23 +229,35 @@ def use_licence(folder: Path) -> None:
 
 def licence_seeds() -> list[Files]:
     texts = Path(terms.__file__).parent / "licence_texts"
-    return [{"LICENSE": path.read_bytes()} for path in texts.glob("*.txt")] + [{"LICENSE": b"MIT License\n\nPermission is"}]
+    return [{"LICENSE": path.read_bytes()} for path in texts.glob("*.txt")] + [
+        {"LICENSE": b"MIT License\n\nPermission is"}
+    ]
 
 
 PARSERS = [
-    Parser(name="safetensors, index files", parse=use_weights, seeds=weight_seeds, shaped=shaped_weights, native=True),
+    Parser(
+        name="safetensors, index files",
+        weight=24,
+        parse=use_weights,
+        seeds=weight_seeds,
+        shaped=shaped_weights,
+        native=True,
+    ),
     Parser(
         name="config.json of a model",
+        weight=2,
         parse=use_config,
-        seeds=lambda: [{"config.json": dumped(c), "generation_config.json": dumped({"eos_token_id": 2})} for c in CONFIGS[:2]],
+        seeds=lambda: [
+            {"config.json": dumped(c), "generation_config.json": dumped({"eos_token_id": 2})} for c in CONFIGS[:2]
+        ],
         shaped=lambda draw: {
             "config.json": dumped(poked(draw.choice(CONFIGS), draw)),
             "generation_config.json": dumped(poked({"eos_token_id": [1, 2]}, draw)),
         },
-        weight=3,
     ),
     Parser(
         name="adapters",
+        weight=16,
         parse=lambda folder: read_adapter(folder, WEIGHTS),
         seeds=lambda: [adapter(dumped(ADAPTER), safetensors(header_of(PAIRS)))],
         shaped=shaped_adapter,
@@ -242,6 +265,7 @@ PARSERS = [
     ),
     Parser(
         name="trained weights",
+        weight=18,
         parse=whole.read,
         seeds=lambda: [tuned(TUNED, INDEX)],
         shaped=lambda draw: tuned(poked(TUNED, draw), INDEX if draw.randrange(2) else poked(INDEX, draw)),
@@ -249,17 +273,19 @@ PARSERS = [
     ),
     Parser(
         name="chat templates",
+        weight=1.5,
         parse=use_template,
         seeds=lambda: [{"chat_template.jinja": text.encode()} for text in TEMPLATES],
         shaped=shaped_template,
-        weight=4,
     ),
     Parser(
         name="licence texts",
+        weight=0.5,
         parse=use_licence,
         seeds=licence_seeds,
-        shaped=lambda draw: {"LICENSE": draw.choice((b"Licen", b"a ", b"(c) ", b"\n", b"MIT ", b"\xff")) * draw.choice((1, 40_000))},
-        weight=4,
+        shaped=lambda draw: {
+            "LICENSE": draw.choice((b"Licen", b"a ", b"(c) ", b"\n", b"MIT ", b"\xff")) * draw.choice((1, 40_000))
+        },
     ),
 ]
 EXAMPLES = 40
