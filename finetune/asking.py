@@ -151,7 +151,7 @@ def _answer(endpoint: Endpoint, choice: dict[str, Any], text: Any) -> Answer:
         if not isinstance(text, str):
             raise TypeError("no text")
         tokens, logprobs, top = _likelihoods(given)
-    except (TypeError, KeyError, ValueError, AttributeError):
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         raise _no_answer(endpoint.url, choice) from None
     return Answer(text, tokens, logprobs, str(reason or ""), top)
 
@@ -217,15 +217,23 @@ def _send(url: str, body: dict[str, Any] | None, api_key: str, timeout_s: float)
             text = reply.read(MAX_REPLY_BYTES)
     except urllib.error.HTTPError as error:
         with error:
-            raise _refusal(url, error.code, error.read(2000)) from None
+            raise _refusal(url, error.code, _rest(error)) from None
     except (OSError, urllib.error.URLError, ValueError) as error:
         raise _silence(url, error, timeout_s) from None
     except http.client.HTTPException as error:  # a reply that is not HTTP
         raise _silence(url, error, timeout_s) from None
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _no_answer(url, text.decode("utf-8", "replace")) from None
+
+
+def _rest(error: urllib.error.HTTPError) -> bytes:
+    """What a server says beside a refusal, as far as it can be read."""
+    try:
+        return error.read(2000)
+    except (OSError, ValueError, http.client.HTTPException):
+        return b""
 
 
 def _refusal(url: str, status: int, said: bytes) -> ServerError:

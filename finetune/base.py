@@ -178,7 +178,9 @@ def read_config(folder: Path) -> tuple[Family, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
         family = family_of(values)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError) as error:
+    except WeightsError:
+        raise
+    except Exception as error:  # what transformers makes of a stranger's settings raises of every kind
         raise WeightsError("WGT-002", f"{path} cannot be used", _first_line(error), "fetch the folder again") from error
     return family, config
 

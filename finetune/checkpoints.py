@@ -131,16 +131,20 @@ def faults(folder: Path, step: int) -> list[str]:
     try:
         manifest = _manifest(folder)
         files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        types = [(type(size), type(digest)) for size, digest in files.values()]
+        if type(manifest["about"]) is not dict or not set(types) <= {(int, str)}:
+            return [f"{MANIFEST} is damaged"]
         if manifest["step"] != step:
-            return [f"{MANIFEST} is that of step {manifest['step']}"]
+            return [f"{MANIFEST} is that of step {manifest['step']!r:.40}"]
     except FileNotFoundError:
         return [f"{MANIFEST} is missing"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [f"{MANIFEST} is damaged"]
     found = []
     for name, (size, digest) in files.items():
         path = folder / name
-        if Path(name).name != name or path.is_symlink() or not path.is_file():
+        # os.path says no to names that no file can have, where pathlib raises
+        if Path(name).name != name or os.path.islink(path) or not os.path.isfile(path):  # noqa: PTH113, PTH114
             found.append(f"{name} is missing")
         elif path.stat().st_size != size:
             found.append(f"{name} has {path.stat().st_size:,} bytes instead of {size:,}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import shutil
 import sys
 import tempfile
@@ -17,6 +18,10 @@ from finetune.recipe import Recipe
 
 GROUPS = ("recipe", "model", "adapter", "data", "train", "launch", "evaluate", "merge", "export", "costs", "scale")
 """Folders of a recipes folder; `group=option` on the command line chooses a file in one."""
+
+
+MOST_JOBS = 10_000
+"""Jobs of one sweep. Every setting with several values multiplies them."""
 
 
 def load_recipe(name: str, *overrides: str, config_dir: str | Path | None = None) -> Recipe:
@@ -96,12 +101,13 @@ def read_recipe(path: Path) -> Recipe:
     """The recipe in a frozen recipe.yaml. Raises RecipeError when it is not one; imports no Hydra."""
     import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     if problem := guard.yaml_problem(path):
         raise RecipeError([problem])
     try:
         return from_config(OmegaConf.load(path))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise RecipeError([f"CFG-008 {path}: {' '.join(str(error).split())}"]) from None
 
 
@@ -125,11 +131,14 @@ def expand_sweep(words: Sequence[str]) -> list[list[str]]:
         if not override.is_sweep_override():
             choices.append([word])
         elif override.is_discrete_sweep() and not _is_glob(override):
-            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+            values = itertools.islice(override.sweep_string_iterator(), MOST_JOBS + 1)
+            choices.append([f"{override.get_key_element()}={value}" for value in values])
         else:
             problems.append(
                 f"CFG-003 {word}: this kind of sweep has no list of values. Write key=a,b,c or key=range(1,4)."
             )
+    if math.prod(map(len, choices)) > MOST_JOBS:
+        problems.append(f"CFG-003 {' '.join(words)}: more than {MOST_JOBS:,} jobs. Give fewer values.")
     if problems:
         raise RecipeError(problems)
     return [list(job) for job in itertools.product(*choices)]
@@ -159,12 +168,10 @@ def recipe_names(config_dir: str | Path | None = None) -> list[str]:
 
 def recipe_purposes(config_dir: str | Path | None = None) -> dict[str, str]:
     """Name -> purpose of every recipe, read without Hydra."""
-    import yaml
-
     purposes = {}
     for name in recipe_names(config_dir):
         found = next(f / "recipe" / f"{name}.yaml" for f in recipe_folders(config_dir) if _is_option(f, "recipe", name))
-        tree = {} if guard.yaml_problem(found) else yaml.safe_load(found.read_text(encoding="utf-8"))
+        tree, _ = guard.yaml_tree(found)
         purposes[name] = str(tree["purpose"]) if isinstance(tree, dict) and "purpose" in tree else ""
     return purposes
 
@@ -257,7 +264,7 @@ def _hydra_compose(plain: Sequence[str], folders: Sequence[Path]) -> tuple[dict[
         exist = options(group, folders)
         sentence = f"CFG-002 {group}={option} does not exist.{nearest(option, exist)} Exist: {', '.join(exist)}."
         raise RecipeError([sentence if group in GROUPS else f"CFG-002 {str(error).splitlines()[0]}."]) from None
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise RecipeError([f"CFG-003 the settings do not fit together: {' '.join(str(error).split())}"]) from None
     choices = tree.pop("hydra")["runtime"]["choices"]
     chosen = ["config", *(f"{group}/{option}" for group, option in choices.items() if not group.startswith("hydra/"))]
@@ -266,8 +273,6 @@ def _hydra_compose(plain: Sequence[str], folders: Sequence[Path]) -> tuple[dict[
 
 def _folder_problems(folder: Path) -> list[str]:
     """What may not be in a user's folder of settings: bad YAML, Hydra's own settings, classes, secrets, resolvers."""
-    import yaml
-
     problems = []
     for path in sorted(folder.rglob("*.yaml")):
         group = path.relative_to(folder).parts[0]
@@ -277,10 +282,10 @@ def _folder_problems(folder: Path) -> list[str]:
                     f"CFG-005 {path}: Hydra's own settings cannot be changed here. Remove the folder {group}/."
                 )
             continue
-        if problem := guard.yaml_problem(path):
+        tree, problem = guard.yaml_tree(path)
+        if problem:
             problems.append(problem)
             continue
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         found = list(guard.forbidden(tree).values())
         if isinstance(tree, dict) and "hydra" in tree:
             found.append("CFG-005 hydra: Hydra's own settings cannot be changed here. Remove the key.")

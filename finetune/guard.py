@@ -24,7 +24,13 @@ SECRET_VALUE = re.compile(
 )
 PLAIN_REFERENCE = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_.]*\}")
 CLASS_KEYS = frozenset({"_target_", "_partial_", "_args_", "_convert_", "_recursive_"})
-MAX_YAML_BYTES = 1_000_000
+MAX_YAML_BYTES = 200_000
+MAX_YAML_DEPTH = 40
+"""Lists and mappings inside each other, at most: readers of YAML call themselves for each."""
+
+
+_OPENS = ("BlockSequenceStartToken", "BlockMappingStartToken", "FlowSequenceStartToken", "FlowMappingStartToken")
+_CLOSES = ("BlockEndToken", "FlowSequenceEndToken", "FlowMappingEndToken")
 
 
 def is_secret(key: str, value: str) -> bool:
@@ -78,24 +84,49 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def yaml_problem(path: Path) -> str:
-    """What is wrong with a YAML file as a text, or "". Nothing in it is expanded: aliases can grow without limit."""
+    """What is wrong with a YAML file as a text, or ""."""
+    return yaml_tree(path)[1]
+
+
+def yaml_tree(path: Path) -> tuple[Any, str]:
+    """(what a YAML file says, "") or (None, what is wrong with it). Nothing is expanded: aliases grow without limit."""
+    found: list[Any] = [None]
+    problem = _yaml_problem(path, found)
+    return (None if problem else found[0]), problem
+
+
+def _yaml_problem(path: Path, found: list[Any]) -> str:
+    import json
+
     import yaml
 
     if path.stat().st_size > MAX_YAML_BYTES:
         return f"CFG-008 {path} is larger than {MAX_YAML_BYTES} bytes, which no settings file is. Is it the right file?"
     try:
         text = path.read_text(encoding="utf-8")
+        depth = 0
         for token in yaml.scan(text):
+            name = type(token).__name__
+            depth += name in _OPENS
+            depth -= name in _CLOSES
+            if depth > MAX_YAML_DEPTH:
+                return f"CFG-008 {path} is nested more than {MAX_YAML_DEPTH} deep, which no settings are. Flatten it."
             if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
                 line = token.start_mark.line + 1
                 return (
                     f"CFG-008 {path}:{line}: YAML anchors and aliases are not allowed in settings. Write the value out."
                 )
-        if not isinstance(yaml.compose(text, Loader=yaml.SafeLoader), yaml.MappingNode | None):
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(node, yaml.MappingNode | None):
             return f"CFG-008 {path} holds no settings. Write one key: value a line."
+        found[0] = yaml.SafeLoader("").construct_document(node) if node else None
+        json.dumps(found[0], ensure_ascii=False, skipkeys=True, default=str).encode()
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         return f"CFG-008 {path}:{line}: not valid YAML: {error.problem}. Mend this line."
-    except UnicodeDecodeError:
+    except UnicodeError:
         return f"CFG-008 {path}: not a UTF-8 text. Save it as UTF-8."
+    except Exception as error:  # a date, number or tag that is none raises whatever makes it
+        why = " ".join(str(error).split())[:100]
+        return f"CFG-008 {path} holds something that is no value: {why or type(error).__name__}. Write it as a text."
     return ""

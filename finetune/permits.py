@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from finetune import check, terms
-from finetune.errors import RecipeError
+from finetune.errors import RecipeError, RunError
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir, read_json, sha256_file
 
@@ -70,5 +70,9 @@ def licence_of_rows(recipe: Recipe) -> str:
 
 def accepted_in(run_dir: RunDir) -> list[str]:
     """Hashes of licence texts that the user has accepted since the run began."""
-    entries = read_json(run_dir.allowed) if run_dir.allowed.exists() else []
-    return [entry["licence"] for entry in entries if "licence" in entry]
+    try:
+        entries = read_json(run_dir.allowed) if run_dir.allowed.exists() else []
+        return [str(entry["licence"]) for entry in entries if "licence" in entry]
+    except (ValueError, TypeError, KeyError) as error:
+        what = f"{run_dir.allowed} cannot be read"
+        raise RunError("RUN-009", what, str(error).splitlines()[0], "the file as it was, or a new run") from None

@@ -7,6 +7,7 @@ and has no key of its own any more. A scale without a weight, or an 8-bit weight
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,13 +59,13 @@ def check_shards(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise WeightsError("WGT-003", f"{index} cannot be read", str(error), "fetch this file again") from error
     else:
         names = ["model.safetensors"]
     for name in names:
         path = folder / str(name)
-        if Path(str(name)).name != name or not path.is_file():
+        if Path(str(name)).name != name or not os.path.isfile(path):  # noqa: PTH113  # false for impossible names
             raise WeightsError(
                 "WGT-003", f"{folder}: {name} is missing", f"{index.name} names it", "fetch the folder again"
             )
@@ -84,9 +85,17 @@ def expected_size(path: Path) -> int:
             return -1
         try:
             header = json.loads(handle.read(length))
-            return 8 + length + max(value["data_offsets"][1] for key, value in header.items() if key != "__metadata__")
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            entries = [value for key, value in header.items() if key != "__metadata__"]
+            return 8 + length + max(value["data_offsets"][1] for value in entries) if all(map(_fits, entries)) else -1
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             return -1
+
+
+def _fits(value: dict[str, Any]) -> bool:
+    """Whether a header's entry of a tensor has a type, a shape and two offsets."""
+    numbers = [*value["shape"], *value["data_offsets"]]
+    whole = all(type(number) is int and number >= 0 for number in numbers)
+    return whole and type(value["dtype"]) is str and len(value["data_offsets"]) == 2
 
 
 def read_headers(folder: Path) -> dict[str, Entry]:
@@ -110,7 +119,7 @@ def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any]:
         settings = part.get("quantization_config")
         if not settings:
             continue
-        method = settings.get("quant_method")
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
         if method not in METHODS:
             raise WeightsError(
                 "WGT-007",
@@ -175,7 +184,12 @@ def weights_of(folder: Path, quantisation: Mapping[str, Any], *, mapped: bool = 
 
 def _block(quantisation: Mapping[str, Any]) -> tuple[int, int] | None:
     size = quantisation.get("weight_block_size")
-    return (int(size[0]), int(size[1])) if size else None
+    if not size:
+        return None
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
+        what = f"config.json says weight_block_size={size!r:.60}"
+        raise WeightsError("WGT-007", what, "it is rows and columns of a block, [128, 128]", "fetch this file again")
+    return size[0], size[1]
 
 
 @dataclass
@@ -297,8 +311,12 @@ class _Files:
         return read
 
     def _slice(self, key: str, entry: Entry) -> Any:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        if entry.file not in self._open:
-            self._open[entry.file] = safe_open(entry.file, "pt", backend=self._backend)
-        return self._open[entry.file].get_slice(key)
+        try:
+            if entry.file not in self._open:
+                self._open[entry.file] = safe_open(entry.file, "pt", backend=self._backend)
+            return self._open[entry.file].get_slice(key)
+        except SafetensorError as error:
+            why = str(error).splitlines()[0]
+            raise WeightsError("WGT-003", f"{entry.file} is damaged", why, "fetch this file again") from None

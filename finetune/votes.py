@@ -115,7 +115,7 @@ def recorded(run_dir: RunDir) -> list[Prompt]:
     try:
         content = read_json(path)
         prompts = [_prompt(entry) for entry in content["prompts"]]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
         again = f"python -m finetune merge run={run_dir.path}"
         raise RunError("SRV-014", f"{path} holds no recorded answers", "it was changed or cut", again) from None
     telling = [prompt for prompt in prompts if prompt.base != prompt.tuned]

@@ -97,18 +97,23 @@ def read(folder: Path) -> dict[str, Callable[[int | None], torch.Tensor]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    names = read_json(folder / TUNED)["tensors"]
-    files = read_json(folder / INDEX)["weight_map"] if (folder / INDEX).is_file() else {}
-    files = files or dict.fromkeys(names, "model.safetensors")
+    try:
+        names = [str(name) for name in read_json(folder / TUNED)["tensors"]]
+        listed = read_json(folder / INDEX)["weight_map"] if (folder / INDEX).is_file() else {}
+        files = {str(name): str(file) for name, file in listed.items()} or dict.fromkeys(names, "model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, f"{TUNED} or {INDEX} cannot be read ({type(error).__name__})") from None
+    if strange := [file for file in files.values() if Path(file).name != file]:
+        raise _damaged(folder, f"{INDEX} names {strange[0][:60]!r}, which is no file of it")
     readers: dict[str, Any] = {}
     try:
         for file in sorted(set(files.values())):
             readers[file] = safe_open(folder / file, "pt")
         held = {key for reader in readers.values() for key in reader.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _damaged(folder, str(error)) from error
-    if held != set(names):
-        raise _damaged(folder, f"{len(held ^ set(names))} weights are on one side only, e.g. {min(held ^ set(names))}")
+    if odd := held ^ set(names) or held - set(files):
+        raise _damaged(folder, f"{len(odd)} weights are on one side only, e.g. {min(odd)}")
 
     def reader(name: str) -> Callable[[int | None], torch.Tensor]:
         whole = readers[files[name]].get_slice(name)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from string import Formatter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from finetune import guard
 from finetune.errors import DataError
 from finetune.setting import one_of
 
+_FIELD = re.compile(r"[^\W\d][\w -]*")
 _NOT_FOR_TRAINING = re.compile(r"\bNC\b|non-?commercial|unverified|unclear|unknown", re.IGNORECASE)
 
 KINDS = {
@@ -138,8 +141,6 @@ def card_names() -> list[str]:
 
 def read_card(name: str) -> Card:
     """The card of that name, or in that file (`my/data.yaml`). Raises DataError with every problem of the file."""
-    import yaml
-
     path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else card_folder() / f"{name}.yaml"
     if not path.is_file():
         near = difflib.get_close_matches(name, card_names(), 1)
@@ -147,10 +148,9 @@ def read_card(name: str) -> Card:
         raise DataError(
             "DATA-007", f"there is no data card {name}", f"{hint}cards: {', '.join(card_names())}", "data=NAME"
         )
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise DataError("DATA-008", f"{path} is not YAML", " ".join(str(error).split())) from None
+    value, problem = guard.yaml_tree(path)
+    if problem:
+        raise DataError("DATA-008", problem.partition(" ")[2])
     return make_card(path.stem, value, str(path), path.parent)
 
 
@@ -174,6 +174,8 @@ def make_card(name: str, value: Any, where: str, folder: Path | None = None) -> 
         )
         if not fits:
             problems.append(f"{key} must be {KINDS[kind]}, not {given!r}")
+        elif not _texts_within(given, hints[key]):
+            problems.append(f"{key} must hold texts only; quote words such as yes, no and numbers")
         elif "choices" in known[key].metadata and given not in known[key].metadata["choices"]:
             problems.append(f"{key}={given} must be one of {', '.join(known[key].metadata['choices'])}")
     required = [k for k, f in known.items() if f.default is f.default_factory is dataclasses.MISSING]
@@ -200,9 +202,33 @@ def refuse_training(card: Card) -> None:
     )
 
 
+def _texts_within(given: Any, hint: Any) -> bool:
+    """Whether what must hold texts does; settings of generators and seeds are looked at apart."""
+    if hint == list[str]:
+        return all(type(item) is str for item in given)
+    if hint == dict[str, str]:
+        return all(type(item) is str for pair in given.items() for item in pair)
+    if hint == dict[str, list[str]]:
+        return all(
+            type(key) is str and type(item) is list and _texts_within(item, list[str]) for key, item in given.items()
+        )
+    return True
+
+
+def _template_problem(name: str, template: str) -> str:
+    """What is wrong with a template, or "". Python's format strings can also reach into values and pad them to any size."""
+    try:
+        fields = [(field, spec or how) for _, field, spec, how in Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        return f"{name} is no template: {error}"
+    odd = [field for field, more in fields if more or not field or not _FIELD.fullmatch(field)]
+    return f"{name} may hold names of fields in braces and nothing else there, not {{{odd[0][:40]}}}" if odd else ""
+
+
 def _contradictions(card: Card) -> list[str]:
     """What the fields of a card say against each other."""
-    problems = []
+    named = (("question", card.question), ("answer", card.answer))
+    problems = [problem for name, template in named if (problem := _template_problem(name, template))]
     if card.choices and (not card.label or not set(card.labels.values()) <= set(card.choices)):
         problems.append("choices need a label field, and labels must lead to choices")
     if card.use == "evaluation":

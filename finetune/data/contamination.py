@@ -109,11 +109,29 @@ def load(path: Path) -> Index:
             raise ValueError(f"its format is {facts['format']}, and {FORMAT} can be read")
         if facts.pop("sha256") != _sha256(*arrays):
             raise ValueError("its hashes are not those that were written")
+        if not _fits(facts, *arrays):
+            raise ValueError("its parts are not those of one index")
         return Index(facts, *arrays)
     except Exception as error:  # a damaged archive raises a dozen kinds
         why = " ".join(str(error).split())[:200] or type(error).__name__
         fix = f"python -m finetune data index file=ITEMS.jsonl out={path}"
         raise DataError("DATA-020", f"{path} is no index of an evaluation set", why, fix) from None
+
+
+def _fits(facts: dict[str, Any], keys: np.ndarray, entries: np.ndarray, texts: np.ndarray) -> bool:
+    """Whether facts and arrays can be of one index: whoever makes a false one gives it the right hash, too."""
+    words, numbers = [facts["name"], *facts["ids"]], [facts[name] for name in ("unseen", "most", "common")]
+    if not all(type(word) is str for word in words) or not all(type(number) is int for number in numbers):
+        return False
+    if facts["kind"] not in ("text", "code") or (keys.dtype, entries.dtype, texts.dtype) != ("<u8", _ENTRY, _TEXT):
+        return False
+    if any(array.ndim != 1 or not len(array) for array in (keys, entries, texts)) or len(keys) != len(entries):
+        return False
+    if entries["text"].max() >= len(texts) or texts["item"].max() >= len(facts["ids"]) or (keys[1:] < keys[:-1]).any():
+        return False
+    size = np.where(entries["place"] >= _ANCHOR, 1, CODE if facts["kind"] == "code" else RUN)
+    ends = (entries["place"] % _ANCHOR).astype(np.int64) + size
+    return bool((ends <= texts["length"][entries["text"]]).all())
 
 
 class Index:

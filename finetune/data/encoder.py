@@ -155,6 +155,8 @@ class Encoder:
 
     def _masked(self, row: Row, draft: _Draft, ids: list[int], encoding: Any) -> Tokens:
         """The draft's spans as labels. `encoding` knows which characters a token is from; None: it has to be found."""
+        if not ids:
+            raise DataError("TPL-003", f"{row.where}: the chat template writes nothing", "", "another template")
         labels = [IGNORED] * len(ids)
         dark: list[str] = []
         shown = 0
@@ -271,16 +273,15 @@ class Encoder:
 
     def _render(self, row: Row, messages: list[dict[str, Any]], prompt: bool) -> str:
         """The template's text. Some templates want a call's arguments as an object, others as JSON: both are tried."""
-        import jinja2
-
         error: Exception | None = None
         for wording in (messages, _as_json(messages)):
             try:
                 text: str = self.tokenizer.apply_chat_template(
                     wording, tools=row.tools or None, tokenize=False, add_generation_prompt=prompt
                 )
+                text.encode()  # half a surrogate pair is no character
                 return text
-            except (jinja2.TemplateError, ValueError, TypeError) as wrong:
+            except Exception as wrong:  # a template is somebody's program, and fails in every way that programs do
                 error = error or wrong
                 if wording == messages and not any("tool_calls" in m for m in messages):
                     break
@@ -292,7 +293,6 @@ class Encoder:
 
     def _render_marked(self, row: Row, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """The template's text and the spans (first character, past the last) that its generation tags mark."""
-        import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
         for wording in (messages, _as_json(messages)):
@@ -304,9 +304,13 @@ class Encoder:
                     return_assistant_tokens_mask=True,
                     **self.tokenizer.special_tokens_map,
                 )
+                texts[0].encode()
                 break
-            except (jinja2.TemplateError, ValueError, TypeError):
+            except Exception:  # as in _render
                 self._render(row, wording, False)  # says what is wrong, where it is not the calls' wording
+        else:
+            what = f"{row.where}: the chat template refuses this conversation"
+            raise DataError("TPL-003", what, "its generation tags cannot be read")
         spans: list[tuple[int, int]] = []
         for begin, end in marked[0]:
             if spans and spans[-1][1] == begin:  # the end of a turn in a mark of its own

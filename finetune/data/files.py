@@ -11,6 +11,7 @@ import dataclasses
 import glob
 import gzip
 import io
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def blocks(source: Source) -> Iterator[Block]:
             yield block
     except OSError as error:  # gzip's errors among them
         raise _unreadable(source, line, error.strerror or str(error)) from None
-    except (EOFError, UnicodeDecodeError, ValueError, csv.Error) as error:
+    except (EOFError, UnicodeDecodeError, ValueError, csv.Error, zlib.error) as error:
         raise _unreadable(source, line, str(error)) from None
 
 
@@ -255,6 +256,7 @@ def _parquet(source: Source) -> Iterator[Block]:
     number = 1
     with parquet.ParquetFile(source.path) as file:
         for batch in file.iter_batches(batch_size=BLOCK_ROWS):
+            batch.validate(full=True)  # texts that are no UTF-8
             yield Block(file=source.name, kind="arrow", line=number, payload=_ipc(batch))
             number += batch.num_rows
 
@@ -265,6 +267,7 @@ def _arrow(source: Source) -> Iterator[Block]:
     number = 1
     with pa.memory_map(str(source.path)) as handle:
         for batch in _batches(handle):
+            batch.validate(full=True)  # Arrow trusts a file's offsets: false ones end the process, or read beyond it
             for start in range(0, batch.num_rows, BLOCK_ROWS):
                 part = batch.slice(start, BLOCK_ROWS)
                 yield Block(file=source.name, kind="arrow", line=number, payload=_ipc(part))

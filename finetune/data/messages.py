@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
+
+from finetune.data.nested import parsed
 
 ROLES = ("system", "user", "assistant", "tool")
 MESSAGE = (
@@ -78,7 +79,7 @@ def _calls(calls: Any, at: str, role: str, tools: set[str], faults: list[str]) -
         arguments = function["arguments"] if "arguments" in function else {}
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
+                arguments = parsed(arguments)
             except ValueError:
                 faults.append(f"DATA-025 @ {here}.function.arguments is no JSON, expected an object as JSON")
                 continue
@@ -97,7 +98,7 @@ def tools_of(value: dict[str, Any], faults: list[str]) -> list[dict[str, Any]]:
     tools = value["tools"] if "tools" in value and value["tools"] is not None else []
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
+            tools = parsed(tools)
         except ValueError:
             tools = None
     if not isinstance(tools, list):

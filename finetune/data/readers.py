@@ -20,7 +20,7 @@ from finetune.data.card import Card
 from finetune.data.excerpt import plain_body
 from finetune.data.generated import generated_rows
 from finetune.data.rows import Row
-from finetune.errors import DataError
+from finetune.errors import DataError, FinetuneError
 
 _CATCH_ALL = re.compile(
     r"(other-|proprietary-license|commercial-license|public-domain|unknown|generic-|warranty-disclaimer|free-unknown|us-govt)"
@@ -54,8 +54,19 @@ def read_package(card: Card, wheel: Path) -> tuple[list[Row], dict[str, int]]:
     """The rows of `card` in `wheel`, and what was passed over because it is no row (reason -> count).
 
     `wheel` is the card's own folder where it names no package. Raises DataError DATA-009 when a file of the card is
-    missing or has no rows.
+    missing, has no rows, or holds something else than the card's reader reads.
     """
+    try:
+        return _read_package(card, wheel)
+    except FinetuneError:
+        raise
+    except Exception as error:  # a package is a stranger's, and may hold anything under the names of a card
+        why = " ".join(str(error).split())[:120] or type(error).__name__
+        what = f"{wheel.name} does not hold what card {card.name} describes"
+        raise DataError("DATA-009", what, why, "the card and the version of the package that belong together") from None
+
+
+def _read_package(card: Card, wheel: Path) -> tuple[list[Row], dict[str, int]]:
     from finetune.fetch import open_wheel
 
     with open_wheel(wheel) if card.package else Beside(wheel) as archive:

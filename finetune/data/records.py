@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.data.files import LINE_LIMIT, TOO_LONG, Block
+from finetune.data.nested import parsed
 
 JSON_COLUMNS = ("messages", "conversations", "tools", "choices", "input_ids", "labels", "prompt", "completion")
 """CSV columns whose cells may hold JSON."""
@@ -77,11 +78,11 @@ def _parse(line: int, raw: bytes) -> Record:
         return made
 
     try:
-        value = json.loads(text, object_pairs_hook=pairs, parse_constant=odd.append)
+        value = parsed(text, object_pairs_hook=pairs, parse_constant=odd.append)
     except json.JSONDecodeError as error:
         ends = "" if raw.endswith(b"\n") else "; the file ends inside this row"
         return wrong(f"DATA-022 @ is not JSON: {error.msg} at character {error.pos + 1}{ends}")
-    except (RecursionError, ValueError):
+    except ValueError:
         return wrong("DATA-022 @ is not JSON that can be read: nested too deeply, or a number too long")
     if twice:
         return wrong(f"DATA-023 @ has the key {twice[0]!r} twice in one object")
@@ -113,7 +114,7 @@ def _row_of(line: int, header: list[str], cells: list[str]) -> Record:
         value[name] = cell
         if name in JSON_COLUMNS and cell[:1] in "[{":
             try:
-                value[name] = json.loads(cell)
+                value[name] = parsed(cell)
             except ValueError as error:
                 return wrong(f"DATA-022 @ {name} is not JSON: {error}")
     return Record(line=line, sha256=sha256, value=value)

@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 from finetune.data.messages import message, order, tools_of, type_name
+from finetune.data.nested import parsed
 from finetune.data.rows import Row, prompt_key
 
 FORMATS = {
@@ -138,7 +139,7 @@ def _sharegpt(row: Row, value: dict[str, Any]) -> list[str]:
             if call is None:
                 faults.append(f"DATA-025 @ {at}.value is no JSON with name and arguments, expected a function call")
             row.messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-        elif source not in SHAREGPT:
+        elif not isinstance(source, str) or source not in SHAREGPT:
             seen = repr(source)[:40] if isinstance(source, str) else type_name(source)
             faults.append(f"DATA-001 @ {at}.from is {seen}, expected one of {', '.join(SHAREGPT)}")
         elif not isinstance(text, str):
@@ -152,7 +153,7 @@ def _sharegpt(row: Row, value: dict[str, Any]) -> list[str]:
 
 def _text_call(text: str) -> dict[str, Any] | None:
     try:
-        call = json.loads(text)
+        call = parsed(text)
         return {"type": "function", "function": {"name": str(call["name"]), "arguments": dict(call["arguments"])}}
     except (ValueError, KeyError, TypeError):
         return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import DataError
+from finetune.errors import DataError, WeightsError
 
 IGNORED = -100
 """Label of a token that is not trained, as torch's cross entropy has it."""
@@ -64,21 +64,36 @@ def load_tokenizer(folder: Path) -> Any:
 def stop_tokens(tokenizer: Any, folder: Path) -> set[int]:
     """Ids at which a server stops: the tokenizer's eos and those of generation_config.json."""
     stop = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-    path = folder / "generation_config.json"
-    if path.is_file():
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        stop |= set(eos) if isinstance(eos, list) else {eos} if eos is not None else set()
-    return stop
+    eos = _settings(folder / "generation_config.json").get("eos_token_id")
+    given = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(token) is int for token in given):
+        raise _unusable(folder / "generation_config.json", "eos_token_id is no token id and no list of them")
+    return stop | set(given)
 
 
 def vocabulary_rows(folder: Path) -> int:
     """Rows of the embedding by the base's config.json; 0 where it does not say."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return 0
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = _settings(folder / "config.json")
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    return int(text["vocab_size"]) if "vocab_size" in text else 0
+    rows = text["vocab_size"] if "vocab_size" in text else 0
+    if type(rows) is not int or rows < 0:
+        raise _unusable(folder / "config.json", "vocab_size is no number of rows")
+    return rows
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The settings in a JSON file of a base; none where there is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unusable(path, str(error).splitlines()[0]) from None
+    if not isinstance(found, dict):
+        raise _unusable(path, "it holds no settings")
+    return found
+
+
+def _unusable(path: Path, why: str) -> WeightsError:
+    return WeightsError("WGT-002", f"{path} cannot be used", why, "fetch the folder again")
 
 
 def pieces(tokenizer: Any, tokens: Tokens) -> list[tuple[str, bool]]:

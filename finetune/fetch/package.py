@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import re
 import shutil
@@ -10,7 +11,10 @@ import tarfile
 import uuid
 import zipfile
 import zlib
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO
 
 from finetune.fetch import noted
 from finetune.fetch.child import NO_NETWORK, FetchError, disk_full, last_line, locked, no_space, run_child, writing
@@ -84,8 +88,12 @@ def unpack(sources: Path, below: str, keep: tuple[str, ...], *, cache: Path) -> 
 def extract(wheel: Path, member: str, *, cache: Path) -> Path:
     """One file of a wheel, unpacked below `<cache>/extracted/<hash of the wheel>`; unpacked again when it is damaged.
 
-    Raises FetchError FET-007 when the wheel has no such file.
+    Raises FetchError FET-007 when the wheel has no such file or its name leads elsewhere, FET-008 when it is damaged.
     """
+    parts = PurePosixPath(member).parts
+    if not parts or PurePosixPath(member).is_absolute() or not {"..", "/"}.isdisjoint(parts) or "\x00" in member:
+        what = f"{member!r:.80} is no name of a file in a package"
+        raise FetchError("FET-007", what, "it would be written outside the cache", "a path below the package's root")
     with open_wheel(wheel) as archive:
         try:
             info = archive.getinfo(member)
@@ -102,7 +110,7 @@ def extract(wheel: Path, member: str, *, cache: Path) -> Path:
         with writing(target.parent):
             partial = target.parent / f"{TEMPORARY}{target.name}-{uuid.uuid4().hex[:8]}"
             try:
-                with archive.open(info) as source, partial.open("wb") as sink:
+                with _member(archive, info, wheel) as source, partial.open("wb") as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)
                     sink.flush()
                     os.fsync(sink.fileno())
@@ -112,11 +120,30 @@ def extract(wheel: Path, member: str, *, cache: Path) -> Path:
     return target
 
 
+@contextmanager
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, wheel: Path) -> Iterator[IO[bytes]]:
+    """A file of a wheel; what is wrong with the archive becomes FET-008."""
+    try:
+        with archive.open(info) as source:
+            yield source
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+    ) as error:
+        why = str(error) or type(error).__name__
+        raise FetchError("FET-008", f"{wheel} cannot be read", why, f"remove {wheel} and fetch it again") from None
+
+
 def open_wheel(wheel: Path) -> zipfile.ZipFile:
     """The wheel as a zip archive. Raises FetchError FET-008 when it is none."""
     try:
         return zipfile.ZipFile(wheel)
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         raise FetchError(
             "FET-008", f"{wheel} cannot be read", str(error), f"remove {wheel} and fetch it again"
         ) from None

@@ -83,7 +83,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise AdapterError("ADP-015", what, "one at a time is used", f"a folder of one, such as {folder / others[0]}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         why = str(error).splitlines()[0] if path.exists() else "it is missing"
         raise AdapterError("ADP-015", f"{path} cannot be read", why, "a folder that save_pretrained wrote") from None
     kind = values.get("peft_type") if isinstance(values, dict) else type(values).__name__

@@ -1,0 +1,35 @@
+"""JSON texts as values, unless they are nested so deeply that whatever walks through them later would fail."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+DEPTH = 100
+"""Lists and objects inside each other, at most. No format of rows or settings needs a tenth of it."""
+
+
+def parsed(text: str, **hooks: Any) -> Any:
+    """The value of a JSON text; `hooks` are those of json.loads. Raises ValueError, also where it is nested too deeply."""
+    try:
+        value = json.loads(text, **hooks)
+    except RecursionError:
+        raise ValueError(f"nested more than {DEPTH} deep") from None
+    if text.count("[") + text.count("{") > DEPTH and too_deep(value):
+        raise ValueError(f"nested more than {DEPTH} deep")
+    return value
+
+
+def too_deep(value: Any) -> bool:
+    """Whether lists and dicts lie inside each other more than DEPTH deep. Needs no stack of its own."""
+    level = [value]
+    for _ in range(DEPTH + 1):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, dict | list)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
