@@ -58,9 +58,7 @@ def take_tasks(model: Any, tokenizer: Any, recipe: Recipe, train: Any, *, use_ca
             cut[side] = taker.cut
         by_leaf = {leaf.name: leaf for leaf in task.leaves}
         for name, members in _sets(task.name, sides["base"]):
-            base, tuned = (
-                [answer for answer in sides[side] if answer.leaf in members] for side in ("base", "tuned")
-            )
+            base, tuned = ([answer for answer in sides[side] if answer.leaf in members] for side in ("base", "tuned"))
             made = _set(name, base, tuned, loaded, by_leaf, asked.confidence)
             made["contaminated"] = _contaminated(made, base, loaded, by_leaf, texts, asked.confidence)
             sets.append(_told(made) | {"cut_prompts": cut["base"], "chat": asked.task_chat})
@@ -159,12 +157,17 @@ def _set(
         "higher_is_better": True if leaf.runs_code else task.higher_is_better()[metric.partition(",")[0]],
     }
     if by_row:
-        made |= paired(*([float(value) for value in side] for side in values), confidence)
+        made |= paired(*_numbers(values), confidence)
     else:
         made |= _whole(task, metric.partition(",")[0], *values)
     made["_values"] = values if by_row else None
     made["slices"] = _slices(made, base, leaf, confidence)
     return made
+
+
+def _numbers(values: tuple[Sequence[Any], Sequence[Any]]) -> tuple[list[float], list[float]]:
+    """The values of both sides as plain numbers."""
+    return [float(value) for value in values[0]], [float(value) for value in values[1]]
 
 
 def _whole(task: Any, metric: str, base: Sequence[Any], tuned: Sequence[Any]) -> dict[str, Any]:
@@ -217,7 +220,8 @@ def _slices(made: dict[str, Any], base: Sequence[Any], leaf: known.Leaf, confide
 
 def _part(made: dict[str, Any], kept: Sequence[int], confidence: float) -> dict[str, Any]:
     """Scores of some rows of a set."""
-    told = paired(*([float(side[i]) for i in kept] for side in made["_values"]), confidence)
+    before, after = _numbers(made["_values"])
+    told = paired([before[i] for i in kept], [after[i] for i in kept], confidence)
     return {key: told[key] for key in ("base", "tuned", "difference", "test")}
 
 
