@@ -125,6 +125,7 @@ def take(
     from transformers import set_seed
 
     asked = {leaf: tasks[leaf] for leaf, rows in drawn.items() if rows}
+    some = {leaf: drawn[leaf] for leaf, task in asked.items() if len(drawn[leaf]) < len(task.eval_docs)}
     with _errors_of(name), _quiet():
         set_seed(settings.seed)
         for task in asked.values():
@@ -138,7 +139,7 @@ def take(
         results = evaluate(
             lm=taker,
             task_dict={"tasks": asked, "groups": {}},
-            samples={leaf: drawn[leaf] for leaf in asked},
+            samples=some,  # of the others all rows
             bootstrap_iters=0,
             log_samples=True,
             apply_chat_template=settings.chat,
