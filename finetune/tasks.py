@@ -1,8 +1,8 @@
 """Benchmarks for `evaluate`: which there are, what they consist of, where their data is. The harness is not imported.
 
-A task is a YAML file in the words of lm-evaluation-harness. Its name is looked for in the user's `evaluate.tasks_folder`,
-then in `data/tasks` (ours, on the rows of data cards), then in the package lm_eval, which brings thousands. A group or
-a tag of the harness is one task here, made of its members.
+A task is a YAML file in the words of lm-evaluation-harness. Its name is looked for in the folder of the user
+(`evaluate.tasks_folder`), then in `data/tasks` (ours, on the rows of data cards), then in the package lm_eval, which
+brings thousands. A group or a tag of the harness is one task here, made of its members.
 
 Nothing is fetched for a task of the harness: its data lies at `<tasks_folder>/<dataset_path>`, as it is on the hub.
 """
@@ -175,7 +175,8 @@ def data_of(leaf: Leaf, folder: str) -> dict[str, Any]:
         return {"dataset_kwargs": kwargs | {"data_files": found}}
     places = [Path(folder).expanduser() / source] if folder else []
     places += [leaf.file.parent / source, Path(source)] if not HUB_ID.fullmatch(source) else []
-    name = str(config["dataset_name"]) if "dataset_name" in config and config["dataset_name"] else ""
+    given = config["dataset_name"] if "dataset_name" in config else None
+    name = str(given) if given else ""
     for place in places:
         if source and place.is_dir():
             if name and (place / name).is_dir() and not (place / "README.md").is_file():
@@ -204,7 +205,9 @@ def _of_task(task: Task, recipe: Recipe) -> Iterator[str]:
                 said.add(str(error.args[0]))
         fixed = "num_fewshot" in leaf.config and leaf.config["num_fewshot"] == 0
         if fixed and asked.few_shot > 0:
-            said.add(f"TSK-008 evaluate.few_shot={asked.few_shot}: {task.name} fixes it to 0. Set evaluate.few_shot=-1.")
+            said.add(
+                f"TSK-008 evaluate.few_shot={asked.few_shot}: {task.name} fixes it to 0. Set evaluate.few_shot=-1."
+            )
         if leaf.runs_code and asked.task_chat:
             said.add(
                 f"TSK-008 evaluate.task_chat=true: {task.name} continues a program, which a chat template breaks up. "
@@ -339,7 +342,9 @@ def _unknown(name: str, places: list[Path], above: tuple[str, ...]) -> str:
         return f"TSK-004 evaluate.tasks: {above[0]} has a member {name}, which is no task of its own. Name its members."
     known = sorted({known for place in places for known in _files(place)})
     near = difflib.get_close_matches(name, known, 3, 0.6)
-    meant = f"Did you mean {', '.join(near)}?" if near else f"There are {', '.join(own_names())}, and the harness's own."
+    meant = (
+        f"Did you mean {', '.join(near)}?" if near else f"There are {', '.join(own_names())}, and the harness's own."
+    )
     if harness_folder() is None:
         meant += " (The harness is not installed: pip install 'lm-eval==0.4.13'.)"
     return f"TSK-002 evaluate.tasks: there is no task {name}. {meant}"

@@ -117,9 +117,9 @@ def test_a_machine_that_cannot_confine_code_runs_none(tmp_path: Path, monkeypatc
     child.write_text("import os\nprint('cannot confine: this kernel has no Landlock', flush=True)\nos._exit(90)\n")
     with monkeypatch.context() as patch:
         patch.setattr(sandbox, "CHILD", child)
-        with pytest.raises(RunError, match="TSK-009 .*this kernel has no Landlock"):
+        with pytest.raises(RunError, match=r"TSK-009 .*this kernel has no Landlock"):
             run_code("print(1)")
         assert sandbox.sandbox_problem() == "this kernel has no Landlock"
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(RunError, match="TSK-009 .*this is darwin"):
+    with pytest.raises(RunError, match=r"TSK-009 .*this is darwin"):
         run_code("print(1)")

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from finetune import tasks
 from finetune.check import problems
@@ -243,8 +244,9 @@ def writer(says: Any) -> type[harness.Taker]:
 
     class Writer(harness.Taker):
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
-            flags = [bool(m.disable_adapters) for m in self.model.modules() if hasattr(m, "disable_adapters")]
-            texts = [says(self.tokenizer.decode(line), not any(flags)) for line in context]
+            layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+            tuned = bool(layers) and not any(layer.disable_adapters for layer in layers)
+            texts = [says(self.tokenizer.decode(line), tuned) for line in context]
             new = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").input_ids
             return torch.cat([context, new], dim=1)
 

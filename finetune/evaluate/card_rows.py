@@ -27,10 +27,7 @@ def card_file(leaf: Leaf, recipe: Recipe) -> Path:
     source instead of prompt and choices. With `data.sample` they are the sample rows. Raises DataError and FetchError.
     """
     card = read_card(leaf.said("card"))
-    if leaf.said("fields"):
-        records = _fields(leaf, card, recipe)
-    else:
-        records = [_record(row) for row in _rows(card, recipe)]
+    records = _fields(leaf, card, recipe) if leaf.said("fields") else [_record(row) for row in _rows(card, recipe)]
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     folder = cache_folder(recipe) / "tasks"
     path = folder / f"{leaf.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"

@@ -1,4 +1,4 @@
-"""A task taken by a loaded model through lm-evaluation-harness: `take(...) -> list[Answer]`. The only file to import it.
+"""A task taken by a loaded model through lm-evaluation-harness: `take(...)`. The only file that imports it.
 
 The harness gets our model as an object (a subclass of its `HFLM`) and our tasks as tasks; it builds the prompts, asks,
 filters and scores row by row. What is made of the rows is ours.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval import simple_evaluate
+from lm_eval import evaluate
 from lm_eval.api.metrics import mean
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
@@ -122,21 +122,28 @@ def take(
     taker: Taker, name: str, tasks: dict[str, Any], drawn: dict[str, list[int]], settings: Settings
 ) -> list[Answer]:
     """Every drawn row of a task with what the model makes of it, by leaf and row. Raises DataError TSK-010."""
+    from transformers import set_seed
+
     asked = {leaf: tasks[leaf] for leaf, rows in drawn.items() if rows}
+    some = {leaf: drawn[leaf] for leaf, task in asked.items() if len(drawn[leaf]) < len(task.eval_docs)}
     with _errors_of(name), _quiet():
-        results = simple_evaluate(
-            model=taker,
-            tasks=list(asked.values()),
-            num_fewshot=None if settings.few_shot < 0 else settings.few_shot,
-            samples={leaf: drawn[leaf] for leaf in asked},
+        set_seed(settings.seed)
+        for task in asked.values():
+            fixed = task.get_config("num_fewshot")
+            if settings.few_shot >= 0 and fixed != 0:
+                task.set_config("num_fewshot", settings.few_shot)
+            elif fixed is None:
+                task.set_config("num_fewshot", 0)
+            task.set_fewshot_seed(seed=settings.seed)
+        # Not simple_evaluate: it does the above and this, and then asks pip and other programs about the machine.
+        results = evaluate(
+            lm=taker,
+            task_dict={"tasks": asked, "groups": {}},
+            samples=some,  # of the others all rows
             bootstrap_iters=0,
             log_samples=True,
             apply_chat_template=settings.chat,
-            task_manager=TaskManager(include_defaults=False),
-            random_seed=settings.seed,
-            numpy_random_seed=settings.seed,
-            torch_random_seed=settings.seed,
-            fewshot_random_seed=settings.seed,
+            fewshot_as_multiturn=True,
         )
         assert results is not None  # one process
         return [answer for leaf, task in asked.items() for answer in _answers(leaf, task, results["samples"][leaf])]

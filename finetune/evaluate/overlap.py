@@ -10,16 +10,21 @@ from finetune.data.items import Item
 from finetune.errors import DataError
 
 
-def found_in(items: Sequence[Item], name: str, code: bool, texts: Iterable[str]) -> dict[str, str] | None:
-    """Id of an item -> how it was found in one of `texts` (the strongest of HOW); None when nothing can be looked for.
+def found_in(items: Mapping[str, Sequence[Item]], code: bool, texts: Iterable[str]) -> dict[str, str]:
+    """Id of an item -> how it was found in one of `texts`: the strongest of HOW. `items` by the name of their task.
 
-    `items` should be all rows of the task, not those drawn alone: what many of them share is taken for its wording.
+    They should be all rows of a task, not those drawn alone: what many of them share is taken for its wording.
     """
-    try:
-        indexes = Indexes([build(items, name, "code" if code else "text")])
-    except DataError:
-        return None  # every item is too short
+    built = []
+    for name, rows in items.items():
+        try:
+            built.append(build(rows, name, "code" if code else "text"))
+        except DataError:
+            continue  # every item is too short to be looked for
     found: dict[str, str] = {}
+    if not built:
+        return found
+    indexes = Indexes(built)
     for text in texts:
         for _, hit in indexes.hits(text):
             if hit.item not in found or HOW.index(hit.how) < HOW.index(found[hit.item]):

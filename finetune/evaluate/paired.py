@@ -50,9 +50,9 @@ def newcombe(base: Sequence[bool], tuned: Sequence[bool], confidence: float) -> 
     p, p_low, p_high = say.proportion(sum(tuned), rows, confidence)
     q, q_low, q_high = say.proportion(sum(base), rows, confidence)
     spread = math.sqrt(sum(tuned) * (rows - sum(tuned)) * sum(base) * (rows - sum(base)))
-    product = both * neither - only_base * only_tuned
+    product = float(both * neither - only_base * only_tuned)
     if product > 0:
-        product = max(product - rows / 2, 0)
+        product = max(product - rows / 2, 0.0)
     phi = product / spread if spread else 0.0
 
     def reach(a: float, b: float) -> float:

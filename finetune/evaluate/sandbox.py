@@ -7,6 +7,7 @@ cannot confine it so runs no code at all.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import selectors
@@ -56,8 +57,7 @@ def run_code(program: str, seconds: float = SECONDS, memory_mib: int = MEMORY_MI
         file = Path(folder).resolve() / "program.py"
         file.write_text(f"{program}\nprint({reached!r}, flush=True)\n", encoding="utf-8", errors="replace")
         child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(CHILD), str(file)]
-            + [str(max(1, round(seconds))), str(memory_mib)],
+            [sys.executable, "-I", "-S", "-B", CHILD, file, str(max(1, round(seconds))), str(memory_mib)],
             cwd=folder,
             env={},
             stdin=subprocess.DEVNULL,
@@ -110,10 +110,8 @@ def _read(child: subprocess.Popen[bytes], deadline: float) -> tuple[bytes, str]:
 
 def _end(child: subprocess.Popen[bytes]) -> None:
     """Kills the whole group of the child; it cannot have left the group, for it cannot start a process."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()
     assert child.stdout is not None
     child.stdout.close()

@@ -19,6 +19,7 @@ import resource
 import signal
 import struct
 import sys
+from pathlib import Path
 
 DENIED = {
     # name: (number on x86_64, number on aarch64); -1 where there is none
@@ -95,10 +96,10 @@ def main() -> None:
     if libc.prctl(38, 1, 0, 0, 0) != 0:  # PR_SET_NO_NEW_PRIVS
         _give_up("no_new_privs is refused")
     _limit(seconds, memory_mib)
-    interpreter = os.path.realpath(sys.executable)
-    _take_files(libc, [*READABLE, sys.base_prefix, os.path.dirname(interpreter), os.path.dirname(program)])
+    interpreter = Path(sys.executable).resolve()
+    _take_files(libc, [*map(Path, READABLE), Path(sys.base_prefix), interpreter.parent, Path(program).parent])
     _filter_calls(libc)
-    os.execve(interpreter, [interpreter, "-I", "-S", "-B", program], {})
+    os.execve(interpreter, [str(interpreter), "-I", "-S", "-B", program], {})
 
 
 def _limit(seconds: int, memory_mib: int) -> None:
@@ -113,7 +114,7 @@ def _limit(seconds: int, memory_mib: int) -> None:
         resource.setrlimit(kind, (most, most))
 
 
-def _take_files(libc: ctypes.CDLL, readable: list[str]) -> None:
+def _take_files(libc: ctypes.CDLL, readable: list[Path]) -> None:
     """Landlock: below `readable` files can be read and run; nothing else can be done with any file."""
     version = libc.syscall(CREATE_RULESET, None, 0, 1)
     if version < 1:
@@ -123,10 +124,10 @@ def _take_files(libc: ctypes.CDLL, readable: list[str]) -> None:
     if ruleset < 0:
         _give_up("Landlock makes no rules")
     for path in readable:
-        if not os.path.exists(path):
+        if not path.exists():
             continue
         folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        allowed = EXECUTE | READ_FILE | (READ_DIR if os.path.isdir(path) else 0)
+        allowed = EXECUTE | READ_FILE | (READ_DIR if path.is_dir() else 0)
         rule = ctypes.create_string_buffer(struct.pack("=Qi", allowed, folder))
         if libc.syscall(ADD_RULE, ruleset, 1, rule, 0) != 0:
             _give_up(f"Landlock takes no rule for {path}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from importlib import metadata
 from typing import Any
@@ -42,7 +42,6 @@ def take_tasks(model: Any, tokenizer: Any, recipe: Recipe, train: Any, *, use_ca
         _may_run_code(recipe)
     settings = Settings(asked.few_shot, asked.task_chat, recipe.seed, asked.task_rows)
     taker = Taker(model, tokenizer, asked.batch_size, use_cache)
-    texts = list(texts_of(train, tokenizer))
     sets: list[dict[str, Any]] = []
     for number, task in enumerate(wanted, 1):
         files = {leaf.name: card_file(leaf, recipe) for leaf in task.leaves if leaf.said("card")}
@@ -58,11 +57,11 @@ def take_tasks(model: Any, tokenizer: Any, recipe: Recipe, train: Any, *, use_ca
             cut[side] = taker.cut
         by_leaf = {leaf.name: leaf for leaf in task.leaves}
         for name, members in _sets(task.name, sides["base"]):
-            base, tuned = (
-                [answer for answer in sides[side] if answer.leaf in members] for side in ("base", "tuned")
-            )
+            base, tuned = ([answer for answer in sides[side] if answer.leaf in members] for side in ("base", "tuned"))
             made = _set(name, base, tuned, loaded, by_leaf, asked.confidence)
-            made["contaminated"] = _contaminated(made, base, loaded, by_leaf, texts, asked.confidence)
+            made["contaminated"] = _contaminated(
+                made, base, loaded, by_leaf, texts_of(train, tokenizer), asked.confidence
+            )
             sets.append(_told(made) | {"cut_prompts": cut["base"], "chat": asked.task_chat})
     return {"harness": metadata.version(known.HARNESS), "sets": sets}
 
@@ -85,6 +84,11 @@ def show(told: dict[str, Any] | None) -> None:
             _interval(one["difference"], "mean", "+"),
             "" if p is None else f"{p:.2g}",
         )
+        for part in one["slices"]:
+            values = [_interval(part[side], "value") for side in ("base", "tuned")]
+            table.add_row(
+                f"  {part['name']}", "", str(part["rows"]), *values, _interval(part["difference"], "mean", "+")
+            )
         if one["contaminated"]:
             hit = one["contaminated"]
             for word, count in (("without", one["rows"] - hit["rows"]), ("alone", hit["rows"])):
@@ -159,12 +163,17 @@ def _set(
         "higher_is_better": True if leaf.runs_code else task.higher_is_better()[metric.partition(",")[0]],
     }
     if by_row:
-        made |= paired(*([float(value) for value in side] for side in values), confidence)
+        made |= paired(*_numbers(values), confidence)
     else:
         made |= _whole(task, metric.partition(",")[0], *values)
     made["_values"] = values if by_row else None
     made["slices"] = _slices(made, base, leaf, confidence)
     return made
+
+
+def _numbers(values: tuple[Sequence[Any], Sequence[Any]]) -> tuple[list[float], list[float]]:
+    """The values of both sides as plain numbers."""
+    return [float(value) for value in values[0]], [float(value) for value in values[1]]
 
 
 def _whole(task: Any, metric: str, base: Sequence[Any], tuned: Sequence[Any]) -> dict[str, Any]:
@@ -217,7 +226,8 @@ def _slices(made: dict[str, Any], base: Sequence[Any], leaf: known.Leaf, confide
 
 def _part(made: dict[str, Any], kept: Sequence[int], confidence: float) -> dict[str, Any]:
     """Scores of some rows of a set."""
-    told = paired(*([float(side[i]) for i in kept] for side in made["_values"]), confidence)
+    before, after = _numbers(made["_values"])
+    told = paired([before[i] for i in kept], [after[i] for i in kept], confidence)
     return {key: told[key] for key in ("base", "tuned", "difference", "test")}
 
 
@@ -226,15 +236,16 @@ def _contaminated(
     base: Sequence[Any],
     loaded: dict[str, Any],
     leaves: dict[str, known.Leaf],
-    texts: Sequence[str],
+    texts: Iterable[str],
     confidence: float,
 ) -> dict[str, Any] | None:
     """Scores of the rows that training rows contain and of the others; None where none is contained."""
-    found: dict[str, str] = {}
-    for name in dict.fromkeys(answer.leaf for answer in base):
-        code = leaves[name].runs_code
-        items = [_item(loaded[name], name, i, doc, code) for i, doc in enumerate(loaded[name].eval_docs)]
-        found |= found_in(items, name, code, texts) or {}
+    code = leaves[base[0].leaf].runs_code
+    items = {
+        name: [_item(loaded[name], name, i, doc, code) for i, doc in enumerate(loaded[name].eval_docs)]
+        for name in dict.fromkeys(answer.leaf for answer in base)
+    }
+    found = found_in(items, code, texts)
     hit = [i for i, answer in enumerate(base) if f"{answer.leaf}:{answer.row}" in found]
     if not hit:
         return None
