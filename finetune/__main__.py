@@ -19,6 +19,10 @@ VERBS = {
     "merge": ("finetune.commands:job", "... and the adapter in the original weights"),
     "export": ("finetune.commands:job", "... and what a server loads"),
     "report": ("finetune.commands:job", "... and a page to look at"),
+    "report page": (
+        "finetune.report_commands:page",
+        "the page of a run as it is now, finished or not (run=PATH; out=page.html)",
+    ),
     "report compare": (
         "finetune.report_commands:compare",
         "one page that compares finished runs (runs=[PATH,PATH,...]; out=compare.html)",

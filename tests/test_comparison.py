@@ -141,3 +141,21 @@ def test_all_that_is_wrong_with_the_words_is_said_at_once(
         assert "RPT-002" in capsys.readouterr().err
     assert main(["report", "compare", f"run={runs[0].path}"]) == 2
     assert "run= is not known here, runs= is" in capsys.readouterr().err
+
+
+def test_the_page_of_an_unfinished_run_is_written_beside_it_and_does_not_end_it(
+    runs: list[RunDir], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    begun = RunDir(tmp_path / "begun")
+    begun.path.mkdir()
+    begun.recipe.write_bytes(runs[0].recipe.read_bytes())
+    assert main(["report", "page", "run=begun"]) == 0
+    assert f"the run as it is now: {tmp_path / 'page.html'}" in capsys.readouterr().out
+    assert "Not finished yet: data, train" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert not begun.report.exists()
+    assert main(["report", "page", "out=x.pdf", "rows=3"]) == 2
+    said = capsys.readouterr().err
+    assert "CFG-010 report page takes run=PATH" in said and "RPT-001 out=x.pdf" in said and "rows= is not known" in said
+    assert main(["report", "page", "run=nowhere"]) == 3
+    assert "RUN-004" in capsys.readouterr().err
