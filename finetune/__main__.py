@@ -19,6 +19,14 @@ VERBS = {
     "merge": ("finetune.commands:job", "... and the adapter in the original weights"),
     "export": ("finetune.commands:job", "... and what a server loads"),
     "report": ("finetune.commands:job", "... and a page to look at"),
+    "report page": (
+        "finetune.report_commands:page",
+        "the page of a run as it is now, finished or not (run=PATH; out=page.html)",
+    ),
+    "report compare": (
+        "finetune.report_commands:compare",
+        "one page that compares finished runs (runs=[PATH,PATH,...]; out=compare.html)",
+    ),
     "plan": (
         "finetune.plan_commands:plan",
         "what it needs, takes and costs; loads and fetches nothing, unless probe=3 trains so many steps",
@@ -49,7 +57,7 @@ VERBS = {
     "verify": (
         "finetune.commands:verify",
         "whether a finished run is still what its record says (run=PATH); with serve=URL, whether that server has the\n"
-        + " " * 15
+        + " " * 17
         + "tuned model or its base, and with --isolation that both answer as themselves (model=NAME base_model=NAME)",
     ),
 }
@@ -173,7 +181,7 @@ def read(words: list[str]) -> Request:
 
 def help_text() -> str:
     """What --help prints."""
-    verbs = "".join(f"  {verb:<12} {what}\n" for verb, (_, what) in VERBS.items())
+    verbs = "".join(f"  {verb:<14} {what}\n" for verb, (_, what) in VERBS.items())
     return f"{USAGE}\n{verbs}\n{OPTIONS}"
 
 

@@ -42,7 +42,7 @@ class Evaluate:
     """Held-out rows to use; 0 means all."""
     batch_size: int = 8
     """Rows per forward pass."""
-    samples: int = 5
+    samples: int = 10
     """Rows shown side by side in the report: question, base, tuned, expected."""
     max_new_tokens: int = 48
     """Longest answer generated for a sample or the metric, in tokens."""

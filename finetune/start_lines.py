@@ -30,6 +30,16 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM makes room for."""
 BASE = "base"
 """Name of the base that vLLM serves beside an adapter."""
+STARTS = {
+    "gguf": "`gguf/` is for llama.cpp: `llama-server --model gguf/FILE.gguf --host 127.0.0.1 --offline`.",
+    "ollama": "`ollama/` is for Ollama: `cd ollama && ollama create NAME -f Modelfile`.",
+    "vllm": "`vllm/start.sh` serves `hf/` with vLLM, on this machine alone: `PYTHON=/its/bin/python sh vllm/start.sh`.",
+    "peft_per_expert": (
+        "`peft_per_expert/` is the adapter for servers that want a pair of matrices per expert, beside the base: "
+        "`--enable-lora --lora-modules NAME=peft_per_expert` of vLLM, `--lora-paths` of SGLang."
+    ),
+}
+"""Format -> how it is started."""
 HERE = Path(__file__).resolve().parent
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from finetune import OFFLINE
 from finetune.recipe import Recipe
 from finetune.rundir import write_text
-from finetune.start_lines import QUIET, Order, Server, command
+from finetune.start_lines import QUIET, STARTS, Order, Server, command
 
 HEAD = """\
 #!/bin/sh
@@ -19,18 +19,6 @@ HEAD = """\
 set -eu
 cd "$(dirname "$0")/.."
 """
-
-
-STARTS = {
-    "gguf": "`gguf/` is for llama.cpp: `llama-server --model gguf/FILE.gguf --host 127.0.0.1 --offline`.",
-    "ollama": "`ollama/` is for Ollama: `cd ollama && ollama create NAME -f Modelfile`.",
-    "vllm": "`vllm/start.sh` serves `hf/` with vLLM, on this machine alone: `PYTHON=/its/bin/python sh vllm/start.sh`.",
-    "peft_per_expert": (
-        "`peft_per_expert/` is the adapter for servers that want a pair of matrices per expert, beside the base: "
-        "`--enable-lora --lora-modules NAME=peft_per_expert` of vLLM, `--lora-paths` of SGLang."
-    ),
-}
-"""Format -> how it is started."""
 
 
 def add_clients(readme: Path, recipe: Recipe, told: Sequence[dict[str, Any]]) -> None:
