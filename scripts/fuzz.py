@@ -2,10 +2,10 @@
 
     python scripts/fuzz.py --inputs 200000
 
-The parsers, their seeds and what must hold are those of tests/test_fuzz_*.py: nothing but an error of ours may come out,
-within 5 s of processor time, without a file elsewhere, a program or a pickle. Half of the inputs are seeds with changed
-bytes, half have the right form and strange values. Writes scripts/bench_results/fuzz_<machine>.json; an input that broke
-something is printed and kept. Processes that die (a fault in a native library) and that hang are seen from outside.
+The parsers, their seeds and what must hold are those of tests/test_fuzz_*.py: nothing but an error of ours may come
+out, within 5 s of processor time, without a file elsewhere, a program or a pickle. Half of the inputs are seeds with
+changed bytes, half have the right form and strange values. Writes scripts/bench_results/fuzz_<machine>.json; an input
+that broke something is printed and kept. A process that dies (a fault in a native library) or hangs is seen too.
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ def watched(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             del workers[number]
             if worker.returncode:
                 at = int((place / "at").read_text())
-                how = f"{names[at]}: the process ended with {worker.returncode} ({'hung' if quiet > SILENT_SECONDS else 'died'})"
+                end = "hung" if quiet > SILENT_SECONDS else "died"
+                how = f"{names[at]}: the process {end} ({worker.returncode})"
                 dead.append((names[at], how))
                 target = Path(tempfile.mkdtemp(prefix="fuzz-crash-"))
                 shutil.copytree(place / "place" / fuzzing.INPUT, target, dirs_exist_ok=True)

@@ -138,7 +138,7 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
         for path, base in zip(args[:count], args[-count:], strict=True):
             if not isinstance(path, int):
                 beside = isinstance(base, int) and base >= 0 and event != "os.truncate"  # relative to a folder
-                _check(event, os.path.join(os.readlink(f"/proc/self/fd/{base}"), path) if beside else path)  # noqa: PTH115, PTH118
+                _check(event, f"{Path(f'/proc/self/fd/{base}').readlink()}/{os.fsdecode(path)}" if beside else path)
     elif event in _NEVER:
         _refuse(f"{event} {args!r:.200}")
 
@@ -194,8 +194,10 @@ def guarded(folder: Path) -> Iterator[list[str]]:
 # --- inputs: bytes --------------------------------------------------------------------------------------------------
 
 MAGIC = (
-    b"\x00", b"\xff", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x00\x00\x00\x80", b"\xff" * 8, b"\r\n", b"\n\n", b"{",
-    b"[", b"}", b"]", b'"', b",", b":", b"\\", b"\\ud800", b"../", b"\x1b[31m", b"\xef\xbb\xbf", b"\xc3\x28", b"1e999",
+    b"\x00", b"\xff", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x00\x00\x00\x80", b"\xff" * 8, b"\r\n", b"\n\n",
+    b"{",
+    b"[", b"}", b"]", b'"', b",", b":", b"\\", b"\\ud800", b"../", b"\x1b[31m", b"\xef\xbb\xbf", b"\xc3\x28",
+    b"1e999",
     b"NaN", b"-0", b"9" * 400, b"null", b"true", b"__class__", b"${oc.env:HOME}", b"!!python/object/apply:os.system",
     b"&a", b"*a", b"{{", b"{%", b"%}", b"\xed\xa0\x80", b"\x1f\x8b", b"PK\x03\x04", b"PAR1", b"ARROW1",
 )  # fmt: skip
@@ -246,9 +248,12 @@ DEEP, LONG = "@deep:", "@digits:"
 """Texts in a value that `dumped` replaces by what json.dumps cannot write: nested lists, a number of many digits."""
 STRANGE: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2**31, 2**63, -(2**63), 2**64, 0.5, -0.0, 1e308, float("inf"), float("nan"), "", " ",
-    "a", "0", "-1", "1e999", "\x00", "\ud800", "\u2028", "\x1b]0;x\x07", "é" * 40, "x" * 300, "x" * 5000, "..", "../../x",
-    "/etc/passwd", "https://u:p@h", "${oc.env:HOME}", "${seed}", "{0.__class__}", "{x!r:>99}", "__class__", "None", [], {},
-    [[]], [None], [0], ["a"], {"": None}, {"a": 1}, {"a": {"a": {}}}, [1, "a", None, {}], {"__class__": []}, [["a", "b"]],
+    "a", "0", "-1", "1e999", "\x00", "\ud800", "\u2028", "\x1b]0;x\x07", "é" * 40, "x" * 300, "x" * 5000, "..",
+    "../../x",
+    "/etc/passwd", "https://u:p@h", "${oc.env:HOME}", "${seed}", "{0.__class__}", "{x!r:>99}", "__class__", "None",
+    [], {},
+    [[]], [None], [0], ["a"], {"": None}, {"a": 1}, {"a": {"a": {}}}, [1, "a", None, {}], {"__class__": []}, [["a",
+    "b"]],
     f"{DEEP}200", f"{DEEP}980", f"{DEEP}3000", f"{DEEP}100000", f"{LONG}30", f"{LONG}400", f"{LONG}5000",
     [f"{DEEP}980"], {"a": f"{LONG}400"},
 )  # fmt: skip
@@ -321,10 +326,8 @@ def hunt(parser: Parser, folder: Path, examples: int, *, shaped: bool) -> None:
         parser.parse(folder / INPUT)  # a seed that is refused would test nothing; what it imports is not watched
 
     def one(draw: random.Random | Files) -> None:
-        if isinstance(draw, dict):
-            files = draw
-        else:
-            files = parser.shaped(draw) if shaped else mutated(seeds, draw)
+        drawn = parser.shaped if shaped else functools.partial(mutated, seeds)
+        files = draw if isinstance(draw, dict) else drawn(draw)
         note(f"{files!r:.2000}")
         attempt(parser, folder, files)
 

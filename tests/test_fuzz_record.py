@@ -168,6 +168,12 @@ PARSERS = [
     Parser(
         name="manifests of checkpoints",
         weight=20,
+        examples=[
+            (manifest(sealed({"step": 3, "files": {}})), ""),
+            (manifest(sealed(MANIFEST | {"files": {"a.safetensors": {"size": "5", "sha256": ""}}})), ""),
+            (manifest(sealed(MANIFEST | {"files": {"x" * 300: {"size": 5, "sha256": ""}}})), ""),
+            (manifest(b"[" * 9000 + b"]" * 9000), ""),
+        ],
         parse=resume,
         seeds=lambda: [manifest(sealed(MANIFEST))],
         shaped=lambda draw: manifest(sealed(poked(MANIFEST, draw))),
@@ -176,6 +182,7 @@ PARSERS = [
     Parser(
         name="recorded answers",
         weight=20,
+        examples=[({"merged/answers.json": dumped(answers(1)).replace(b"-0.4", b"9" * 400)}, "SRV-014")],
         parse=judge,
         seeds=lambda: [{"merged/answers.json": dumped(answers(2))}],
         shaped=lambda draw: {"merged/answers.json": dumped(poked(answers(2), draw))},

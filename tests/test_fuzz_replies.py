@@ -39,13 +39,17 @@ MODELS: dict[str, Any] = {"object": "list", "data": [{"id": "m", "owned_by": "vl
 REPLIES = (COMPLETION, CHAT, MODELS, {"tokens": [1, 2]})
 HEADERS = (
     b"Content-Type: application/json\r\n", b"Transfer-Encoding: chunked\r\n", b"Content-Length: 9999999999\r\n",
-    b"Content-Length: -1\r\n", b"Content-Length: x\r\n", b"Location: file:///etc/passwd\r\n", b"Connection: close\r\n",
+    b"Content-Length: -1\r\n", b"Content-Length: x\r\n", b"Location: file:///etc/passwd\r\n",
+    b"Connection: close\r\n",
     b"Content-Encoding: gzip\r\n", b": \r\n", b"\x00\xff: \xfe\r\n", b"a" * 70_000 + b": b\r\n", b"a: b\r\n" * 120,
-    b"WWW-Authenticate: Basic realm=x\r\n", b"Set-Cookie: a=b\r\n", b" folded\r\n", b"Content-Type: text/html; charset=x\r\n",
+    b"WWW-Authenticate: Basic realm=x\r\n", b"Set-Cookie: a=b\r\n", b" folded\r\n",
+    b"Content-Type: text/html; charset=x\r\n",
 )  # fmt: skip
 LINES = (
-    b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.0 200\r\n", b"HTTP/1.1 401 No\r\n",
-    b"HTTP/1.1 302 Found\r\n", b"HTTP/1.1 500 Error\r\n", b"HTTP/1.1 404 None\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/9.9 x\r\n",
+    b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.0 200\r\n",
+    b"HTTP/1.1 401 No\r\n",
+    b"HTTP/1.1 302 Found\r\n", b"HTTP/1.1 500 Error\r\n", b"HTTP/1.1 404 None\r\n",
+    b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/9.9 x\r\n",
     b"SSH-2.0-x\r\n", b"", b"\xff\xfe\r\n", b"HTTP/1.1 999999 x\r\n", b"HTTP/1.1 204 No\r\n", b"HTTP/1.1 416 x\r\n",
 )  # fmt: skip
 
@@ -127,15 +131,17 @@ MEMBERS = {
     "p/rows.csv": b"q,a\nOne?,1.\n",
     "p/options.jsonl": b'{"question": "q", "options": "A. x\\nB. y", "answer": "B. y"}\n',
     "p/chat.jsonl": b'{"input": [{"role": "user", "content": "q A. x"}], "ideal": "A"}\n',
-    "p/icd.xml": b"<a><chapter><name>1</name><diag><name>A00</name><desc>d</desc><inclusionTerm><note>t</note></inclusionTerm>"
-    b"</diag></chapter></a>",
-    "p/fact.json": b'{"Government": {"Country name": {"conventional short form": {"text": "A"}}}, "Geo": {"Area": {"text": "1"}}}',
+    "p/icd.xml": b"<a><chapter><name>1</name><diag><name>A00</name><desc>d</desc>"
+    b"<inclusionTerm><note>t</note></inclusionTerm></diag></chapter></a>",
+    "p/fact.json": b'{"Government": {"Country name": {"conventional short form": {"text": "A"}}}, '
+    b'"Geo": {"Area": {"text": "1"}}}',
     "p/2001-a-b.txt": (b"word " * 30 + b"\n\n") * 3,
     "p/mit.LICENSE": b"---\nkey: mit\nname: MIT\ncategory: Permissive\n---\nPermission is granted.\n",
     "p/rows.jsonl.gz": gzip.compress(b'{"q": "One?", "a": "1."}\n', mtime=0),
 }
 READERS = {
-    "p/rows.jsonl": "jsonl", "p/rows.json": "json", "p/rows.csv": "csv", "p/options.jsonl": "options", "p/chat.jsonl": "chat",
+    "p/rows.jsonl": "jsonl", "p/rows.json": "json", "p/rows.csv": "csv", "p/options.jsonl": "options",
+    "p/chat.jsonl": "chat",
     "p/icd.xml": "icd", "p/fact.json": "factbook", "p/2001-a-b.txt": "addresses", "p/mit.LICENSE": "licence_rules",
     "p/rows.jsonl.gz": "jsonl",
 }  # fmt: skip
@@ -224,20 +230,32 @@ def shaped_sources(draw: random.Random) -> Files:
 
 PARSERS = [
     Parser(
-        name="replies of servers", weight=3,
+        name="replies of servers", weight=3, examples=[
+            (reply(b"[" * 9000 + b"]" * 9000), "SRV-007"),
+            (reply(b"-5\r\nx", LINES[6] + HEADERS[1]), "SRV-007"),
+            (reply(dumped(CHAT).replace(b"-0.1", b"9" * 400)), "SRV-007"),
+        ],
         parse=ask,
         seeds=lambda: [reply(value) for value in REPLIES[:0]] + [reply(COMPLETION | CHAT | MODELS | {"choices": [
             COMPLETION["choices"][0] | CHAT["choices"][0] | {"logprobs": None}]})],
         shaped=shaped_reply,
     ),
     Parser(
-        name="packages of cards", weight=12,
+        name="packages of cards", weight=12, examples=[
+            ({"p+rows.json.whl": zipped({"p/rows.json": b"{"})}, "DATA-009"),
+            ({"p+icd.xml.whl": zipped({"p/icd.xml": LAUGHS})}, "DATA-009"),
+            ({"p+fact.json.whl": zipped({"p/fact.json": b"null"})}, "DATA-009"),
+        ],
         parse=read_wheel,
         seeds=lambda: [{f"{name.replace('/', '+')}.whl": zipped({name: data}, True)} for name, data in MEMBERS.items()],
         shaped=shaped_wheel,
     ),
     Parser(
-        name="files taken out of wheels", weight=10,
+        name="files taken out of wheels", weight=10, examples=[
+            ({"p.whl": zipped({"../../../evil": b"e"}), "member": b"../../../evil"}, "FET-007"),
+            ({"p.whl": zipped({"/tmp/evil": b"e"}), "member": b"/tmp/evil"}, "FET-007"),
+            ({"p.whl": zipped({"p/x": b"xyz"}, True).replace(b"xyz", b"xyy"), "member": b"p/x"}, "FET-008"),
+        ],
         parse=take_out,
         seeds=lambda: [{"p.whl": zipped({"p/x": b"xyz" * 9}, stored), "member": b"p/x"} for stored in (True, False)],
         shaped=shaped_member,

@@ -19,7 +19,7 @@ from finetune.data.items import Item, read_items
 from finetune.data.part import Job, Maker, Work
 from finetune.data.records import records
 from finetune.data.rows import Row, read_messages
-from finetune.data.shape import FORMATS, conversation, detect, grouped
+from finetune.data.shape import conversation, detect, grouped
 from finetune.recipe import Data
 from tests.fuzzing import Files, Parser, attempt, dumped, hunt, poked, strange
 
@@ -164,8 +164,10 @@ def shaped_squeezed(draw: random.Random) -> Files:
 # --- rows as tokens -------------------------------------------------------------------------------------------------
 
 LONG_RUNS = (
-    "a", "1", "-", ".", "@", "a@", "a.", "1-", "1 ", "(", "AB12 ", "a\n", "\\n", "password=", "==", "é", "中", "\u200b",
-    "```", "`", "<a ", "</", "00:", "2001:", "sk-", "eyJ", "key ", "1.1.1.", "+49 ", "DE89 ", "\"", "'", "/*", "<!--", "#",
+    "a", "1", "-", ".", "@", "a@", "a.", "1-", "1 ", "(", "AB12 ", "a\n", "\\n", "password=", "==", "é", "中",
+    "\u200b",
+    "```", "`", "<a ", "</", "00:", "2001:", "sk-", "eyJ", "key ", "1.1.1.", "+49 ", "DE89 ", "\"", "'", "/*",
+    "<!--", "#",
 )  # fmt: skip
 """Repeated many times, these make regular expressions go back and forth."""
 
@@ -278,19 +280,43 @@ def ask_index(folder: Path) -> None:
         index.hits(text)
 
 
+DEEP = b"[" * 980 + b"]" * 980
+
 PARSERS = [
     Parser(
         name="rows: JSONL, JSON, CSV, text",
         weight=30,
+        examples=[
+            ({"r.jsonl": b'{"conversations": [{"from": [], "value": "a"}]}'}, ""),
+            ({"r.csv": b"messages\n" + DEEP}, ""),
+        ],
         parse=read,
         seeds=text_seeds,
         shaped=shaped_text,
     ),
     Parser(name="rows: Parquet, Arrow", weight=12, parse=read, seeds=table_seeds, shaped=shaped_table, native=True),
-    Parser(name="rows: gzip, zstd", weight=12, parse=read, seeds=squeezed_seeds, shaped=shaped_squeezed),
+    Parser(
+        name="rows: gzip, zstd",
+        weight=12,
+        examples=[({"r.jsonl.gz": gzip.compress(b'{"text": "a"}', mtime=0)[:10] + b"\x07"}, "DATA-006")],
+        parse=read,
+        seeds=squeezed_seeds,
+        shaped=shaped_squeezed,
+    ),
     Parser(
         name="messages of a file",
         weight=20,
+        examples=[
+            ({"r.jsonl": b'{"messages": [{"role": "user", "content": "a"}], "tools": ' + DEEP + b"}"}, "DATA-022"),
+            (
+                {
+                    "r.jsonl": b'{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "'
+                    + DEEP
+                    + b'"}]}]}'
+                },
+                "DATA-025",
+            ),
+        ],
         parse=lambda folder: read_messages(folder / "r.jsonl"),
         seeds=lambda: [{"r.jsonl": written(ROWS[:3], ".jsonl")}],
         shaped=lambda draw: {"r.jsonl": written([poked(draw.choice(ROWS[:3]), draw)], ".jsonl")},

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import random
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -17,14 +15,17 @@ from finetune.data.card import card_folder, read_card
 from finetune.data.rows import Row
 from finetune.data.wording import word
 from finetune.recipe import Recipe
-from tests.fuzzing import Files, Parser, attempt, dumped, hunt, poked, strange
+from tests.fuzzing import Files, Parser, attempt, dumped, hunt, poked
 
 YAML_TRICKS = (
     "!!timestamp x", "!!int ''", "!!float ''", "!!bool x", "!!binary é", "!!set {a}", "!!omap [a]", "!!pairs [a]",
     "!!python/object/apply:os.system [touch canary]", "!!python/name:os.system", "!!python/module:os", "2001-99-99",
-    "2001-01-01t99:99:99z", "0b", "0x", "1:99:99", ".inf", ".nan", "~", "yes", "&a [*a]", "*a", "<<: 1", "? [a]", "? {a: b}",
-    "|\n", "[" * 900, "{a: " * 400, "- " * 900, "!<tag:x,2000:y> z", "%YAML 9.9", "---\n---", "'", '"\\x0"', "\t", "@", "`",
-    "${seed}", "${train.lr}", "${oc.env:HOME}", "${oc.decode:1}", "???", "${a", "${.}", "${..seed}", "1" * 5000, "1e999",
+    "2001-01-01t99:99:99z", "0b", "0x", "1:99:99", ".inf", ".nan", "~", "yes", "&a [*a]", "*a", "<<: 1", "? [a]",
+    "? {a: b}",
+    "|\n", "[" * 900, "{a: " * 400, "- " * 900, "!<tag:x,2000:y> z", "%YAML 9.9", "---\n---", "'", '"\\x0"', "\t",
+    "@", "`",
+    "${seed}", "${train.lr}", "${oc.env:HOME}", "${oc.decode:1}", "???", "${a", "${.}", "${..seed}",
+    "1" * 5000, "1e999",
 )  # fmt: skip
 """Texts that YAML or OmegaConf make something of."""
 
@@ -60,7 +61,8 @@ def shaped_card(draw: random.Random) -> Files:
     value = poked(yaml.safe_load(text), draw)
     if isinstance(value, dict) and draw.randrange(3) == 0:
         value[draw.choice(("question", "answer"))] = draw.choice(
-            ("{text}", "{", "{text:>99999999999}", "{text.__class__.__init__}", "{text[0]}", "{}", "{0}", "{text!r:{key}}",
+            ("{text}", "{", "{text:>99999999999}", "{text.__class__.__init__}", "{text[0]}", "{}", "{0}",
+            "{text!r:{key}}",
              "{excerpt:{excerpt}}", "{text.format}", "{label:1000000000}", "}{", "{\x00}", "{key!x}")
         )  # fmt: skip
     return {"card.yaml": dumped(value, ensure_ascii=bool(draw.randrange(2)))}
@@ -111,14 +113,17 @@ def use_folder(folder: Path) -> None:
 # --- words ----------------------------------------------------------------------------------------------------------
 
 WORDS = (
-    "recipe=legal_quickstart", "adapter.rank=8", "scale=rehearsal", "train.lr=1e-4,2e-4", "data.train_files=[a.jsonl]",
+    "recipe=legal_quickstart", "adapter.rank=8", "scale=rehearsal", "train.lr=1e-4,2e-4",
+    "data.train_files=[a.jsonl]",
     "export.name='a b'", "adapter.rank_pattern={q_proj: 8}", "run=runs/x/0001", "-m", "--rows", "5", "--json", "plan",
     "data", "index", "verify", "serve=http://h", "~seed", "+seed=1", "++seed=1", "seed@x=1", "hydra.run.dir=/x",
     "licence.accept=" + "0" * 64, "train.report_to=[tensorboard]", "a=range(1,4)", "a=choice(1,2)", "a=glob(*)",
 )  # fmt: skip
 PIECES = (
-    "=", ",", "[", "]", "{", "}", "(", ")", "'", '"', "\\", " ", "${seed}", "${oc.env:HOME}", "$", "@", ":", "/", "..", "~",
-    "+", "*", "\x00", "\ud800", "é", "hydra", "choice(", "range(", "interval(", "tag(", "sort(", "shuffle(", "glob(", "null",
+    "=", ",", "[", "]", "{", "}", "(", ")", "'", '"', "\\", " ", "${seed}", "${oc.env:HOME}", "$", "@", ":", "/",
+    "..", "~",
+    "+", "*", "\x00", "\ud800", "é", "hydra", "choice(", "range(", "interval(", "tag(", "sort(", "shuffle(",
+    "glob(", "null",
     "hf_" + "a" * 20, "1e999", "9" * 400, "__class__", "_target_", "[" * 200, "(" * 200, "{a:" * 100, "'" * 99,
 )  # fmt: skip
 
@@ -142,10 +147,28 @@ def use_words(folder: Path) -> None:
 
 
 TARGET = b"purpose: x\ntrain: {_target_: os.system}\n"
+
+
+def padded(template: str = "{excerpt:>999999999}") -> bytes:
+    """A card that is right but for its question."""
+    value = yaml.safe_load(next(text for text in cards() if "operative" in text))
+    return dumped(value | {"question": template})
+
+
 PARSERS = [
     Parser(
         name="data cards",
         weight=2,
+        examples=[
+            ({"card.yaml": b"title: 2001-99-99"}, "DATA-008"),
+            ({"card.yaml": b"title: !!int ''"}, "DATA-008"),
+            ({"card.yaml": b"title: \xff"}, "DATA-008"),
+            ({"card.yaml": b"title: " + b"[" * 900}, "DATA-008"),
+            ({"card.yaml": b'title: "\\ud800"'}, "DATA-008"),
+            ({"card.yaml": padded()}, "DATA-008"),
+            ({"card.yaml": padded("{excerpt.__class__}")}, "DATA-008"),
+            ({"card.yaml": padded("{excerpt}")}, ""),
+        ],
         parse=use_card,
         seeds=lambda: [{"card.yaml": text.encode()} for text in cards()],
         shaped=shaped_card,
@@ -153,6 +176,12 @@ PARSERS = [
     Parser(
         name="recipe.yaml",
         weight=0.2,
+        examples=[
+            ({"recipe.yaml": b"seed: \x01"}, "CFG-008"),
+            ({"recipe.yaml": b"seed: !!timestamp x"}, "CFG-008"),
+            ({"recipe.yaml": b"seed: 2001-01-01"}, "CFG-008"),
+            ({"recipe.yaml": b"seed: " + b"[" * 900}, "CFG-008"),
+        ],
         parse=lambda folder: read_recipe(folder / "recipe.yaml"),
         seeds=lambda: [{"recipe.yaml": frozen().encode()}, {"recipe.yaml": PLAIN.encode()}],
         shaped=shaped_recipe,
@@ -167,6 +196,7 @@ PARSERS = [
     Parser(
         name="words of the command line",
         weight=6,
+        examples=[({"words": b"-m\n" + b"\n".join([b"train.lr=1e-4,2e-4"] * 40)}, "CFG-003")],
         parse=use_words,
         seeds=lambda: [{"words": b"data\nrecipe=x\nadapter.rank=8"}, {"words": b"-m\ntrain.lr=1e-4,2e-4"}],
         shaped=shaped_words,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from functools import cache
 from pathlib import Path
@@ -53,7 +52,7 @@ def safetensors(header: Any, length: int | None = None, size: int | None = None)
     return (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(size)
 
 
-INDEX = {"metadata": {"total_size": 44}, "weight_map": {name: "one.safetensors" for name in SHAPES}}
+INDEX = {"metadata": {"total_size": 44}, "weight_map": dict.fromkeys(SHAPES, "one.safetensors")}
 
 
 def weight_seeds() -> list[Files]:
@@ -110,8 +109,9 @@ class Tokens:
 WEIGHTS = {"model.q_proj.weight": Weight((4, 6)), "model.experts.gate_up_proj": Weight((2, 6, 4))}
 ADAPTER = {
     "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"],
-    "target_parameters": ["experts.gate_up_proj"], "rank_pattern": {}, "alpha_pattern": {}, "lora_dropout": 0.0, "bias": "none",
-    "peft_version": "0.21.2", "init_lora_weights": True, "use_rslora": False, "modules_to_save": None, "use_dora": False,
+    "target_parameters": ["experts.gate_up_proj"], "rank_pattern": {}, "alpha_pattern": {}, "bias": "none",
+    "lora_dropout": 0.0,     "peft_version": "0.21.2",
+    "init_lora_weights": True, "use_rslora": False, "modules_to_save": None, "use_dora": False,
 }  # fmt: skip
 PAIRS = {
     "base_model.model.model.q_proj.lora_A.weight": ("F32", [2, 6]),
@@ -172,15 +172,24 @@ TEMPLATES = (
     "{%- endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}",
 )
 PIECES = (
-    "{{ messages }}", "{{ x.y.z }}", "{{ messages[9] }}", "{{ ''.__class__ }}", "{{ messages.append(1) }}", "{{ 1/0 }}",
-    "{{ cycler.__init__.__globals__.os.system('touch canary') }}", "{{ self }}", "{% set x = x + 1 %}", "{{ 'a' * -1 }}",
-    "{% raw %}", "{% endraw %}", "{% import 'os' as o %}", "{% include 'x' %}", "{% extends 'x' %}", "{{ raise_exception('n') }}",
-    "{{ strftime_now('%Y') }}", "{{ messages | tojson(indent=-1) }}", "{{ 'a' % 3 }}", "{{ '%d' % 'a' }}", "{{ '{0.x}'.format(1) }}",
-    "{% for a in messages recursive %}{{ loop(a) }}{% endfor %}", "{{ [] | first }}", "{{ none | length }}", "{{ 5 | join }}",
-    "{% macro m(a) %}{{ m(a) }}{% endmacro %}{{ m(1) }}", "{% block b %}{{ self.b() }}{% endblock %}", "{{ m.role.upper() }}",
-    "{% call x() %}{% endcall %}", "{% generation %}", "{% endgeneration %}", "{% break %}", "{{ " + "(" * 200 + "1" + ")" * 200 + " }}",
-    "{{ namespace(a=1).a.b }}", "{{ dict(a=1)[[]] }}", "{{ {[]: 1} }}", "{{ messages | sort }}", "{{ messages | groupby('role') }}",
-    "{{ 9 ** 99 }}", "{{ 'x' | int(base=99) }}", "{% if %}", "\x00", "{{ m.content.encode() }}", "{{ \"\\ud800\" }}", "{#",
+    "{{ messages }}", "{{ x.y.z }}", "{{ messages[9] }}", "{{ ''.__class__ }}", "{{ messages.append(1) }}",
+    "{{ 1/0 }}",
+    "{{ cycler.__init__.__globals__.os.system('touch canary') }}", "{{ self }}", "{% set x = x + 1 %}",
+    "{{ 'a' * -1 }}",
+    "{% raw %}", "{% endraw %}", "{% import 'os' as o %}", "{% include 'x' %}", "{% extends 'x' %}",
+    "{{ raise_exception('n') }}",
+    "{{ strftime_now('%Y') }}", "{{ messages | tojson(indent=-1) }}", "{{ 'a' % 3 }}", "{{ '%d' % 'a' }}",
+    "{{ '{0.x}'.format(1) }}",
+    "{% for a in messages recursive %}{{ loop(a) }}{% endfor %}", "{{ [] | first }}", "{{ none | length }}",
+    "{{ 5 | join }}",
+    "{% macro m(a) %}{{ m(a) }}{% endmacro %}{{ m(1) }}", "{% block b %}{{ self.b() }}{% endblock %}",
+    "{{ m.role.upper() }}",
+    "{% call x() %}{% endcall %}", "{% generation %}", "{% endgeneration %}", "{% break %}",
+    "{{ " + "(" * 200 + "1" + ")" * 200 + " }}",
+    "{{ namespace(a=1).a.b }}", "{{ dict(a=1)[[]] }}", "{{ {[]: 1} }}", "{{ messages | sort }}",
+    "{{ messages | groupby('role') }}",
+    "{{ 9 ** 99 }}", "{{ 'x' | int(base=99) }}", "{% if %}", "\x00", "{{ m.content.encode() }}",
+    "{{ \"\\ud800\" }}", "{#",
 )  # fmt: skip
 
 
@@ -238,6 +247,18 @@ PARSERS = [
     Parser(
         name="safetensors, index files",
         weight=24,
+        examples=[
+            (
+                {
+                    "model.safetensors": safetensors(
+                        {"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}}, None, 4
+                    )
+                },
+                "WGT-003",
+            ),
+            ({"model.safetensors.index.json": b'{"weight_map": {"a": "' + b"x" * 300 + b'"}}'}, "WGT-003"),
+            ({"model.safetensors.index.json": b'{"weight_map": ' + b"[" * 9000 + b"]" * 9000 + b"}"}, "WGT-003"),
+        ],
         parse=use_weights,
         seeds=weight_seeds,
         shaped=shaped_weights,
@@ -246,6 +267,11 @@ PARSERS = [
     Parser(
         name="config.json of a model",
         weight=2,
+        examples=[
+            ({"config.json": b"[]"}, "WGT-002"),
+            ({"generation_config.json": b'{"eos_token_id": [[1]]}'}, "WGT-002"),
+            ({"config.json": b'{"model_type": "mixtral", "num_local_experts": "8"}'}, "WGT-002"),
+        ],
         parse=use_config,
         seeds=lambda: [
             {"config.json": dumped(c), "generation_config.json": dumped({"eos_token_id": 2})} for c in CONFIGS[:2]
@@ -258,6 +284,7 @@ PARSERS = [
     Parser(
         name="adapters",
         weight=16,
+        examples=[(adapter(b"[" * 9000 + b"]" * 9000, b""), "ADP-015")],
         parse=lambda folder: read_adapter(folder, WEIGHTS),
         seeds=lambda: [adapter(dumped(ADAPTER), safetensors(header_of(PAIRS)))],
         shaped=shaped_adapter,
@@ -266,6 +293,10 @@ PARSERS = [
     Parser(
         name="trained weights",
         weight=18,
+        examples=[
+            (tuned({"tensors": [[]]}, INDEX), "ADP-018"),
+            (tuned(TUNED, {"weight_map": dict.fromkeys(SHAPES, "../one.safetensors")}), "ADP-018"),
+        ],
         parse=whole.read,
         seeds=lambda: [tuned(TUNED, INDEX)],
         shaped=lambda draw: tuned(poked(TUNED, draw), INDEX if draw.randrange(2) else poked(INDEX, draw)),
@@ -274,6 +305,13 @@ PARSERS = [
     Parser(
         name="chat templates",
         weight=1.5,
+        examples=[
+            ({"chat_template.jinja": b"{{ 1/0 }}"}, "TPL-003"),
+            ({"chat_template.jinja": b"{% macro m(a) %}{{ m(a) }}{% endmacro %}{{ m(1) }}"}, "TPL-003"),
+            ({"chat_template.jinja": b"{{ '\\ud800' }}"}, "TPL-003"),
+            ({"chat_template.jinja": b"{# nothing #}"}, "TPL-003"),
+            ({"chat_template.jinja": b"{{ cycler.__init__.__globals__.os.system('touch canary') }}"}, "TPL-003"),
+        ],
         parse=use_template,
         seeds=lambda: [{"chat_template.jinja": text.encode()} for text in TEMPLATES],
         shaped=shaped_template,

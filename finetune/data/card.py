@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from string import Formatter
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Formatter
 from typing import Any, get_type_hints
 
 from finetune import guard
@@ -216,7 +216,7 @@ def _texts_within(given: Any, hint: Any) -> bool:
 
 
 def _template_problem(name: str, template: str) -> str:
-    """What is wrong with a template, or "". Python's format strings can also reach into values and pad them to any size."""
+    """What is wrong with a template, or "". Python's format strings also reach into values and pad without limit."""
     try:
         fields = [(field, spec or how) for _, field, spec, how in Formatter().parse(template) if field is not None]
     except ValueError as error:

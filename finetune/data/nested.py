@@ -10,7 +10,7 @@ DEPTH = 100
 
 
 def parsed(text: str, **hooks: Any) -> Any:
-    """The value of a JSON text; `hooks` are those of json.loads. Raises ValueError, also where it is nested too deeply."""
+    """The value of a JSON text; `hooks` are those of json.loads. Raises ValueError, also for one that is too deep."""
     try:
         value = json.loads(text, **hooks)
     except RecursionError:
