@@ -6,6 +6,8 @@ notebook shows; a stage that has not run yet is an error that says so. Nothing i
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,11 +108,12 @@ class OpenedRun:
     @property
     def rows(self) -> Table:
         """How many rows are on which side, and why others were dropped."""
-        from finetune.report import ledger_summary
-
         self.files.require(self.files.data / "report.json", "data")
-        counted = ledger_summary(self.files.data / "ledger.jsonl")
-        return Table("rows", ("where", "rows"), tuple(counted))
+        counted: Counter[str] = Counter()
+        with (self.files.data / "ledger.jsonl").open(encoding="utf-8") as lines:
+            for entry in map(json.loads, lines):
+                counted[entry["split"] or f"dropped: {entry['code']}"] += 1
+        return Table("rows", ("where", "rows"), tuple(counted.most_common()))
 
     @property
     def losses(self) -> Losses:
@@ -121,7 +124,7 @@ class OpenedRun:
     @property
     def coverage(self) -> Table:
         """What the adapter is on, group by group, and how the base is really stored."""
-        from finetune.report import coverage_rows, storage_sentence
+        from finetune.report.tables import coverage_rows, storage_sentence
 
         told = coverage_rows(self._train()["coverage"])
         columns = ("weights", "parameters", "share", "stored", "GiB", "adapted", "trained")
