@@ -58,7 +58,7 @@ def test_rows_of_one_group_are_drawn_together_and_the_interval_is_wider_for_it()
     assert "20 groups" in together["interval"] and "200 rows" in apart["interval"]
     assert together["loss_high"] - together["loss_low"] > 2.5 * (apart["loss_high"] - apart["loss_low"])
     few = token_loss(nats, [1] * 200, ["a", "b"] * 100, 0.95, 0)
-    assert "200 rows (2 groups are too few to draw)" in few["interval"]
+    assert "200 rows (too few groups to draw: 2)" in few["interval"]
     one = token_loss([1e6], [1], ["a"], 0.95, 0)
     assert one["loss_low"] is one["perplexity"] is None
 
@@ -81,7 +81,7 @@ def test_metrics_mark_what_they_say() -> None:
     assert rouge_l("a b c d", "a x c d") == pytest.approx(0.75)
 
 
-def test_an_answer_that_was_cut_is_marked_without_its_ellipsis_and_counted() -> None:
+def test_an_answer_that_was_cut_is_marked_as_far_as_it_goes_and_counted() -> None:
     marks = by_answer("exact", [4, 5], ["yes", "no"], ["yes …", "yes"], ["yes", "no"])
     assert (marks.base, marks.tuned, marks.cut) == ([1, 0], [1, 1], (1, 0))
     told = metric.told(marks, 0.95, 0)

@@ -88,6 +88,8 @@ def test_a_rehearsal_leaves_everything_a_full_run_would(name, tmp_path, cache):
     scores = read_json(done.scores)
     assert scores["base"]["loss"] != scores["tuned"]["loss"]
     assert len(scores["samples"]) == 2
+    assert [each["rows"] for each in scores["forgetting"]["sets"]] == [12]
+    assert (scores["safety"]["prompts"], scores["safety"]["benign"], len(scores["safety"]["examples"])) == (4, 4, 8)
 
     parity = read_json(done.export / "parity.json")
     assert parity["mean_kl"] < 0.01 < 1.0

@@ -95,7 +95,7 @@ def _units(nats: Sequence[float], tokens: Sequence[int], groups: Sequence[str]) 
     names, places = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
     sums, counts = np.asarray(nats, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
     if len(names) == len(sums) or len(names) < GROUPS:
-        return sums, counts, "rows" if len(names) == len(sums) else f"rows ({len(names)} groups are too few to draw)"
+        return sums, counts, "rows" if len(names) == len(sums) else f"rows (too few groups to draw: {len(names)})"
     return np.bincount(places, sums), np.bincount(places, counts), "groups"
 
 

@@ -41,9 +41,11 @@ def by_choice(rows: Sequence[Row], base: Sequence[RowScore], tuned: Sequence[Row
 
 
 def by_answer(name: str, places: list[int], expected: list[str], base: list[str], tuned: list[str]) -> Marks:
-    """Marks of generated answers by the metric `name`; an answer that was cut is marked as far as it goes."""
+    """Marks of generated answers by the metric `name`; an answer that was cut is marked as far as it goes:
+    no metric sees its ellipsis.
+    """
     mark = mark_of(name)
-    marks = [[mark(e, a.removesuffix(CUT)) for e, a in zip(expected, said, strict=True)] for said in (base, tuned)]
+    marks = [[mark(e, a) for e, a in zip(expected, said, strict=True)] for said in (base, tuned)]
     cut = sum(a.endswith(CUT) for a in base), sum(a.endswith(CUT) for a in tuned)
     return Marks(name=name, rows=places, base=marks[0], tuned=marks[1], cut=cut)
 
