@@ -15,7 +15,7 @@ import pytest
 import finetune.report as room
 from finetune.recipe import Recipe
 from finetune.report import plots, reading, tables
-from finetune.report.answers import better, drift, licence
+from finetune.report.answers import better, cost, cost_notes, drift, licence
 from finetune.report.gather import gather, stage_seconds
 from finetune.rundir import RunDir, read_json, write_json
 from tests.finished_run import NASTY, coverage, finished, scores, with_everything
@@ -261,6 +261,17 @@ def test_a_run_that_has_only_begun_has_a_page_too(run_dir: RunDir) -> None:
     bare.recipe.write_bytes(run_dir.recipe.read_bytes())
     words = Page(written(bare)).text
     assert "Not finished yet: data, train, evaluate, merge, export." in words and "Not exported yet" in words
+
+
+def test_money_is_reckoned_only_where_the_rate_is_of_the_device_that_it_ran_on(run_dir: RunDir) -> None:
+    facts = gather(run_dir)
+    assert {row[0]: row[2] for row in cost(facts).table}["money"] == reading.DASH  # a CPU, priced as an H100
+    assert cost_notes(facts)[1] == "It ran on cpu, whose hour has no price in the recipe."
+    on_gpu = facts | {"train": facts["train"] | {"device": "NVIDIA H100 80GB HBM3", "processes": 8, "seconds": 900}}
+    told = {row[0]: row[2].replace("\u00a0", " ") for row in cost(on_gpu).table}
+    assert told["device-hours"] == "2 h" and told["money"] == f"{2 * facts['recipe']['costs']['price_per_hour']:g} USD"
+    measured = on_gpu | {"energy": {"kwh": 1.4, "how": "counters"}}
+    assert cost(measured).table[2][2] == "1.4\u00a0kWh" and "Energy by counters." in cost_notes(measured)
 
 
 def test_licence_rules_that_are_broken_or_open_are_said_first(run_dir: RunDir) -> None:

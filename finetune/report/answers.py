@@ -85,8 +85,7 @@ def cost(facts: Facts) -> Answer:
     spent = train["seconds"] * (has(train, "processes") or 1) if train else None
     whole = sum(seconds for _, seconds, _ in facts["stages"])
     unit = costs["currency"]
-    on_cpu = bool(train) and str(train["device"]) == "cpu"
-    paid = spent / 3600 * costs["price_per_hour"] if spent is not None and not on_cpu else None
+    paid = spent / 3600 * costs["price_per_hour"] if spent is not None and _priced(facts) else None
     rows: list[tuple[str, ...]] = [
         ("training", span(_seconds(hours)), span(train["seconds"] if train else None)),
         ("device-hours", small(devices, "h"), small(spent / 3600, "h") if spent is not None else span(None)),
@@ -97,7 +96,7 @@ def cost(facts: Facts) -> Answer:
     if not train:
         told.short, told.tone, told.notes = "Not trained yet", "none", _next(facts, "train")
         return told
-    told.short = f"{small(paid, unit)}, {span(train['seconds'])}" if paid is not None else span(train["seconds"])
+    told.short = f"{small(paid, unit)}, {span(train['seconds'])}" if paid else span(train["seconds"])
     told.sentence = f"Trained on {has(train, 'processes') or 1} x {train['device']}"
     told.sentence += f"; all stages took {span(whole)}." if whole else "."
     return told
@@ -108,8 +107,8 @@ def cost_notes(facts: Facts) -> list[str]:
     costs, train = facts["recipe"]["costs"], facts["train"]
     rate = f"{costs['price_per_hour']:g} {costs['currency']} an hour of one {costs['device']}"
     notes = [f"Money is device-hours of the training times {rate}, the recipe's own figure."]
-    if train and str(train["device"]) == "cpu":
-        notes.append("It ran on a CPU, whose hour has no price in the recipe.")
+    if train and not _priced(facts):
+        notes.append(f"It ran on {train['device']}, whose hour has no price in the recipe.")
     if train and facts["energy"]["kwh"] is None:
         notes.append(f"Energy {facts['energy']['how']}.")
     elif train:
@@ -231,6 +230,12 @@ def _judged(scores: Facts) -> tuple[str, str]:
 
 def _next(facts: Facts, stage: str) -> list[str]:
     return [f"To go on: `python -m finetune {stage} run={facts['quoted']}`"]
+
+
+def _priced(facts: Facts) -> bool:
+    """Whether the recipe's rate is of the kind of device that it ran on: the price of a GPU is not that of a CPU."""
+    priced, used = facts["recipe"]["costs"]["device"], str(facts["train"]["device"])
+    return ("cpu" in priced.lower()) == ("cpu" in used.lower())
 
 
 def _seconds(hours: float | None) -> float | None:
