@@ -98,7 +98,7 @@ def test_a_recipe_file_without_its_package_line_is_told_what_it_lacks(mine: Path
 
 
 @pytest.mark.parametrize(
-    "group", ["recipe", "model", "data", "adapter", "train", "launch", "evaluate", "export", "scale"]
+    "group", ["recipe", "model", "data", "adapter", "train", "launch", "evaluate", "merge", "export", "costs", "scale"]
 )
 def test_an_unknown_option_lists_those_that_exist(group: str) -> None:
     exist = [path.stem for path in (RECIPES / group).glob("*.yaml")]
