@@ -117,7 +117,15 @@ def test_the_locks_are_above_the_security_floors() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["scripts/quickstart.sh", "scripts/test.sh", "scripts/lock.sh", "scripts/setup_venv.sh", ".ci/run"]
+    "name",
+    [
+        "scripts/quickstart.sh",
+        "scripts/test.sh",
+        "scripts/lock.sh",
+        "scripts/setup_venv.sh",
+        "scripts/egress_check.sh",
+        ".ci/run",
+    ],
 )
 def test_a_script_parses_and_may_be_executed(name: str) -> None:
     assert os.access(ROOT / name, os.X_OK)
