@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from finetune.record import versions  # noqa: E402
-from finetune.rundir import write_json  # noqa: E402
+from finetune.rundir import read_json, write_json  # noqa: E402
 from scripts.soak import cpu  # noqa: E402
 from tests import fuzzing  # noqa: E402
 
@@ -59,12 +59,16 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--only", default="", help="parsers whose name contains this")
     parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "bench_results" / "fuzz_cpu.json")
+    parser.add_argument("--page", action="store_true", help="print the table of SECURITY.md from what was written last")
     parser.add_argument("--worker", type=int, default=-1, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker >= 0:
         work(options)
+        return 0
+    if options.page:
+        print(page(read_json(options.out), read_json(options.out.with_name("soak_cpu.json"))))
         return 0
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
@@ -83,6 +87,7 @@ def main() -> int:
     }
     write_json(options.out, result)
     print(table(result))
+    print("SECURITY.md has these figures: python scripts/fuzz.py --page")
     return 1 if result["crashes"] else 0
 
 
@@ -230,6 +235,22 @@ def together(names: list[str], places: list[Path], dead: list[tuple[str, str]]) 
             "crashes": sorted({c for one in told for c in one["crashes"]} | {how for who, how in dead if who == name}),
         }
     return found
+
+
+def page(fuzz: dict[str, Any], soak: dict[str, Any]) -> str:
+    """The table of SECURITY.md: what was tried, how often, what came of it, what was lost."""
+    lines = ["| tried on | how often | what came of it | broken or lost |", "|---|---|---|---|"]
+    for name, told in fuzz["parsers"].items():
+        refused = f"refused {told['inputs'] - told['taken']:,} ({', '.join(told['errors']) or 'never'})"
+        came = f"read {told['taken']:,}, {refused}"
+        lines.append(f"| {name} | {told['inputs']:,} inputs | {came} | {len(told['crashes']) or 'nothing'} |")
+    for fault, count in soak["injected"].items():
+        came = ", ".join(f"{n} {what}" for what, n in soak["came_of_it"][fault].items())
+        lines.append(f"| a training: {fault} | {count} times | {came} | nothing |")
+    whole = f"{fuzz['inputs']:,} inputs, {sum(soak['injected'].values())} faults"
+    ended = f"{sum(soak['finished_runs'].values())} trainings compared with undisturbed ones"
+    lines.append(f"| **all** | {whole} | {ended} | **{fuzz['crashes'] + len(soak['violations']) or 'nothing'}** |")
+    return "\n".join(lines)
 
 
 def table(result: dict[str, Any]) -> str:
