@@ -7,6 +7,7 @@ import sys
 
 from finetune.commands import Request
 from finetune.errors import RecipeError
+from finetune.guard import word_problems
 
 VERBS = {
     "run": ("finetune.commands:job", "the whole job (the verb may be left out); with run=PATH, what is left of it"),
@@ -88,6 +89,8 @@ def main(words: list[str] | None = None) -> int:
 
             print(__version__, flush=True)
             return 0
+        if problems := word_problems(given):
+            raise RecipeError(problems)
         request = read(given)
         module, _, name = VERBS[request.verb][0].partition(":")
         code: int = getattr(importlib.import_module(module), name)(request)

