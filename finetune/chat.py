@@ -43,6 +43,7 @@ def chat(run_dir: RunDir, of: str = SIDES[0]) -> None:
     from finetune.base import load_base
     from finetune.compose import read_recipe
     from finetune.data import load_splits
+    from finetune.foreign.templates import vet
     from finetune.source import base_folder
     from finetune.whole import load_trained
 
@@ -60,6 +61,8 @@ def chat(run_dir: RunDir, of: str = SIDES[0]) -> None:
             double_quantisation=recipe.adapter.double_quantisation and not merged,
         )
 
+    if folder:  # a run folder may come from somebody else
+        vet(folder)
     base = load(folder or base_folder(recipe))
     model = load_trained(base, trained) if trained else base.model
     _to_talk(model, base)

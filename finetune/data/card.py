@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import string
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from finetune import guard
 from finetune.errors import DataError
 from finetune.setting import one_of
 
@@ -147,6 +150,8 @@ def read_card(name: str) -> Card:
         raise DataError(
             "DATA-007", f"there is no data card {name}", f"{hint}cards: {', '.join(card_names())}", "data=NAME"
         )
+    if problem := guard.yaml_problem(path):
+        raise DataError("DATA-008", problem.partition(" ")[2])
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -215,7 +220,23 @@ def _contradictions(card: Card) -> list[str]:
             problems.append("a refusal needs use=evaluation")
         if _NOT_FOR_TRAINING.search(card.licence):
             problems.append(f"licence={card.licence} needs use=evaluation")
-    return problems + _about_generators(card)
+    return [*problems, *_about_places(card), *_about_generators(card)]
+
+
+def _about_places(card: Card) -> Iterator[str]:
+    """What is wrong with the names of files, and with places in templates: `{name}` and nothing else."""
+    for name in [*card.members, *([card.sample] if card.sample else [])]:
+        if not isinstance(name, str) or name.startswith(("/", "~")) or ".." in Path(name).parts or "://" in name:
+            yield f"{name} is no name of a file below the card's folder, or in its package"
+    for key in ("question", "answer"):
+        try:
+            places = list(string.Formatter().parse(getattr(card, key)))
+        except ValueError as error:
+            yield f"{key} is no template: {error}"
+            continue
+        for _, name, form, conversion in places:
+            if name is not None and (form or conversion or not name.isidentifier() or "__" in name):
+                yield f"{key}: {{{name[:40]}}} must be the plain name of a field, such as {{text}}"
 
 
 def _about_generators(card: Card) -> list[str]:
