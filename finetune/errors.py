@@ -1,6 +1,6 @@
 """Errors that are the user's to mend: an id, what, why, and what to type. They end the program without a traceback.
 
-Whatever they are told, they say it without the secrets in it (`guard.redact`): other programs' words, addresses, values.
+Whatever they are told, they say it without the secrets in it (`guard.redact`): other programs' words, addresses.
 """
 
 from __future__ import annotations

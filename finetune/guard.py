@@ -1,4 +1,4 @@
-"""What a setting may never contain: secrets, classes to load, resolvers. And `redact`: texts without the secrets in them."""
+"""What a setting may never contain: secrets, classes to load, resolvers. `redact` takes secrets out of a text."""
 
 from __future__ import annotations
 
@@ -159,8 +159,10 @@ def yaml_problem(path: Path) -> str:
     """What is wrong with a YAML file as a text, or "". Nothing in it is expanded: aliases can grow without limit."""
     import yaml
 
-    opening = (yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken)
-    opening += (yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken)
+    opening = (
+        *(yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken),
+        *(yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken),
+    )
     closing = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
     if path.stat().st_size > MAX_YAML_BYTES:
         return f"CFG-008 {path} is larger than {MAX_YAML_BYTES} bytes, which no settings file is. Is it the right file?"

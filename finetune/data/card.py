@@ -234,9 +234,11 @@ def _about_places(card: Card) -> Iterator[str]:
         except ValueError as error:
             yield f"{key} is no template: {error}"
             continue
-        for _, name, form, conversion in places:
-            if name is not None and (form or conversion or not name.isidentifier() or "__" in name):
-                yield f"{key}: {{{name[:40]}}} must be the plain name of a field, such as {{text}}"
+        for _, field_name, form, conversion in places:
+            if field_name is None:
+                continue
+            if form or conversion or not field_name.isidentifier() or "__" in field_name:
+                yield f"{key}: {{{field_name[:40]}}} must be the plain name of a field, such as {{text}}"
 
 
 def _about_generators(card: Card) -> list[str]:

@@ -1,4 +1,4 @@
-"""What strangers wrote: a folder of files is looked at before a library opens one. `check_folder(folder, WeightsError)`.
+"""What strangers wrote, looked at before a library opens any of it. `check_folder(folder, WeightsError)`.
 
 Kinds of files come first (`kinds.py`), then keys that would load code (`configs.py`). Headers of weights have limits of
 their own (`headers.py`, `gguf.py`), and a chat template is a program that is read and tried out (`templates.py`).

@@ -1,8 +1,8 @@
 """Keys of a model's settings that would load code: `code_keys(folder)` finds them in every JSON file, at any depth.
 
-`trust_remote_code=False`, which is what we load with, has been passed over by such keys before: CVE-2026-4372
-(`_attn_implementation_internal`) and CVE-2026-5241 (a config that sets `trust_remote_code`) in reference to transformers
-4.56 to 5.2. So they are refused, whatever the installed version does with them.
+`trust_remote_code=False`, which is what we load with, has been passed over by such keys before, in transformers 4.56
+to 5.2: CVE-2026-4372 (`_attn_implementation_internal`), CVE-2026-5241 (a config that sets `trust_remote_code`). So they
+are refused, whatever the installed version does with them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The header of a GGUF file, walked with bounds before the gguf library maps it: `check_gguf(path)`.
 
-Readers of this format have been made to overflow by counts and lengths in it (CVE-2025-53630, CVE-2026-27940). The layout
-is that of ggml's docs/gguf.md: magic, version, number of tensors and of keys, the keys with typed values, the tensors'
-names, shapes, types and offsets, then padding to the alignment and the data.
+Readers of this format have been made to overflow by counts and lengths in it (CVE-2025-53630, CVE-2026-27940). The
+layout is that of ggml's docs/gguf.md: magic, version, number of tensors and of keys, the keys with typed values, the
+tensors' names, shapes, types and offsets, then padding to the alignment and the data.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which files a folder of weights may have: `file_problems(folder)`. Everything that is not on the list is refused.
 
-Only names and first bytes are looked at, so this takes milliseconds for a folder of any size. What lies in folders below
-is left alone, because nothing reads it; `additional_chat_templates/` is the exception, of us as of transformers.
+Only names and first bytes are looked at, so this takes milliseconds for a folder of any size. What lies in folders
+below is left alone, because nothing reads it; `additional_chat_templates/` is the exception, of us as of transformers.
 """
 
 from __future__ import annotations

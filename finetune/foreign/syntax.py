@@ -1,9 +1,9 @@
 """What a chat template may be made of: `syntax_problems(source)` reads it as a program, without running it.
 
-transformers runs templates in Jinja's sandbox, which bounds what they reach, not what they use: no time, no memory. Here
-everything is refused that no published template of a supported family needs and that reaches for Python's insides, for
-files, or for sizes: a list of what is allowed, not of what is known to be bad. (Jinja sandbox escapes so far:
-CVE-2016-10745, CVE-2019-10906, CVE-2024-56326, CVE-2025-27516, all by way of `format`, `map` or `attr`.)
+transformers runs templates in Jinja's sandbox, which bounds what they reach, not what they use: no time, no memory.
+Here everything is refused that no published template of a supported family needs and that reaches for Python's
+insides, for files, or for sizes: a list of what is allowed, not of what is known to be bad. (Jinja sandbox escapes so
+far: CVE-2016-10745, CVE-2019-10906, CVE-2024-56326, CVE-2025-27516, by way of `format`, `map` and `attr`.)
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The program that tries a chat template out: alone, with a second of processor time after another counted.
+"""The program that tries chat templates out, with limits on its time, memory and output. It imports nothing of ours.
 
-Started by `templates.py` as a file, so that it imports nothing of ours. Standard input: JSON with `templates` (texts) and
-limits. Standard output: a JSON object with, for each, `characters` (of the longest rendering), `refused` (conversations
-that the template itself turns down) and `error`.
+Started by `templates.py` as a file. Standard input: a JSON object with `templates` (texts) and limits. Standard
+output: a JSON list with, for each, `characters` (of the longest rendering), `refused` (renderings that the template
+itself turns down) and `error`.
 """
 
 from __future__ import annotations

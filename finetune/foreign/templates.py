@@ -59,8 +59,8 @@ def vet(folder: Path, seen: Path | None = None, pin: str = "") -> str:
     """The hash of a folder's chat template (empty without one), after all its templates were read and tried out.
 
     `seen` is a folder in which the hashes of templates that passed are kept, so that each is tried once. Raises
-    WeightsError: FRN-004 it has what no template needs, FRN-005 it takes too long or too much, FRN-006 it is not the one
-    whose hash `pin` is.
+    WeightsError: FRN-004 it has what no template needs, FRN-005 it takes too long or too much, FRN-006 it is not the
+    one whose hash `pin` is.
     """
     found = texts_of(folder)
     for place, text in found.items():
@@ -163,8 +163,8 @@ def about(folder: Path, published: tuple[str, ...] = ()) -> Template:
         changed = [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
         place = next((line.split(" ")[2] for line in lines if line.startswith("@@")), "")
         difference = (
-            f"the chat template is none that this family was published with: {len(changed)} lines differ from {nearest}, "
-            f"first at line {place.lstrip('+').partition(',')[0]}"
+            f"the chat template is none that this family was published with: {len(changed)} lines differ from "
+            f"{nearest}, first at line {place.lstrip('+').partition(',')[0]}"
         )
     return Template(sha256=digest(text), known_as=names[0] if names else "", difference=difference)
 
