@@ -23,14 +23,16 @@ SECRET_VALUE = re.compile(
     | \bAIza[A-Za-z0-9_-]{30,}              # Google
     | \bnpm_[A-Za-z0-9]{30,} | \bpypi-[A-Za-z0-9_-]{16,} | \bnvapi-[A-Za-z0-9_-]{16,}
     | \beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}(\.[A-Za-z0-9_-]*)?  # JSON web token
-    | -----BEGIN\ [A-Z ]*PRIVATE\ KEY(.*?-----END\ [A-Z ]*PRIVATE\ KEY-----)?
+    | -----BEGIN\ [A-Z ]*PRIVATE\ KEY(.{0,9999}?-----END\ [A-Z ]*PRIVATE\ KEY-----)?
     | (?<=://)[^/@\s"'<>]+(?=@)             # user and password in a URL
     """,
     re.VERBOSE | re.DOTALL,
 )
 """Values that give themselves away. Patterns of `data.credentials` are for rows, where a false alarm costs a row."""
 
-ASSIGNED = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]*)(\s*[=:]\s*)([\"']?)([^\s\"',;)\]}]{6,})")
+ASSIGNED = re.compile(
+    r"(?<![A-Za-z0-9_.-])([A-Za-z_][A-Za-z0-9_.-]{0,99})(\s{0,9}[=:]\s{0,9})([\"']?)([^\s\"',;)\]}]{6,})"
+)
 """A name, = or :, and a value, within a text."""
 
 HIDDEN = "[hidden]"
@@ -79,8 +81,10 @@ def word_problems(words: list[str]) -> list[str]:
 
 
 def redact(text: str) -> str:
-    """The text without what looks like a secret: values of known forms, values of secret variables of this process'
-    environment, and what a secret name is given (`password=...`).
+    """The text without what looks like a secret.
+
+    Hidden are values of known forms, values of this process' variables with the name of a secret, and what such a name
+    is given (`password=...`).
     """
     for name, value in os.environ.items():
         if len(value) >= SHORTEST and value in text and is_secret_name(name):
@@ -173,6 +177,9 @@ def yaml_problem(path: Path) -> str:
             depth += isinstance(token, opening) - isinstance(token, closing)
             if depth > MAX_DEPTH:
                 return f"CFG-008 {path}:{token.start_mark.line + 1}: nested more than {MAX_DEPTH} deep. Write it flat."
+            if isinstance(token, yaml.TagToken):
+                line = token.start_mark.line + 1
+                return f"CFG-008 {path}:{line}: YAML tags are not allowed in settings. Write the value as it is."
             if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
                 line = token.start_mark.line + 1
                 return (
