@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from finetune.commands import Request
 from finetune.errors import RecipeError
+from finetune.guard import word_problems
 
 VERBS = {
     "run": ("finetune.commands:job", "the whole job (the verb may be left out); with run=PATH, what is left of it"),
@@ -84,6 +86,7 @@ OPTIONS = """\
   --here             carry stages out in this process, also with launch.kind=slurm: what the jobs themselves type
   --run-file FILE    keep the run's path in FILE: the same words again carry on that run
   --isolation        `verify serve=URL`: ask base and tuned model of one server in turns
+  --show-rows        errors may repeat words of rows, which else they only name by file, line and hash
   --rows N           how many rows `data preview` shows
   --version, --help
 
@@ -107,7 +110,11 @@ def main(words: list[str] | None = None) -> int:
 
             print(__version__, flush=True)
             return 0
+        if problems := word_problems(given):
+            raise RecipeError(problems)
         request = read(given)
+        if request.show_rows:
+            os.environ["FINETUNE_SHOW_ROWS"] = "1"  # `data.rows.SHOW_ROWS`; processes that are started here have it too
         module, _, name = VERBS[request.verb][0].partition(":")
         code: int = getattr(importlib.import_module(module), name)(request)
         sys.stdout.flush()
@@ -133,6 +140,8 @@ def read(words: list[str]) -> Request:
             request.sweep = True
         elif word == "--json":
             request.as_json = True
+        elif word == "--show-rows":
+            request.show_rows = True
         elif word == "--here":
             request.here = True
         elif word == "--isolation":
@@ -149,7 +158,7 @@ def read(words: list[str]) -> Request:
         elif word.startswith("-"):
             problems.append(
                 f"CFG-011 {name} is no option. Options: -m, --config-dir DIR, --json, --here, --run-file FILE, "
-                "--isolation, --rows N, --version, --help."
+                "--isolation, --show-rows, --rows N, --version, --help."
             )
         elif word in VERBS and request.verb == "run":
             request.verb = word

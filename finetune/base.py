@@ -13,6 +13,7 @@ from typing import Any
 
 from finetune.errors import WeightsError
 from finetune.families import Family, family_of
+from finetune.foreign import check_folder
 from finetune.ranks import Part
 from finetune.shards import check_shards as check_shards  # for merge
 from finetune.shards import quantisation_of, weights_of
@@ -129,7 +130,7 @@ def load_base(
     _keep_cpu_layout(model)
     model.requires_grad_(False).eval()
     name_after(model, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return Base(
         model=model,
         tokenizer=tokenizer,
@@ -166,7 +167,10 @@ def name_after(model: Any, folder: Path) -> None:
 
 
 def read_config(folder: Path) -> tuple[Family, Any]:
-    """(family, transformers config of the text model) of a checkpoint folder. Raises WeightsError."""
+    """(family, transformers config of the text model) of a checkpoint folder. Raises WeightsError.
+
+    Nothing in the folder is opened by a library before `foreign.check_folder` has looked at it.
+    """
     from transformers import AutoConfig
 
     path = folder / "config.json"
@@ -177,7 +181,8 @@ def read_config(folder: Path) -> tuple[Family, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         family = family_of(values)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        check_folder(folder, WeightsError)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except WeightsError:
         raise
     except Exception as error:  # what transformers makes of a stranger's settings raises of every kind

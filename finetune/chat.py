@@ -42,12 +42,15 @@ def chat(run_dir: RunDir, of: str = SIDES[0]) -> None:
     /base is typed. Raises RunError when the run does not have them.
     """
     from finetune.compose import read_recipe
+    from finetune.foreign.templates import vet
     from finetune.source import base_folder
 
     recipe = read_recipe(run_dir.recipe)
     merged = of == "merged"
     if merged:
-        base = _base(recipe, run_dir.require(run_dir.merged, "merge"), packed=False)
+        folder = run_dir.require(run_dir.merged, "merge")
+        vet(folder)  # a run folder may come from somebody else
+        base = _base(recipe, folder, packed=False)
         model = _to_talk(base.model, base)
     else:
         model, base = _tuned(recipe, run_dir)

@@ -19,6 +19,7 @@ from finetune.tasks import task_problems
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 PACKAGE = re.compile(r"package:[A-Za-z0-9][\w.-]*==[\w.!+-]+/[^\s]+")
 EXPORT_FORMATS = ("hf", "peft", "peft_per_expert", "gguf", "ollama", "vllm")
 NEEDED_FORMATS = {"ollama": "gguf", "vllm": "hf"}
@@ -236,7 +237,9 @@ def _data(recipe: Recipe) -> Iterator[str]:
     for key, files in (("train_files", data.train_files), ("heldout_files", data.heldout_files)):
         for name in files:
             path = Path(name).expanduser()
-            if not path.exists() and not glob.glob(str(path), recursive=True):  # noqa: PTH207  # may be absolute
+            if ADDRESS.match(name):
+                yield f"DAT-012 data.{key}: {name} is an address; rows are read from disk only. Give a file or folder."
+            elif not path.exists() and not glob.glob(str(path), recursive=True):  # noqa: PTH207  # may be absolute
                 yield f"DAT-002 data.{key}: {name} does not exist in {Path.cwd()}. Give the path of a file or folder."
     if data.train_files and not data.heldout_files and data.heldout_fraction == 0:
         yield "DAT-003 there are no held-out rows. Give data.heldout_files=[my.jsonl], or data.heldout_fraction=0.1."

@@ -40,6 +40,8 @@ class Request:
     """File given with --run-file, or empty."""
     isolation: bool = False
     """Whether --isolation was given."""
+    show_rows: bool = False
+    """Whether --show-rows was given."""
     run_dir: RunDir | None = None
     """The run that is worked on, as soon as it is known: errors name it."""
 

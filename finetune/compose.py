@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from finetune.recipe import Recipe
 
 GROUPS = ("recipe", "model", "adapter", "data", "train", "launch", "evaluate", "merge", "export", "costs", "scale")
 """Folders of a recipes folder; `group=option` on the command line chooses a file in one."""
+
+OPTION = re.compile(r"[A-Za-z0-9][\w.-]*|")
+"""Name of a file in one of them, or none."""
 
 
 MOST_JOBS = 10_000
@@ -199,6 +203,10 @@ def _parse(words: Sequence[str]) -> tuple[list[tuple[str, Any]], list[str]]:
     parsed, problems = [], []
     for word in words:
         key, _, value = word.partition("=")
+        if len(word) > guard.MAX_WORD or guard.depth(word) > guard.MAX_DEPTH:
+            what = f"at most {guard.MAX_WORD:,} characters, nested at most {guard.MAX_DEPTH} deep"
+            problems.append(f"CFG-003 {key[:80]}: the value is too long or too deep ({what}). Put it into a file.")
+            continue
         if guard.is_secret(key, value):
             problems.append(guard.secret_problem(key.lstrip("+~")))
             continue
@@ -276,6 +284,9 @@ def _folder_problems(folder: Path) -> list[str]:
     problems = []
     for path in sorted(folder.rglob("*.yaml")):
         group = path.relative_to(folder).parts[0]
+        if not path.resolve().is_relative_to(folder):
+            problems.append(f"CFG-005 {path}: a link that leads out of the folder of settings. Put the file there.")
+            continue
         if group not in (*GROUPS, "config.yaml"):
             if group == "hydra":
                 problems.append(
@@ -289,8 +300,30 @@ def _folder_problems(folder: Path) -> list[str]:
         found = list(guard.forbidden(tree).values())
         if isinstance(tree, dict) and "hydra" in tree:
             found.append("CFG-005 hydra: Hydra's own settings cannot be changed here. Remove the key.")
+        found += [*_defaults_problems(tree), *_package_problems(path)]
         problems += [f"{p} ({path})" for p in found]
     return problems
+
+
+def _defaults_problems(tree: Any) -> Iterator[str]:
+    """A sentence for every entry of a defaults list that is not one of our groups: `- model: olmoe`, `- _self_`."""
+    entries = tree["defaults"] if isinstance(tree, dict) and isinstance(tree.get("defaults"), list) else []
+    for entry in entries:
+        names = entry if isinstance(entry, dict) else {entry: ""}
+        for name, option in names.items():
+            group = str(name).removeprefix("optional ").removeprefix("override ").removeprefix("/")
+            option = "" if option is None else str(option)
+            if entry != "_self_" and (group not in GROUPS or not OPTION.fullmatch(option)):
+                shown = f"{name}: {option}" if option else name
+                yield f"CFG-005 defaults: {shown} is none of {', '.join(GROUPS)}. Write - GROUP: OPTION."
+
+
+def _package_problems(path: Path) -> Iterator[str]:
+    """A sentence for a first line that moves a file's settings elsewhere, as `# @package hydra` does."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        found = re.match(r"#\s*@package\s+(.*)", line)
+        if found and found[1].strip() not in ("_global_", "_group_"):
+            yield f"CFG-005 # @package {found[1].strip()}: settings cannot be moved to another place. Remove the line."
 
 
 def _with_place(problem: str, words: Sequence[str], files: Sequence[Path]) -> str:

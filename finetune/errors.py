@@ -1,8 +1,13 @@
-"""Errors that are the user's to mend: an id, what, why, and what to type. They end the program without a traceback."""
+"""Errors that are the user's to mend: an id, what, why, and what to type. They end the program without a traceback.
+
+Whatever they are told, they say it without the secrets in it (`guard.redact`): other programs' words, addresses.
+"""
 
 from __future__ import annotations
 
 from typing import Any
+
+from finetune.guard import redact
 
 
 class FinetuneError(Exception):
@@ -11,7 +16,7 @@ class FinetuneError(Exception):
     exit_code = 3
 
     def __init__(self, code: str, what: str, why: str = "", fix: str = "") -> None:
-        self.code, self.what, self.why, self.fix = code, what, why, fix
+        self.code, self.what, self.why, self.fix = code, redact(what), redact(why), redact(fix)
         super().__init__(self.sentence())
 
     def __reduce__(self) -> tuple[type, tuple[str, ...]]:
@@ -38,8 +43,8 @@ class RecipeError(FinetuneError):
     exit_code = 2
 
     def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        Exception.__init__(self, "\n".join(problems))
+        self.problems = [redact(problem) for problem in problems]
+        Exception.__init__(self, "\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         """So that it comes whole out of a worker process."""

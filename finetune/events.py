@@ -17,6 +17,7 @@ from typing import Any
 
 from finetune import energy
 from finetune.errors import FinetuneError, Preempted
+from finetune.guard import redacted
 from finetune.rundir import RunDir
 
 BEGINNING = "0" * 64
@@ -35,7 +36,7 @@ def note(run_dir: RunDir, what: str, **facts: Any) -> None:
             "number": len(lines) + 1,
             "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "what": what,
-            **facts,
+            **redacted(facts),
             "before": _hash(lines[-1]) if lines else BEGINNING,
         }
         text = json.dumps(event, ensure_ascii=False, allow_nan=False).encode()

@@ -27,7 +27,11 @@ def quiet_threads() -> None:
 
     def say(args: threading.ExceptHookArgs) -> None:
         what = "" if args.exc_value is None else f": {args.exc_value}"
-        print(f"a background thread ended early, {args.exc_type.__name__}{what}", file=sys.stderr, flush=True)
+        print(
+            guard.redact(f"a background thread ended early, {args.exc_type.__name__}{what}"),
+            file=sys.stderr,
+            flush=True,
+        )
 
     threading.excepthook = say
 
@@ -77,7 +81,7 @@ def _known(error: BaseException) -> str:
 
 def _first_line(error: BaseException) -> str:
     """The first line of a message, without secrets and its full stop."""
-    first = guard.SECRET_VALUE.sub("[hidden]", (str(error).strip().splitlines() or ["no message"])[0])
+    first = guard.redact((str(error).strip().splitlines() or ["no message"])[0])
     return first.rstrip(".")
 
 
@@ -106,7 +110,7 @@ def _disk_full(error: BaseException) -> bool:
 
 def _log(error: BaseException, run_dir: RunDir | None) -> Path:
     """The file that the traceback was added to, with secrets hidden."""
-    text = guard.SECRET_VALUE.sub("[hidden]", "".join(traceback.format_exception(error)))
+    text = guard.redact("".join(traceback.format_exception(error)))
     if run_dir is not None:
         try:
             with (run_dir.path / LOG).open("a", encoding="utf-8") as handle:
@@ -122,7 +126,7 @@ def _log(error: BaseException, run_dir: RunDir | None) -> Path:
 
 def _say(sentences: str, code: int) -> int:
     red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
-    for sentence in sentences.splitlines():
+    for sentence in guard.redact(sentences).splitlines():
         print(f"{red}{sentence}{plain}", file=sys.stderr, flush=True)
     return code
 

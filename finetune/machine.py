@@ -18,6 +18,7 @@ from finetune.check import GGUF_SMALL, TRACKERS, source_kind
 from finetune.engine import engine_absent, engine_unfit
 from finetune.errors import FinetuneError, WeightsError
 from finetune.families import family_of
+from finetune.foreign import check_folder
 from finetune.licences import find_licence
 from finetune.recipe import Recipe
 from finetune.shards import PACKED_TYPES, check_shards, quantisation_of, read_headers
@@ -212,6 +213,7 @@ def unfit_weights(recipe: Recipe) -> WeightsError | None:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        check_folder(folder, WeightsError)
         family = family_of(config)
         quantisation_of(config)
         check_shards(folder)

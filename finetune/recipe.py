@@ -31,6 +31,8 @@ class Model:
     """Commit of the hub repository. Required with a hub id, so that the same recipe loads the same bytes."""
     sha256: str = ""
     """Hash of the package archive. Required with a `package:` source."""
+    chat_template_sha256: str = ""
+    """Hash of the chat template that the base must have; empty takes the one it has, and the record says which."""
     licence: str = ""
     """Licence key of the weights, as in `finetune/licences.yaml`, e.g. `apache-2.0`."""
     licence_url: str = ""

@@ -87,6 +87,7 @@ def derived(run_dir: RunDir, recipe: Recipe, base: Path) -> dict[str, Any]:
             "revision": recipe.model.revision,
             "random": recipe.model.tiny,
             "files": sorted(path.name for path in base.iterdir() if path.is_file()),
+            "chat_template": chat_template(recipe, base),
         },
         "rows": rows(data),
         "data": data,
@@ -99,6 +100,14 @@ def derived(run_dir: RunDir, recipe: Recipe, base: Path) -> dict[str, Any]:
         "allowed": read(run_dir.allowed) or [],
         "events": events.head(run_dir),
     }
+
+
+def chat_template(recipe: Recipe, base: Path) -> dict[str, str]:
+    """The hash of the base's chat template, and the published one that it is, where TRL's collection has it."""
+    from finetune.foreign.templates import about
+
+    found = about(base)
+    return {"sha256": found.sha256, "known_as": found.known_as, "pinned": recipe.model.chat_template_sha256}
 
 
 def rows(report: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -6,8 +6,6 @@ and has no key of its own any more. A scale without a weight, or an 8-bit weight
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import WeightsError
-
-HEADER_LIMIT = 100_000_000
-"""Bytes of a safetensors header, at most; the format's own limit."""
+from finetune.foreign.headers import HeaderError, read_header, read_index
 
 METHODS = ("fp8", "mxfp4")
 """Values of quant_method in config.json whose files are read."""
@@ -54,41 +50,8 @@ class Entry:
 
 
 def check_shards(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint, each present and of the length its header says. Raises WeightsError WGT-003."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise WeightsError("WGT-003", f"{index} cannot be read", str(error), "fetch this file again") from error
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        path = folder / str(name)
-        if Path(str(name)).name != name or not os.path.isfile(path):  # noqa: PTH113  # false for impossible names
-            raise WeightsError(
-                "WGT-003", f"{folder}: {name} is missing", f"{index.name} names it", "fetch the folder again"
-            )
-        size = path.stat().st_size
-        if expected_size(path) != size:
-            raise WeightsError(
-                "WGT-003", f"{path} is cut short or damaged", f"it has {size} bytes", "fetch this file again"
-            )
-    return [folder / name for name in names]
-
-
-def expected_size(path: Path) -> int:
-    """Bytes that a safetensors file must have by its own header; -1 when the header cannot be read."""
-    with path.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if not 0 < length <= HEADER_LIMIT:
-            return -1
-        try:
-            header = json.loads(handle.read(length))
-            entries = [value for key, value in header.items() if key != "__metadata__"]
-            return 8 + length + max(value["data_offsets"][1] for value in entries) if all(map(_fits, entries)) else -1
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-            return -1
+    """The weight files of a checkpoint, each present and as its header says. Raises WeightsError WGT-003."""
+    return list(_headers(folder))
 
 
 def _fits(value: dict[str, Any]) -> bool:
@@ -101,15 +64,37 @@ def _fits(value: dict[str, Any]) -> bool:
 def read_headers(folder: Path) -> dict[str, Entry]:
     """Key -> where its tensor is, for every tensor of a checkpoint. Raises WeightsError (WGT-003)."""
     entries: dict[str, Entry] = {}
-    for file in check_shards(folder):
-        with file.open("rb") as handle:
-            size = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(size))
+    for file, (begin, header) in _headers(folder).items():
         for key, value in header.items():
-            if key != "__metadata__":
-                begin = 8 + size + value["data_offsets"][0]
-                entries[key] = Entry(file, value["dtype"], tuple(value["shape"]), begin)
+            if key in entries:
+                what = f"{file} has {key}, which {entries[key].file.name} has too"
+                raise WeightsError("WGT-003", what, "nobody knows which one counts", "fetch the folder again")
+            entries[key] = Entry(file, value["dtype"], tuple(value["shape"]), begin + value["data_offsets"][0])
     return entries
+
+
+def _headers(folder: Path) -> dict[Path, tuple[int, dict[str, Any]]]:
+    """Weight file -> (where its data begin, its header), each believed. Raises WeightsError WGT-003."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(read_index(index).values()))
+        except (HeaderError, OSError) as error:
+            raise WeightsError("WGT-003", f"{index} cannot be used", str(error), "fetch this file again") from None
+    found = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise WeightsError(
+                "WGT-003", f"{folder}: {name} is missing", f"{index.name} names it", "fetch the folder again"
+            )
+        try:
+            found[path] = read_header(path)
+        except (HeaderError, OSError) as error:
+            what = f"{path} is cut short or damaged"
+            raise WeightsError("WGT-003", what, str(error), "fetch this file again") from None
+    return found
 
 
 def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any]:

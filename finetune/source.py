@@ -10,6 +10,7 @@ from pathlib import Path
 from finetune import fetch
 from finetune.errors import WeightsError
 from finetune.families import FAMILIES
+from finetune.foreign import check_folder
 from finetune.recipe import Model, Recipe
 from finetune.rundir import atomic_folder, read_json, sha256_file, sha256_tree, write_json
 
@@ -24,25 +25,35 @@ def base_folder(recipe: Recipe) -> Path:
     """A local folder with the base's files, fetched, converted or made on first use.
 
     Folders we make are addressed by what they are made from and their files are checked against their hashes when they
-    are opened; a damaged one is made again. Raises WeightsError when files are missing and may not be fetched.
+    are opened; a damaged one is made again. Raises WeightsError when files are missing and may not be fetched, and for
+    what `foreign.check_folder` and `foreign.templates.vet` find in somebody else's folder.
     """
     model = recipe.model
     cache = fetch.cache_folder(recipe)
     if model.tiny:
         return _made(cache, f"tiny-{model.family}", {"family": model.family, "seed": recipe.seed}, _write_tiny)
-    if model.source.startswith("package:"):
-        return _from_package(model, cache, recipe.network)
     folder = Path(model.source).expanduser()
+    if model.source.startswith("package:"):
+        return _vetted(_from_package(model, cache, recipe.network), recipe)
     if folder.is_dir():
-        return folder
+        return _vetted(folder, recipe)
     if model.revision:
-        return fetch.fetch_hub(model.source, model.revision, cache=cache, network=recipe.network)
+        return _vetted(fetch.fetch_hub(model.source, model.revision, cache=cache, network=recipe.network), recipe)
     raise WeightsError(
         "WGT-001",
         f"model.source={model.source} is not a folder here",
         f"the weights of {model.title or model.name} are needed ({model.licence or 'licence unknown'})",
         "model.source=/folder/of/the/model, or scale=rehearsal to run the same recipe on a tiny random model",
     )
+
+
+def _vetted(folder: Path, recipe: Recipe) -> Path:
+    """A folder of strangers' files, looked at: kinds of files, settings, chat templates."""
+    from finetune.foreign.templates import vet
+
+    check_folder(folder, WeightsError)
+    vet(folder, fetch.cache_folder(recipe) / "templates", recipe.model.chat_template_sha256)
+    return folder
 
 
 def _from_package(model: Model, cache: Path, network: bool) -> Path:

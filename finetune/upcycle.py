@@ -11,6 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from finetune.errors import WeightsError
+from finetune.foreign.gguf import GgufError, check_gguf
+
 SHARD_SIZE = "160MB"
 """Small on purpose: layers straddle shards, as they do in large checkpoints."""
 
@@ -21,11 +24,17 @@ ROUTER_STD = 0.02
 def upcycle(gguf_file: Path, target: Path, num_experts: int, top_k: int) -> None:
     """Writes a Mixtral-architecture checkpoint (bf16 safetensors, several shards) and its tokenizer into `target`.
 
-    `gguf_file` is a llama-architecture GGUF with a byte-level BPE ("gpt2") tokenizer. Raises ValueError otherwise.
+    `gguf_file` is a llama-architecture GGUF with a byte-level BPE ("gpt2") tokenizer. Raises ValueError otherwise, and
+    WeightsError (WGT-009) when its header cannot be believed.
     """
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
 
+    try:
+        check_gguf(gguf_file)
+    except GgufError as error:
+        what = f"{gguf_file} is damaged, or no GGUF file"
+        raise WeightsError("WGT-009", what, str(error), "fetch the file again") from None
     tokenizer = tokenizer_from_gguf(gguf_file)
     dense = AutoModelForCausalLM.from_pretrained(
         gguf_file.parent,

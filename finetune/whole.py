@@ -19,6 +19,8 @@ from finetune.adapters import load_adapter
 from finetune.base import Base, stored_bytes
 from finetune.errors import AdapterError, NumbersError
 from finetune.experts.stack import layout_of
+from finetune.foreign import check_folder
+from finetune.foreign.headers import HeaderError, read_header, read_index
 from finetune.recipe import Adapter
 from finetune.rundir import read_json, write_json
 from finetune.shards import read_headers
@@ -97,20 +99,22 @@ def read(folder: Path) -> dict[str, Callable[[int | None], torch.Tensor]]:
     """
     from safetensors import SafetensorError, safe_open
 
+    check_folder(folder, AdapterError)
     try:
         names = [str(name) for name in read_json(folder / TUNED)["tensors"]]
-        listed = read_json(folder / INDEX)["weight_map"] if (folder / INDEX).is_file() else {}
-        files = {str(name): str(file) for name, file in listed.items()} or dict.fromkeys(names, "model.safetensors")
+        files = read_index(folder / INDEX) if (folder / INDEX).is_file() else {}
+        files = files or dict.fromkeys(names, "model.safetensors")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder, f"{TUNED} or {INDEX} cannot be read ({type(error).__name__})") from None
-    if strange := [file for file in files.values() if Path(file).name != file]:
-        raise _damaged(folder, f"{INDEX} names {strange[0][:60]!r}, which is no file of it")
+    except HeaderError as error:
+        raise _damaged(folder, str(error)) from None
     readers: dict[str, Any] = {}
     try:
         for file in sorted(set(files.values())):
+            read_header(folder / file)
             readers[file] = safe_open(folder / file, "pt")
         held = {key for reader in readers.values() for key in reader.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, HeaderError) as error:
         raise _damaged(folder, str(error)) from error
     if odd := held ^ set(names) or held - set(files):
         raise _damaged(folder, f"{len(odd)} weights are on one side only, e.g. {min(odd)}")

@@ -338,7 +338,6 @@ def test_what_is_no_http_is_an_error_in_a_sentence(run: RunDir, capsys: pytest.C
     [
         (["serve=ftp://127.0.0.1"], 3),
         (["serve=127.0.0.1:8000"], 3),
-        (["serve=http://user:secret@127.0.0.1"], 3),
         (["serve="], 2),
         (["serve=http://127.0.0.1:1", "mdl=x"], 2),
         (["serve=http://127.0.0.1:1", "base_model=x"], 2),

@@ -506,7 +506,7 @@ def second_adapter(folder):
         (list_config, "ADP-016 .*its peft_type is list"),
         (no_config, "ADP-015 .*it is missing"),
         (no_tensors, r"ADP-015 .*adapter_model\.safetensors is missing"),
-        (pickled, "ADP-015 .*is a pickle, which can run code and is never read"),
+        (pickled, r"FRN-001 .*adapter_model\.bin: pickles can run code .* are never read"),
         (truncated, "ADP-015 .*is damaged"),
         (short, "ADP-015 .*is damaged"),
         (second_adapter, "ADP-015 .*holds several adapters; subfolders hold other"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import string
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
@@ -241,7 +243,25 @@ def _contradictions(card: Card) -> list[str]:
             problems.append("a refusal needs use=evaluation")
         if _NOT_FOR_TRAINING.search(card.licence):
             problems.append(f"licence={card.licence} needs use=evaluation")
-    return problems + _about_generators(card)
+    return [*problems, *_about_places(card), *_about_generators(card)]
+
+
+def _about_places(card: Card) -> Iterator[str]:
+    """What is wrong with the names of files, and with places in templates: `{name}` and nothing else."""
+    for name in [*card.members, *([card.sample] if card.sample else [])]:
+        if not isinstance(name, str) or name.startswith(("/", "~")) or ".." in Path(name).parts or "://" in name:
+            yield f"{name} is no name of a file below the card's folder, or in its package"
+    for key in ("question", "answer"):
+        try:
+            places = list(string.Formatter().parse(getattr(card, key)))
+        except ValueError as error:
+            yield f"{key} is no template: {error}"
+            continue
+        for _, field_name, form, conversion in places:
+            if field_name is None:
+                continue
+            if form or conversion or not field_name.isidentifier() or "__" in field_name:
+                yield f"{key}: {{{field_name[:40]}}} must be the plain name of a field, such as {{text}}"
 
 
 def _about_generators(card: Card) -> list[str]:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Protocol
 
+from finetune.data.rows import quoted
+
 PIECE = 2**20
 """Characters that are read at once."""
 NEAR = 16
@@ -64,7 +66,7 @@ def elements(stream: Text, limit: int) -> Iterator[str]:
             break
     while rest := text[at:].strip(" \t\r\n") or stream.read(PIECE):
         if rest.strip(" \t\r\n"):
-            raise ValueError(f"{rest.strip()[:20]!r} follows the list")
+            raise ValueError(f"{quoted(rest.strip()[:20])} follows the list")
         text = ""
 
 

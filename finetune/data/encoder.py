@@ -15,9 +15,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from finetune.data.rows import Row
+from finetune.data.rows import Row, quoted
 from finetune.data.tokens import IGNORED, Tokens
 from finetune.errors import DataError
+from finetune.foreign.templates import bounded
+
+LONGEST = 50_000_000
+"""Characters that a template may write of one conversation. A record has 16 MiB at most."""
+
+BOUNDS = (ValueError, MemoryError, RecursionError, OverflowError)
+"""What a template that takes too much ends with, among other things."""
 
 
 class Encoder:
@@ -68,14 +75,20 @@ class Encoder:
         """
         made: list[Tokens | DataError | None] = [None] * len(rows)
         drafts: dict[int, _Draft] = {}
+        with bounded() as bounds:  # a template is a stranger's program, and some of its words may be for these rows
+            for i, row in enumerate(rows):
+                bounds.begin()
+                try:
+                    if row.messages:
+                        drafts[i] = self._draft(row)
+                except DataError as error:
+                    made[i] = error
         for i, row in enumerate(rows):
-            try:
-                if row.messages:
-                    drafts[i] = self._draft(row)
-                else:
+            if not row.messages:
+                try:
                     made[i] = self._checked(row, self._plain(row))
-            except DataError as error:
-                made[i] = error
+                except DataError as error:
+                    made[i] = error
         if drafts:
             ids, encodings = self._tokenize([draft.text for draft in drafts.values()])
             for (i, draft), tokens, places in zip(drafts.items(), ids, encodings, strict=True):
@@ -193,7 +206,8 @@ class Encoder:
         if list(ids[max(0, first - len(alone)) : first]) != list(alone):
             told = self.tokenizer.decode(ids[max(0, first - 4) : first + 4])
             asked = self.tokenizer.decode(alone[-4:])
-            raise self._other_beginning(row, i, f"a server would send ...{asked!r}, training would see ...{told!r}")
+            why = f"a server would send ...{quoted(asked)}, training would see ...{quoted(told)}"
+            raise self._other_beginning(row, i, why)
 
     def _refuse_other_beginning(self, row: Row, i: int, prefix: str, whole: str) -> None:
         if whole.startswith(prefix):
@@ -273,12 +287,16 @@ class Encoder:
 
     def _render(self, row: Row, messages: list[dict[str, Any]], prompt: bool) -> str:
         """The template's text. Some templates want a call's arguments as an object, others as JSON: both are tried."""
+        import jinja2
+
         error: Exception | None = None
         for wording in (messages, _as_json(messages)):
             try:
                 text: str = self.tokenizer.apply_chat_template(
                     wording, tools=row.tools or None, tokenize=False, add_generation_prompt=prompt
                 )
+                if len(text) > LONGEST:
+                    raise ValueError(f"it writes {len(text):,} characters, of at most {LONGEST:,}")
                 text.encode()  # half a surrogate pair is no character
                 return text
             except Exception as wrong:  # a template is somebody's program, and fails in every way that programs do
@@ -287,6 +305,8 @@ class Encoder:
                     break
         roles = ", ".join(m["role"] for m in messages)
         first = " ".join(str(error).split())
+        if not isinstance(error, jinja2.UndefinedError) and first not in str(self.tokenizer.chat_template):
+            first = quoted(first) if isinstance(error, jinja2.TemplateError) else first
         raise DataError(
             "TPL-003", f"{row.where}: the chat template refuses this conversation", f"{first} (roles: {roles})"
         )

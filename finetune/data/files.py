@@ -11,6 +11,7 @@ import dataclasses
 import glob
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ KINDS = {
     ".md": "text",
 }
 """Suffix -> how a file is read. `.gz` and `.zst` behind it are taken off first."""
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+"""How an address begins: https://, hf:///, s3://, file:/."""
 
 SQUEEZED = {".gz": "gzip", ".zst": "zstd"}
 LINE_LIMIT = 16 * 2**20
@@ -76,6 +80,9 @@ def sources(patterns: list[str]) -> list[Source]:
     """The files that paths, folders and globs name, in a fixed order, each once. Raises DataError DATA-006."""
     found: dict[Path, Source] = {}
     for pattern in patterns:
+        if URL.match(pattern):
+            why = "rows are read from disk only, and nothing is fetched by address"
+            raise DataError("DATA-006", f"{pattern} is an address", why, "a file or folder on this machine")
         paths = _expand(pattern)
         if not paths:
             raise DataError(
@@ -117,9 +124,20 @@ def _expand(pattern: str) -> list[Path]:
     if path.is_dir():
         saved = {"dataset_info.json", "state.json"} if (path / "state.json").is_file() else set()
         every = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-        return [p for p in every if p.name not in saved and _known(p)]
+        return [inside(p, path) for p in every if p.name not in saved and _known(p)]
     found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  # Path.glob takes no absolute pattern
     return [Path(p) for p in found if Path(p).is_file()]
+
+
+def inside(path: Path, folder: Path) -> Path:
+    """A file of a folder. Raises DataError DATA-029 when it, by a link or by its name, lies elsewhere.
+
+    Whoever names a folder means what is in it; what a file that is named itself links to is that person's own choice.
+    """
+    if not path.resolve().is_relative_to(folder.resolve()):
+        what, why = f"{path} leads out of {folder}", "a folder of rows may not bring in files from elsewhere"
+        raise DataError("DATA-029", what, why, "the file itself in that folder, or its own path in data.train_files")
+    return path
 
 
 def _known(path: Path) -> bool:

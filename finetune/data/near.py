@@ -203,7 +203,7 @@ class _Signatures:
 
 
 def _mapped(path: Path) -> Any:
-    signatures = np.load(path, mmap_mode="r")
+    signatures = np.load(path, mmap_mode="r", allow_pickle=False)
     if signatures.dtype != np.uint32 or signatures.shape[1:] != (PERMUTATIONS,):
         what = f"{path} has no signatures of {PERMUTATIONS} values: {signatures.dtype} of shape {signatures.shape}"
         raise DataError("NEAR-001", what, "another version wrote it", "remove it, so that it is made again")

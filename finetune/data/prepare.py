@@ -22,6 +22,7 @@ from finetune.data.store import Store, address_of, decoder, put
 from finetune.data.verdicts import Facts, decide
 from finetune.data.wording import SPLITS, about, from_card
 from finetune.errors import DataError
+from finetune.families import FAMILIES
 from finetune.recipe import Data, Recipe
 from finetune.rundir import RunDir, atomic_folder, read_json
 
@@ -152,6 +153,8 @@ def inputs(recipe: Recipe) -> Inputs:
 
 def _make(recipe: Recipe, base: Path, found: Inputs, store: Store, told: Told, rejected: Path | None) -> None:
     data = recipe.data
+    if told_of := template_note(recipe, base):
+        told.notes.append(told_of)
     long = data.too_long
     if long == "auto":
         long = read_card(data.card).too_long if data.card else "error"
@@ -184,6 +187,15 @@ def _make(recipe: Recipe, base: Path, found: Inputs, store: Store, told: Told, r
         write_all(facts, data, decoder(base), told, folder)
         store.seal(folder)
     store.sweep()
+
+
+def template_note(recipe: Recipe, base: Path) -> str:
+    """How the base's chat template differs from those that its family was published with, or an empty text."""
+    from finetune.foreign.templates import about
+
+    if recipe.model.tiny or recipe.model.family not in FAMILIES:
+        return ""
+    return about(base, FAMILIES[recipe.model.family].chat_templates).difference
 
 
 def _jobs(recipe: Recipe, found: Inputs, store: Store, told: Told) -> Iterator[Job]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from finetune.data.card import Card
 from finetune.data.excerpt import plain_body
+from finetune.data.files import inside
 from finetune.data.generated import generated_rows
 from finetune.data.rows import Row
 from finetune.errors import DataError, FinetuneError
@@ -46,8 +47,8 @@ class Beside:
         return sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file."""
-        return (self.folder / name).read_bytes()
+        """The bytes of a file. Raises DataError DATA-029 when it lies elsewhere."""
+        return inside(self.folder / name, self.folder).read_bytes()
 
 
 def read_package(card: Card, wheel: Path) -> tuple[list[Row], dict[str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,19 @@ from finetune.errors import DataError
 
 SHOWN = 20
 """Problems that one error message spells out; all are counted."""
+
+
+SHOW_ROWS = "FINETUNE_SHOW_ROWS"
+"""Variable that --show-rows sets, for this process and those it starts: errors may repeat words of rows."""
+
+
+def quoted(text: str) -> str:
+    """Words of a row as an error may say them: their number and hash, with --show-rows the words themselves."""
+    if os.environ.get(SHOW_ROWS) == "1":
+        return repr(text)
+    return (
+        f"({len(text):,} characters, sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}; --show-rows shows them)"
+    )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.part import Made
-from finetune.data.rows import SHOWN
+from finetune.data.rows import SHOWN, quoted
 from finetune.errors import DataError
 from finetune.recipe import Data
 
@@ -262,7 +262,7 @@ def _time(text: str) -> float:
         return float(np.datetime64(text.replace(" ", "T").removesuffix("Z"), "s").astype(np.int64)) if text else 0.0
     except ValueError:
         raise DataError(
-            "DATA-001", f"the time {text!r} is no date", "data.time_by names its column", "YYYY-MM-DD"
+            "DATA-001", f"the time {quoted(text)} is no date", "data.time_by names its column", "YYYY-MM-DD"
         ) from None
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from finetune.data.card import Card, read_card, refuse_training
 from finetune.data.excerpt import excerpts
+from finetune.data.files import inside
 from finetune.data.readers import Beside, read_package
-from finetune.data.rows import Row, read_messages
+from finetune.data.rows import Row, quoted, read_messages
 from finetune.data.split import in_order, limit, split_card, split_fraction
 from finetune.errors import DataError
 from finetune.recipe import Recipe
@@ -39,7 +40,7 @@ def from_card(recipe: Recipe) -> Gathered:
     data, card = recipe.data, read_card(recipe.data.card)
     source = about(card, data.sample)
     if data.sample:
-        rows = read_messages(card.folder / card.sample)
+        rows = read_messages(inside(card.folder / card.sample, card.folder))
         for row in rows:
             row.file = card.sample
         split_fraction(rows, 1 / 3)
@@ -79,7 +80,11 @@ def about(card: Card, sample: bool) -> dict[str, Any]:
     if sample and not card.sample:
         raise DataError("DATA-012", f"the card {card.name} has no sample rows", "", "data.sample=false")
     if sample:
-        files, licence, attribution = {card.sample: sha256_file(card.folder / card.sample)}, "Apache-2.0", ""
+        files, licence, attribution = (
+            {card.sample: sha256_file(inside(card.folder / card.sample, card.folder))},
+            "Apache-2.0",
+            "",
+        )
     elif card.reader == "files":
         raise DataError(
             "DATA-012",
@@ -107,7 +112,7 @@ def about(card: Card, sample: bool) -> dict[str, Any]:
 def _members(card: Card) -> dict[str, str]:
     """Hashes of the files beside a card that names no package."""
     names = [n for n in Beside(card.folder).namelist() if any(fnmatch.fnmatchcase(n, p) for p in card.members)]
-    return {name: sha256_file(card.folder / name) for name in names}
+    return {name: sha256_file(inside(card.folder / name, card.folder)) for name in names}
 
 
 def word(rows: list[Row], card: Card, excerpt_words: int) -> None:
@@ -141,11 +146,11 @@ def _unwanted(row: Row, card: Card) -> tuple[str, str] | None:
             return "no-field", f"it has no {key}"
     for key, allowed in card.keep.items():
         if fields[key] not in allowed:
-            return key, f"{key}={fields[key][:80]} is not among {', '.join(allowed)}"
+            return key, f"{key}={quoted(fields[key][:80])} is not among {', '.join(allowed)}"
     if card.text and len(fields[card.text].split()) < card.min_words:
         return "short", f"{len(fields[card.text].split())} words, the card wants {card.min_words}"
     if card.labels and fields[card.label] not in card.labels:
-        return "class", f"{card.label}={fields[card.label]} belongs to no choice"
+        return "class", f"{card.label}={quoted(fields[card.label])} belongs to no choice"
     return None
 
 

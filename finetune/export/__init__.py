@@ -21,6 +21,7 @@ from typing import Any
 
 from finetune.check import GGUF_TYPES
 from finetune.compose import read_recipe
+from finetune.errors import WeightsError
 from finetune.export.asked import Clients, limits_of
 from finetune.export.card import export_name
 from finetune.export.chats import check_tokenizer, end_of_turn, stop_tokens
@@ -32,6 +33,7 @@ from finetune.export.per_expert import write_per_expert
 from finetune.export.start import add_clients, vllm_start
 from finetune.families import Family, family_of
 from finetune.fetch import llama_cpp
+from finetune.foreign import check_folder
 from finetune.parity import Parity
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir, atomic_folder, read_json, write_json, write_text
@@ -98,6 +100,8 @@ def export(run_dir: RunDir) -> None:
         for name, write in FORMATS.items():
             if name in recipe.export.formats:
                 notes[name] = write(job)
+        for name in sorted({"hf", "peft", "peft_per_expert"} & set(recipe.export.formats)):
+            check_folder(folder / name, WeightsError)  # what we would not load we do not give away
         if "hf" in recipe.export.formats:
             write_json(folder / "parity.json", parity.as_dict())
         write_json(folder / "clients.json", {"schema": 1, "clients": clients.told, "formats": notes})

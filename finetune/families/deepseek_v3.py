@@ -37,6 +37,10 @@ LATENT_ADAPTER = (
 
 FAMILY = Family(
     key="deepseek_v3",
+    chat_templates=(
+        "deepseekv3.jinja",
+        "deepseek_r1_distill.jinja",
+    ),
     model_types=("deepseek_v3",),
     block_class="DeepseekV3DecoderLayer",
     attention=shapes.LATENT,

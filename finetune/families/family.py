@@ -108,6 +108,8 @@ class Family:
     keeps them in 4 bits, and reads the published folder as this text model. Dense families need no such layers."""
     text_config: str = ""
     """Key of the text part inside config.json for multimodal checkpoints, e.g. `text_config`."""
+    chat_templates: tuple[str, ...] = ()
+    """Chat templates that it was published with, by their names in TRL's collection; empty where that has none."""
     licence: str = ""
     """Licence key of the family's best-known release; a model card may say otherwise."""
     expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")

@@ -23,6 +23,7 @@ def matrices(config: shapes.Config) -> list[Matrix]:
 
 FAMILY = Family(
     key="glm4_moe",
+    chat_templates=("glm4moe.jinja",),
     model_types=("glm4_moe",),
     block_class="Glm4MoeDecoderLayer",
     attention=shapes.QKVO,

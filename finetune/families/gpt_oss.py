@@ -28,6 +28,7 @@ def matrices(config: shapes.Config) -> list[Matrix]:
 
 FAMILY = Family(
     key="gpt_oss",
+    chat_templates=("gptoss.jinja",),
     model_types=("gpt_oss",),
     block_class="GptOssDecoderLayer",
     attention=shapes.QKVO,

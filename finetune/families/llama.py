@@ -28,6 +28,11 @@ def mlp_biases(config: shapes.Config, layers: int) -> list[Matrix]:
 
 FAMILY = Family(
     key="llama",
+    chat_templates=(
+        "llama3.jinja",
+        "llama3_1.jinja",
+        "llama3_2.jinja",
+    ),
     model_types=("llama",),
     block_class="LlamaDecoderLayer",
     attention=shapes.QKVO,

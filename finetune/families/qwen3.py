@@ -18,6 +18,10 @@ def matrices(config: shapes.Config) -> list[Matrix]:
 
 FAMILY = Family(
     key="qwen3",
+    chat_templates=(
+        "qwen3.jinja",
+        "qwen3_instruct_2507.jinja",
+    ),
     model_types=("qwen3",),
     block_class="Qwen3DecoderLayer",
     attention=shapes.QKVO,

@@ -64,6 +64,10 @@ def linear_attention(config: shapes.Config, layers: int) -> list[Matrix]:
 
 FAMILY = Family(
     key="qwen3_5_moe",
+    chat_templates=(
+        "qwen3_5_think.jinja",
+        "qwen3_5_nothink.jinja",
+    ),
     model_types=("qwen3_5_moe_text", "qwen3_5_moe"),
     block_class="Qwen3_5MoeDecoderLayer",
     attention=(*shapes.QKVO, *shapes.below("linear_attn", ("in_proj_qkv", "in_proj_z", "out_proj"))),

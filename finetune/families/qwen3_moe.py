@@ -45,6 +45,10 @@ def no_gguf(config: shapes.Config) -> str:
 
 FAMILY = Family(
     key="qwen3_moe",
+    chat_templates=(
+        "qwen3.jinja",
+        "qwen3_instruct_2507.jinja",
+    ),
     model_types=("qwen3_moe",),
     block_class="Qwen3MoeDecoderLayer",
     attention=shapes.QKVO,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 from finetune import OFFLINE
 from finetune.fetch import noted
 from finetune.fetch.child import NO_NETWORK, FetchError, disk_full, last_line, locked, no_space, run_child, writing
+from finetune.foreign.configs import find_code, read_settings, settings_files, without_code
 from finetune.rundir import TEMPORARY, read_json, sha256_file, sha256_tree, write_json
 
 HUB_FILES = (
@@ -70,9 +72,27 @@ def _hub_download(repo: str, revision: str, target: Path) -> None:
     files = sha256_tree(partial)
     noted.note(target.parent.parent, f"{repo} {revision}", {name: partial / name for name in files}, log, files)
     log.unlink(missing_ok=True)
-    write_json(partial / MANIFEST, files)
+    leave_code_out(partial)
+    write_json(partial / MANIFEST, sha256_tree(partial))
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
+
+
+def leave_code_out(folder: Path) -> None:
+    """Takes the keys that would load code out of the settings in a folder, and says which.
+
+    Publishers whose models were once not part of transformers leave `auto_map` in config.json; what it names is neither
+    fetched nor needed. The hashes in the manifest are those of the files without it.
+    """
+    for path in settings_files(folder):
+        try:
+            value = read_settings(path)
+        except (ValueError, RecursionError):
+            continue  # `foreign.check_folder` refuses it
+        if keys := find_code(value):
+            write_json(path, without_code(value))
+            what = f"{path.name}: {', '.join(keys)} left out, which would load code of the publisher"
+            print(what, file=sys.stderr, flush=True)
 
 
 def _damaged(target: Path, verify: bool) -> str | None:

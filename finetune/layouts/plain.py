@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from finetune.errors import AdapterError
+from finetune.foreign import check_folder
+from finetune.foreign.headers import read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -86,6 +88,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         why = str(error).splitlines()[0] if path.exists() else "it is missing"
         raise AdapterError("ADP-015", f"{path} cannot be read", why, "a folder that save_pretrained wrote") from None
+    check_folder(folder, AdapterError)
     kind = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
     if kind != "LORA":
         raise AdapterError("ADP-016", f"{path} describes no LoRA adapter", f"its peft_type is {kind}", "a LoRA adapter")
@@ -121,17 +124,15 @@ def plain_config(folder: Path, values: dict[str, Any]) -> Any:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The matrices by their keys. Raises AdapterError ADP-015. Pickles are never opened."""
+    """The matrices by their keys. Raises AdapterError ADP-015."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = folder / WEIGHTS
     if not path.is_file():
-        pickle = folder / "adapter_model.bin"
-        why = f"{pickle.name} is a pickle, which can run code and is never read" if pickle.exists() else ""
-        how = "resave it with PEFT's save_pretrained, which writes safetensors" if why else f"a folder with {WEIGHTS}"
-        raise AdapterError("ADP-015", f"{path} is missing", why, how)
+        raise AdapterError("ADP-015", f"{path} is missing", "", f"a folder with {WEIGHTS}")
     try:
+        read_header(path)
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         why = str(error).splitlines()[0]
