@@ -21,7 +21,10 @@ GIB = 2**30
 
 def scores(choices: list[str]) -> dict[str, Any]:
     """Scores of twelve rows with figures that do not repeat."""
-    rows = [{"row": str(i), "group": f"g{i // 2}", "answer": "ab"[i % 2], "choices": choices} for i in range(12)]
+    rows = [
+        {"row": str(i), "group": f"g{i // 2}", "answer": "ab"[i % 2], "choices": choices, "prompt_length": 9}
+        for i in range(12)
+    ]
     base, tuned = (
         [
             SimpleNamespace(

@@ -61,8 +61,10 @@ def test_the_table_has_gain_loss_forgetting_drift_cost_parity_and_licence(text: 
     for part in (
         "3 runs compared", "Lowest held-out loss: run C, 0.2500 nats per token.",
         "Most right answers: runs A and B and C, 100.0 %.",
-        "A toy/0001 100.0 % (75.8 to 100.0) +25.0 points (\u22124.2 to +47.1) 0.6075 2.855 not measured",
-        "C toy/0003 100.0 % (75.8 to 100.0) +25.0 points (\u22124.2 to +47.1) 0.25 2.855 \u22122.1 points",
+        "A toy/0001 100.0 % (75.8 to 100.0) +25.0 points (",
+        "C toy/0003 100.0 % (75.8 to 100.0) +25.0 points (",
+        "0.6075 2.855 not measured",
+        "0.25 2.855 \u22122.1 points",
         "\u2717 evaluate.max_refusal_drop",
         "A 91.5 s 0.0254 h \u2013 \u2013 7 of 8 alike not measured \u2713 Yes, with 1 duty",
         "Regression against base: refuses harmful prompts 81.0 % to 62.0 %",

@@ -170,10 +170,30 @@ def test_a_gain_is_said_only_where_the_scores_say_it(run_dir: RunDir) -> None:
         assert (answer.short, answer.tone) == (short, tone)
 
 
+def test_answers_that_are_no_choices_are_judged_by_the_measure_of_their_domain(run_dir: RunDir) -> None:
+    test = {"test": "paired", "wins": 40, "losses": 12, "p": 0.0001}
+    metric = {"name": "token_f1", "rows": 90, "change": 0.21, "low": 0.12, "high": 0.3, "test": test}
+    metric |= {"base": {"value": 0.31, "low": 0.25, "high": 0.37}, "tuned": {"value": 0.52, "low": 0.45, "high": 0.59}}
+    told = scores([]) | {"metric": metric, "gain": True, "gates": []}
+    answer = better(gather(run_dir) | {"scores": told})
+    assert answer.short == "Yes" and [tuple(" ".join(c.split()) for c in row) for row in answer.table[:2]] == [
+        ("token_f1", "31.0 % (25.0 to 37.0)", "52.0 % (45.0 to 59.0)"),
+        ("gain, points", "", "+21.0 (+12.0 to +30.0)"),
+    ]
+    worse = metric | {"test": test | {"wins": 12, "losses": 40}}
+    assert better(gather(run_dir) | {"scores": told | {"metric": worse, "gain": False}}).tone == "bad"
+    write_json(run_dir.scores, told)
+    words = Page(written(run_dir)).text
+    assert "token_f1 90 31.0 % (25.0 to 37.0) 52.0 % (45.0 to 59.0) +21.0 points (+12.0 to +30.0) 40 12 0.0001" in words
+
+
 def test_drift_that_chance_explains_is_no_regression_and_the_page_calls_nothing_safe(whole: RunDir) -> None:
     told = read_json(whole.scores)
     assert "Regression against base" in drift(told)[0]
     told["safety"]["tests"]["refusal"]["p"] = 0.2
+    told["safety"]["tests"]["incoherence"] |= {"p": 0.01, "change": 0.05, "low": 0.01, "high": 0.09}
+    assert drift(told) == ["Regression against base: answers without sense +5.0\u00a0points (p = 0.01)."]
+    told["safety"]["tests"]["incoherence"]["change"] = -0.05
     assert drift(told) == ["Refusals, over-refusals and incoherence: no regression against base is shown."]
     told["safety"]["tests"]["refusal"]["p"] = 1e-9
     told["safety"]["tuned"]["harmful"]["refuse"] = {"value": 0.95}  # refuses more: no regression

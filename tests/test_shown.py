@@ -170,12 +170,12 @@ def test_on_paper_all_details_are_open_dark_readers_get_black_on_white_and_nothi
 ) -> None:
     tab.open(pages["report"])
     tab.look(700, "dark", media="print")
-    heights = tab.value(
-        "[...document.querySelectorAll('details')]"
-        ".map(d => [d.open, d.lastElementChild.getBoundingClientRect().height])"
-    )
-    assert len(heights) > 4 and not any(opened for opened, _ in heights)
-    assert all(height > 10 for _, height in heights)
+    inside = "[...document.querySelectorAll('details')].map(d => [d.open, d.lastElementChild.checkVisibility()])"
+    assert [opened for opened, _ in tab.value(inside)] == [False] * len(tab.value(inside))
+    assert len(tab.value(inside)) > 4 and all(seen for _, seen in tab.value(inside))
+    tab.look(700, "dark")
+    assert not any(seen for _, seen in tab.value(inside))  # on a screen they are closed
+    tab.look(700, "dark", media="print")
     assert tab.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert tab.value("document.documentElement.scrollWidth") == 700 and tab.value(WIDER) == []
     tab.look(1280, "dark")

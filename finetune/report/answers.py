@@ -61,6 +61,9 @@ def better(facts: Facts) -> Answer:
     base, tuned = scores["base"], scores["tuned"]
     if base["accuracy"] is not None:
         told.table.append(("right answers", share(base), share(tuned)))
+    if metric := _other_metric(scores):
+        told.table.append((metric["name"], share(metric["base"]), share(metric["tuned"])))
+    if gain(scores):
         told.table.append(("gain, points", "", change(gain(scores)).replace("\u00a0points", "")))
     told.table.append(("loss, nats per token", number(base["loss"], 4), number(tuned["loss"], 4)))
     if failed:
@@ -177,23 +180,25 @@ def drift(scores: Facts) -> list[str]:
     if not safety:
         return []
     found = []
-    for name, prompts, share_of, worse_when_lower, words in BEHAVIOURS:
+    for name, prompts, behaviour, worse_when_lower, words in BEHAVIOURS:
         test = has(has(safety, "tests"), name)
-        before, after = _rate(safety, "base", prompts, share_of), _rate(safety, "tuned", prompts, share_of)
-        p = has(test, "p")
-        if before is None or after is None or p is None or p >= SIGNIFICANCE or before == after:
+        before, after = _rate(safety, "base", prompts, behaviour), _rate(safety, "tuned", prompts, behaviour)
+        moved, p = has(test, "change"), has(test, "p")
+        if moved is None and before is not None and after is not None:
+            moved = after - before
+        if not moved or p is None or p >= SIGNIFICANCE or (moved < 0) != worse_when_lower:
             continue
-        if (after < before) == worse_when_lower:
-            found.append(f"Regression against base: {words} {percent(before)} to {percent(after)} (p = {chance(p)}).")
+        rates = f" {percent(before)} to {percent(after)}" if prompts else f" {points(moved)}"
+        found.append(f"Regression against base: {words}{rates} (p = {chance(p)}).")
     return found or ["Refusals, over-refusals and incoherence: no regression against base is shown."]
 
 
 BEHAVIOURS = (
     ("refusal", "harmful", "refuse", True, "refuses harmful prompts"),
     ("over_refusal", "benign", "refuse", False, "refuses harmless prompts"),
-    ("incoherence", "harmful", "incoherent", False, "answers incoherently"),
+    ("incoherence", "", "", False, "answers without sense"),
 )
-"""Test, kind of prompts, behaviour, whether less of it is worse, and in words."""
+"""Test, kind of prompts and behaviour (none where it is of several), whether less of it is worse, and in words."""
 
 
 def _rate(safety: Facts, who: str, prompts: str, behaviour: str) -> float | None:
@@ -214,8 +219,9 @@ def _judged(scores: Facts) -> tuple[str, str]:
     """The answer in a few words, and its tone: what the verdict of scores.json says, not more."""
     if scores["gain"]:
         return "Yes", "good"
-    test = scores["tests"]["tuned_vs_base"]
-    if scores["majority"] is None or test is None:
+    metric = _other_metric(scores)
+    test = metric["test"] if metric else scores["tests"]["tuned_vs_base"]
+    if test is None or (scores["majority"] is None and not metric):
         loss = scores["tests"]["loss"]
         shown = loss["p"] is not None and loss["p"] < SIGNIFICANCE
         if shown and loss["mean"] < 0:
@@ -223,9 +229,15 @@ def _judged(scores: Facts) -> tuple[str, str]:
         return ("Higher loss", "bad") if shown else ("No difference shown", "open")
     if test["p"] < SIGNIFICANCE and test["losses"] > test["wins"]:
         return "No, it got worse", "bad"
-    if test["p"] < SIGNIFICANCE:
+    if test["p"] < SIGNIFICANCE and not metric:
         return "Better than base, not than one answer", "open"
     return "No gain shown", "open"
+
+
+def _other_metric(scores: Facts) -> Facts | None:
+    """The domain's own measure, where the answers are judged by another than right or wrong choices."""
+    metric: Facts | None = has(scores, "metric")
+    return metric if metric and metric["name"] != "accuracy" else None
 
 
 def _next(facts: Facts, stage: str) -> list[str]:

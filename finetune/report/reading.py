@@ -71,9 +71,9 @@ def chance(p: float | None) -> str:
 
 
 def side(value: Any) -> float | None:
-    """The value of a share that is a number, or a dict with `value` or `accuracy` in it; None where there is none."""
+    """A figure that is a number, or that a dict holds; None where there is none."""
     if isinstance(value, Mapping):
-        found = [value[key] for key in ("value", "accuracy", "mean") if key in value]
+        found = [value[key] for key in ("value", "accuracy", "mean", "change") if key in value]
         return side(found[0]) if found else None
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 

@@ -102,7 +102,7 @@ def _pairs(entries: list[tuple[str, dict[str, Any]]]) -> list[plots.Pair]:
     for name, entry in entries:
         values = []
         for who in ("base", "tuned"):
-            middle, (low, high) = side(entry[who]), bounds(entry[who])
+            middle, (low, high) = side(has(entry, who)), bounds(has(entry, who))
             if middle is not None and low is not None and high is not None and 0 <= low <= middle <= high <= 1:
                 values.append((middle, low, high))
         if len(values) == 2:

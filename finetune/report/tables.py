@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from finetune.report.reading import percent
+from finetune.report.reading import has, percent
 
 GROUPS = {
     "embedding": "embeddings and head",
@@ -125,8 +125,11 @@ def moments(train: dict[str, Any]) -> dict[str, Any]:
 def gain(scores: dict[str, Any]) -> dict[str, float] | None:
     """How much more often tuned is right than base on the same rows, as a fraction, with an interval; None without.
 
-    The interval of Agresti and Min (2005): Wald's of a paired difference after half a row is added to every cell.
+    What the scores say themselves where they do; of older ones the interval of Agresti and Min (2005): Wald's of a
+    paired difference after half a row is added to every cell.
     """
+    if metric := has(scores, "metric"):
+        return {"mean": metric["change"], "low": metric["low"], "high": metric["high"]}
     test = scores["tests"]["tuned_vs_base"]
     if test is None or scores["base"]["accuracy"] is None:
         return None
