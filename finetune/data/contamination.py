@@ -123,9 +123,8 @@ def _fits(facts: dict[str, Any], keys: np.ndarray, entries: np.ndarray, texts: n
     words, numbers = [facts["name"], *facts["ids"]], [facts[name] for name in ("unseen", "most", "common")]
     if not all(type(word) is str for word in words) or not all(type(number) is int for number in numbers):
         return False
-    if facts["kind"] not in ("text", "code") or keys.dtype != np.dtype("<u8"):
-        return False
-    if entries.dtype != _ENTRY or texts.dtype != _TEXT:
+    types = (np.dtype("<u8"), _ENTRY, _TEXT)
+    if facts["kind"] not in ("text", "code") or (keys.dtype, entries.dtype, texts.dtype) != types:
         return False
     if any(array.ndim != 1 or not len(array) for array in (keys, entries, texts)) or len(keys) != len(entries):
         return False

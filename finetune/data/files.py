@@ -155,6 +155,8 @@ def blocks(source: Source) -> Iterator[Block]:
         for block in reader[source.kind](source):
             line = block.line
             yield block
+    except (NotImplementedError, LookupError, TypeError, MemoryError) as error:  # Arrow's own kinds of these
+        raise _unreadable(source, line, " ".join(str(error).split())[:200] or type(error).__name__) from None
     except OSError as error:  # gzip's errors among them
         raise _unreadable(source, line, error.strerror or str(error)) from None
     except (EOFError, UnicodeDecodeError, ValueError, csv.Error, zlib.error) as error:
