@@ -306,7 +306,7 @@ def _folder_problems(folder: Path) -> list[str]:
 
 
 def _defaults_problems(tree: Any) -> Iterator[str]:
-    """A sentence for every entry of a defaults list that is not one of our groups: `- model: olmoe`, `- _self_`."""
+    """A sentence for every entry of a defaults list that is not one of our groups: `- model: NAME`, `- _self_`."""
     entries = tree["defaults"] if isinstance(tree, dict) and isinstance(tree.get("defaults"), list) else []
     for entry in entries:
         names = entry if isinstance(entry, dict) else {entry: ""}

@@ -14,7 +14,7 @@ HEADER_LIMIT = 100_000_000
 """Bytes of a header, at most; the format's own limit."""
 
 INDEX_LIMIT = 256 * 2**20
-"""Bytes of an index file, at most. That of DeepSeek V3, with 91,991 tensors, has 9 MB."""
+"""Bytes of an index file, at most. One with 91,991 tensors has 9 MB."""
 
 BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
