@@ -31,7 +31,7 @@ SECRET_VALUE = re.compile(
 """Values that give themselves away. Patterns of `data.credentials` are for rows, where a false alarm costs a row."""
 
 ASSIGNED = re.compile(
-    r"(?<![A-Za-z0-9_.-])([A-Za-z_][A-Za-z0-9_.-]{0,99})(\s{0,9}[=:]\s{0,9})([\"']?)([^\s\"',;)\]}]{6,})"
+    r"(?<![A-Za-z0-9_.-])([A-Za-z_][A-Za-z0-9_.-]{0,99})([\"']?\s{0,9}[=:]\s{0,9})([\"']?)([^\s\"',;)\]}]{6,})"
 )
 """A name, = or :, and a value, within a text."""
 

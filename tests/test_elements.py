@@ -62,8 +62,8 @@ def test_they_are_the_elements_that_json_finds_wherever_the_pieces_end(size: int
         ("[1 2]", "element 1 cannot be read: it is followed by '2', expected a comma"),
         ("[1,]", "element 2 cannot be read: Expecting value"),
         ("[,1]", "element 1 cannot be read: Expecting value"),
-        ("[1]]", "']' follows the list"),
-        ("[1]  \n[2]", r"'\[2\]' follows the list|'\[' follows the list"),
+        ("[1]]", "characters, .*follows the list"),
+        ("[1]  \n[2]", "characters, .*follows the list"),
         ('[{"a" 1}' + " " * 40 + "]", "element 1 cannot be read: Expecting ':' delimiter"),
     ],
 )

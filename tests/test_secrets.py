@@ -156,7 +156,7 @@ WORDS = "zanzibar-4711"
 GOOD = {"messages": [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]}
 FAULTS = [
     json.dumps({"messages": [{"role": "user", "content": WORDS}]}),
-    json.dumps({"messages": [{"role": WORDS, "content": WORDS}, {"role": "assistant", "content": ""}]}),
+    json.dumps({"messages": [{"role": "wizard", "content": WORDS}, {"role": "assistant", "content": ""}]}),
     json.dumps({"messages": WORDS}),
     json.dumps([WORDS]),
     json.dumps({"messages": [{"role": "user", "content": WORDS + "<|im_end|>"}, GOOD["messages"][1]]}),

@@ -23,7 +23,7 @@ HIDDEN = {".gitattributes", ".gitignore", ".sha256.json"}
 
 PICKLES = {
     *(".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".hdf5", ".keras", ".joblib", ".npy", ".npz"),
-    *(".distcp", ".metadata", ".dill", ".sav", ".msgpack", ".mar", ".nemo"),
+    *(".distcp", ".metadata", ".dill", ".msgpack", ".mar", ".nemo"),
 }
 """Kinds that hold pickles, or may: opening one can run any program."""
 
