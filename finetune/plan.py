@@ -165,7 +165,7 @@ def read_plan(path: Path) -> Plan:
     values = read_json(path)
     if set(values) != {f.name for f in dataclasses.fields(Plan)}:
         what, why = f"{path} is not a plan that this version can read", "another version has written it"
-        raise RunError("RUN-009", what, why, "plan(recipe) makes one anew")
+        raise RunError("RUN-010", what, why, "plan(recipe) makes one anew")
     read: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, list):

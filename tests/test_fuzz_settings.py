@@ -179,7 +179,7 @@ PARSERS = [
         examples=[
             ({"recipe.yaml": b"seed: \x01"}, "CFG-008"),
             ({"recipe.yaml": b"seed: !!timestamp x"}, "CFG-008"),
-            ({"recipe.yaml": b"seed: 2001-01-01"}, "CFG-008"),
+            ({"recipe.yaml": b"seed: 2001-01-01"}, "CFG-004"),
             ({"recipe.yaml": b"seed: " + b"[" * 900}, "CFG-008"),
         ],
         parse=lambda folder: read_recipe(folder / "recipe.yaml"),

@@ -131,7 +131,7 @@ def test_a_plan_of_another_version_is_an_error_and_not_half_a_plan(tmp_path: Pat
     values = plan(good()).as_json()
     del values["ways"]
     write_json(tmp_path / "plan.json", values)
-    with pytest.raises(RunError, match=r"RUN-009 .*another version has written it"):
+    with pytest.raises(RunError, match=r"RUN-010 .*another version has written it"):
         read_plan(tmp_path / "plan.json")
 
 
