@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from finetune.base import read_config
 from finetune.data.encoder import Encoder
 from finetune.data.rows import Row
 from finetune.data.tokens import stop_tokens, vocabulary_rows
+from finetune.errors import WeightsError
 from finetune.families import FAMILIES
+from finetune.foreign.gguf import GgufError, check_gguf
 from finetune.layouts import read_adapter
 from finetune.layouts.plain import Weight
 from finetune.recipe import Model, Recipe
@@ -243,6 +246,42 @@ def licence_seeds() -> list[Files]:
     ]
 
 
+@cache
+def small_gguf() -> bytes:
+    """A GGUF file with a text, lists and a tensor, as the gguf library writes it."""
+    import numpy as np
+    from gguf import GGUFWriter
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "x.gguf"
+        writer = GGUFWriter(path, "llama")
+        writer.add_name("x")
+        writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+        writer.add_array("some.numbers", [1, 2, 3])
+        writer.add_tensor("w", np.zeros((4, 8), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path.read_bytes()
+
+
+def counted_gguf(draw: random.Random) -> Files:
+    """One of its counts, lengths, types or offsets, or what is taken for one, is another number."""
+    good = small_gguf()
+    at, size = draw.randrange(4, len(good) - 8), draw.choice((4, 8))
+    number = draw.choice((0, 1, 2, 9, 2**16, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1)) % 2 ** (8 * size)
+    return {"x.gguf": good[:at] + number.to_bytes(size, "little") + good[at + size :]}
+
+
+def use_gguf(folder: Path) -> None:
+    """What stands before the gguf library: a phrase, which `upcycle` puts into a sentence."""
+    try:
+        check_gguf(folder / "x.gguf")
+    except GgufError as error:
+        raise WeightsError("WGT-009", str(error)) from None
+
+
 PARSERS = [
     Parser(
         name="safetensors, index files",
@@ -263,6 +302,14 @@ PARSERS = [
         seeds=weight_seeds,
         shaped=shaped_weights,
         native=True,
+    ),
+    Parser(
+        name="GGUF headers",
+        weight=16,
+        examples=[({"x.gguf": b"GGUF" + (3).to_bytes(4, "little") + b"\xff" * 16}, "WGT-009")],
+        parse=use_gguf,
+        seeds=lambda: [{"x.gguf": small_gguf()}],
+        shaped=counted_gguf,
     ),
     Parser(
         name="config.json of a model",
