@@ -132,7 +132,8 @@ def metrics(scores: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     sides = ("loss", "accuracy", "low", "high")
     told = {name: {k: v for k, v in scores[name].items() if k in sides} for name in ("base", "tuned")}
-    return told | {"rows": scores["rows"], "gates": scores["gates"], "verdict": scores["verdict"]}
+    lost = {name: scores[name]["verdict"] if scores[name] else None for name in ("forgetting", "safety")}
+    return told | lost | {"rows": scores["rows"], "gates": scores["gates"], "verdict": scores["verdict"]}
 
 
 def licences(run_dir: RunDir, recipe: Recipe, base: Path) -> dict[str, Any]:

@@ -109,6 +109,8 @@ class Stages:
             "tuned": {"loss": 1.0, "accuracy": None},
             "rows": 1,
             "verdict": "Too few rows to say.",
+            "forgetting": {"verdict": "Forgetting is not shown."},
+            "safety": None,
             "gates": [{"gate": "gain", "limit": 0.1, "value": 0.0, "passed": self.passed}],
         }
         if stage == "data":

@@ -65,6 +65,13 @@ def test_the_card_has_licence_base_data_and_scores_as_hubs_read_them(tmp_path: P
     assert result["metrics"] == [{"type": "loss", "value": 1.0}]
 
 
+def test_the_card_says_what_was_lost_where_it_was_measured(tmp_path: Path) -> None:
+    recipe = load_recipe("llama4_70b_legal")
+    about = facts(recipe, tmp_path)
+    assert (about["metrics"]["forgetting"], about["metrics"]["safety"]) == ("Forgetting is not shown.", None)
+    assert "\n\nForgetting is not shown.\n" in card("Llama-x", recipe, about)
+
+
 def test_the_base_is_named_by_its_hub_id_and_rows_by_their_card(tmp_path: Path) -> None:
     recipe = load_recipe("llama4_70b_legal")
     about = facts(recipe, tmp_path)

@@ -118,6 +118,7 @@ def _result(facts: Facts) -> list[str]:
     lines += ["|---|---|---|", f"| loss per answer token | {base['loss']:.3f} | {tuned['loss']:.3f} |"]
     if tuned["accuracy"] is not None and base["accuracy"] is not None:
         lines.append(f"| right answers | {_share(base)} | {_share(tuned)} |")
+    lines += [line for name in ("forgetting", "safety") if scores[name] for line in ("", scores[name])]
     return lines
 
 
