@@ -31,7 +31,8 @@ def stock_answers(folder: Path, answers: dict[str, Any], adapter: Path | None = 
         from peft import PeftModel
 
         with warnings.catch_warnings():  # about ranks per map and tied ends: the answers are compared, which says more
-            warnings.simplefilter("ignore", UserWarning)
+            for kind in (UserWarning, RuntimeWarning):
+                warnings.simplefilter("ignore", kind)
             model = PeftModel.from_pretrained(model, str(adapter))
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
