@@ -90,7 +90,7 @@ OPTIONS = """\
   --rows N           how many rows `data preview` shows
   --version, --help
 
-Every setting, with its meaning: finetune/recipe.py and rates.py. The order of the stages: finetune/run.py.
+Every setting, with its meaning: finetune/recipe.py, judging.py and rates.py. The order of the stages: finetune/run.py.
 """
 
 
