@@ -94,7 +94,7 @@ def test_every_parser_was_tried_and_nothing_broke() -> None:
     told = read_json(RESULTS / "fuzz_cpu.json")
     assert set(told["parsers"]) == {parser.name for parser in parsers()}
     assert told["inputs"] == sum(p["inputs"] for p in told["parsers"].values()) and told["crashes"] == 0
-    assert min(p["inputs"] for p in told["parsers"].values()) > 0
+    assert min(p["inputs"] for p in told["parsers"].values()) > 0 and told["inputs"] >= 200_000
     assert read_json(RESULTS / "soak_cpu.json")["violations"] == []
 
 
