@@ -67,7 +67,7 @@ def events(run_dir: RunDir) -> list[dict[str, Any]]:
     for line in _lines(run_dir):
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(event, dict):
             found.append(event)
@@ -90,7 +90,7 @@ def breaks(run_dir: RunDir, recorded: dict[str, Any]) -> list[str]:
                 found.append(f"event {number} does not follow the line before it")
             elif event["number"] != number:
                 found.append(f"event {number} is numbered {event['number']}")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if number in (1, len(lines)):
                 found.append(f"event {number} is cut or damaged")
     count = recorded["count"]

@@ -511,6 +511,7 @@ def test_a_template_that_differs_from_its_familys_is_named_with_the_place(folder
     [(LOOP, "took more than"), (BOMBS["MiB"], ""), (BOMBS["calls itself"], "recursion")],
     ids=["time", "memory", "recursion"],
 )
+@pytest.mark.timeout(300, method="thread")  # the other method takes the alarm that this limit needs
 def test_a_template_that_waits_for_a_word_of_a_row_is_stopped_there(
     bomb: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
