@@ -326,11 +326,13 @@ class Encoder:
                 )
                 texts[0].encode()
                 break
-            except Exception:  # as in _render
+            except Exception as wrong:  # as in _render
+                why = " ".join(quoted(str(wrong)).split())
                 self._render(row, wording, False)  # says what is wrong, where it is not the calls' wording
         else:
             what = f"{row.where}: the chat template refuses this conversation"
-            raise DataError("TPL-003", what, "its generation tags cannot be read")
+            fix = "the same template without its generation tags"
+            raise DataError("TPL-003", what, f"its generation tags cannot be read: {why}", fix)
         spans: list[tuple[int, int]] = []
         for begin, end in marked[0]:
             if spans and spans[-1][1] == begin:  # the end of a turn in a mark of its own
