@@ -21,7 +21,8 @@ from finetune.data.card import card_names, read_card
 from finetune.errors import DataError
 from finetune.evaluate import harness
 from finetune.evaluate.card_rows import card_file
-from finetune.evaluate.paired import newcombe, paired
+from finetune.evaluate.intervals import paired_shares
+from finetune.evaluate.paired import paired
 from finetune.evaluate.tasks import show, take_tasks
 from finetune.evaluate.verdict import proportion
 from finetune.machine import fit_problems
@@ -326,9 +327,9 @@ def test_rows_are_told_apart_by_a_column_of_the_users_own_task(tmp_path: Path, t
 def test_the_interval_of_a_difference_is_newcombes_on_his_own_example() -> None:
     # Newcombe 1998, table II, method 10: 36, 12, 2 and 0 of 50 pairs.
     base, tuned = [True] * 38 + [False] * 12, [True] * 36 + [False] * 2 + [True] * 12
-    low, high = newcombe(base, tuned, 0.95)
+    low, high = paired_shares(tuned, base, 0.95)[1:]
     assert (round(low, 4), round(high, 4)) == (0.0569, 0.3404)
-    mirrored = newcombe(tuned, base, 0.95)
+    mirrored = paired_shares(base, tuned, 0.95)[1:]
     assert mirrored == pytest.approx((-high, -low))
 
 
@@ -342,7 +343,7 @@ def test_the_interval_of_a_difference_covers_the_truth_as_often_as_it_says() -> 
         ways = math.factorial(rows) / math.prod(map(math.factorial, (both, base, tuned, neither)))
         weight = ways * math.prod(p**n for p, n in zip(chances, (both, base, tuned, neither), strict=True))
         pairs = [(True, True)] * both + [(True, False)] * base + [(False, True)] * tuned + [(False, False)] * neither
-        low, high = newcombe([b for b, _ in pairs], [t for _, t in pairs], 0.95)
+        low, high = paired_shares([t for _, t in pairs], [b for b, _ in pairs], 0.95)[1:]
         covered += weight * (low <= chances[2] - chances[1] <= high)
     assert 0.93 < covered < 0.995
 
