@@ -131,9 +131,10 @@ def metrics(scores: dict[str, Any] | None) -> dict[str, Any] | None:
     if scores is None:
         return None
     sides = ("loss", "accuracy", "low", "high")
-    told = {name: {k: v for k, v in scores[name].items() if k in sides} for name in ("base", "tuned")}
-    lost = {name: scores[name]["verdict"] if scores[name] else None for name in ("forgetting", "safety")}
-    return told | lost | {"rows": scores["rows"], "gates": scores["gates"], "verdict": scores["verdict"]}
+    right = {name: {k: v for k, v in scores[name].items() if k in sides} for name in ("base", "tuned")}
+    asked = {name: scores.get(name) for name in ("forgetting", "safety")}  # absent from runs of before they were measured
+    lost = {name: told["verdict"] if told else None for name, told in asked.items()}
+    return right | lost | {"rows": scores["rows"], "gates": scores["gates"], "verdict": scores["verdict"]}
 
 
 def licences(run_dir: RunDir, recipe: Recipe, base: Path) -> dict[str, Any]:

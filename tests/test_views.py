@@ -21,6 +21,8 @@ SCORES = {
         "loss": {"test": "paired t", "mean": -0.7, "low": -0.8, "high": -0.6, "p": 1e-9},
     },
     "verdict": "The tuned model is better.",
+    "forgetting": None,
+    "safety": None,
     "gates": [{"gate": "evaluate.min_gain", "limit": 0.1, "value": 0.25, "passed": True}],
 }
 
