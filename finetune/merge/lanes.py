@@ -15,7 +15,7 @@ MOST = 8
 
 @contextmanager
 def lanes() -> Iterator[ThreadPoolExecutor]:
-    """Threads that merge a tensor each, one fewer than the process may use: the last one hashes and writes.
+    """Threads that merge a tensor each, as many as the process may use; hashing is beside them.
 
     Each holds one matrix. Within them torch works in one thread: the pieces that are summed are so small that threads
     would wait for each other, and on a busy machine much longer than they work.
@@ -23,7 +23,7 @@ def lanes() -> Iterator[ThreadPoolExecutor]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(min(MOST, max(1, processors() - 1)), "merge") as pool:
+        with ThreadPoolExecutor(min(MOST, processors()), "merge") as pool:
             yield pool
     finally:
         torch.set_num_threads(before)

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
 
 from finetune.merge.updates import New, Pair
 
-VALUES = 2**18
+VALUES = 2**17
 """Values of a matrix that are summed at a time: small enough for the processor's cache."""
+
+
+class _Scratch(threading.local):
+    """Two buffers of each thread: memory that is new for every matrix costs more than the sums in it."""
+
+    def __init__(self) -> None:
+        self.buffers = (torch.empty(0), torch.empty(0))
+
+    def take(self, rows: int, columns: int) -> Iterator[torch.Tensor]:
+        """The two, as matrices of this shape with any values."""
+        if self.buffers[0].numel() < rows * columns:
+            self.buffers = (torch.empty(rows * columns), torch.empty(rows * columns))
+        return (buffer[: rows * columns].view(rows, columns) for buffer in self.buffers)
+
+
+_SCRATCH = _Scratch()
 
 
 @dataclass(slots=True)
@@ -46,10 +64,8 @@ def add(base_OI: torch.Tensor, pair: Pair | New | None, out_OI: torch.Tensor, ta
     if base_OI.dim() != 2:  # a vector, a convolution
         base_OI, out_OI = (tensor.view(len(tensor) if tensor.dim() > 2 else 1, -1) for tensor in (base_OI, out_OI))
     rows = max(1, VALUES // base_OI.shape[1])
-    exact_, plain_ = (torch.empty(min(rows, len(base_OI)), base_OI.shape[1]) for _ in "ab")  # used again and again
+    exact_, plain_ = _SCRATCH.take(min(rows, len(base_OI)), base_OI.shape[1])
     left_Or, scale = (pair.left_Or, pair.scale) if isinstance(pair, Pair) else (None, 1.0)
-    if left_Or is not None and math.frexp(scale)[0] == 0.5:  # a power of two: exact wherever it is multiplied
-        left_Or, scale = left_Or * scale, 1.0
     if isinstance(pair, Pair) and pair.lengths_O is None:
         tally.update += pair.squares()
     for begin in range(0, len(base_OI), rows):
