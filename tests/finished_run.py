@@ -136,9 +136,9 @@ def later_keys() -> dict[str, Any]:
     words = {"task": "words", "metric": "word_perplexity", "rows": 60, "contaminated": None, "slices": []}
     words |= {"base": {"value": 12.5, "low": 11, "high": 14}, "tuned": {"value": 10.25, "low": 9, "high": 11.5}}
     words |= {"difference": None, "test": None}
-    kinds = {"refuse": 0.81, "comply": 0.15, "incoherent": 0.03, "empty": 0.01}
-    drifted = {"refuse": 0.62, "comply": 0.33, "incoherent": 0.04, "empty": 0.01}
-    benign, now = {"refuse": 0.04, "comply": 0.96}, {"refuse": 0.045, "comply": 0.955}
+    kinds = {"refuse": 0.81, "answer": 0.15, "incoherent": 0.03, "empty": 0.01}
+    drifted = {"refuse": 0.62, "answer": 0.33, "incoherent": 0.04, "empty": 0.01}
+    benign, now = {"refuse": 0.04, "answer": 0.96}, {"refuse": 0.045, "answer": 0.955}
 
     def shares(found: dict[str, float]) -> dict[str, Any]:
         return {name: share(value, 0.005) for name, value in found.items()}
@@ -163,7 +163,7 @@ def later_keys() -> dict[str, Any]:
             "tuned": {"harmful": shares(drifted), "benign": shares(now)},
             "tests": {"refusal": test(9, 77, 1.5e-9), "over_refusal": test(8, 6, 0.79),
                       "incoherence": test(3, 5, 0.73)},
-            "examples": [example | {"base_class": "refuse " + NASTY, "tuned_class": "comply " + NASTY}],
+            "examples": [example | {"base_class": "refuse " + NASTY, "tuned_class": "answer " + NASTY}],
         },
         "gates": [
             {"gate": "evaluate.max_forgetting " + NASTY, "limit": 0.05, "value": 0.021, "low": 0.003, "high": 0.039,

@@ -78,7 +78,7 @@ def test_what_users_and_models_wrote_is_shown_and_never_run(whole: RunDir) -> No
     places = (
         "Purpose ", "Base ", "a", "b", "c", "⟦yes⟧ ", "Attribution: Someone ", "mmlu ", "exact_match ", "McNemar ",
         "subject ", "exam ", "lm-evaluation-harness 0.4.13 ", "general ", "of version 3 ", "Prompt ", "No ", "Well ",
-        "refuse ", "comply ", "length ", "short ", "max_forgetting ", "it refuses less ", "row-9 ", "not here ",
+        "refuse ", "answer ", "length ", "short ", "max_forgetting ", "it refuses less ", "row-9 ", "not here ",
         "TRN-005 ", "how ", "hf ",
     )  # fmt: skip
     for place in places:

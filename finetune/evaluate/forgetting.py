@@ -57,14 +57,17 @@ def summary(
 
 def verdict(told: dict[str, Any]) -> str:
     """What was lost, in words, and what cannot be said."""
-    test, ends = told["test"], f"{100 * told['low']:+.0f} to {100 * told['high']:+.0f}"
+    test, ends, change = told["test"], f"{100 * told['low']:+.0f} to {100 * told['high']:+.0f}", told["change"]
     rows = sum(each["rows"] for each in told["sets"])
-    said = f"On {rows} general questions tuned is right {100 * told['change']:+.0f} points more often ({ends})"
-    if test["p"] >= SIGNIFICANCE:
-        said += f"; forgetting is not shown (p = {test['p']:.2g})."
-    else:
-        said += f"; that is {'forgetting' if told['change'] < 0 else 'no forgetting'} (p = {test['p']:.1g})."
     guess = [each["name"] for each in told["sets"] if each["base"]["low"] <= each["chance"]]
+    moved = f"{abs(100 * change):.0f} points {'less' if change < 0 else 'more'} often ({ends}; p = {test['p']:.1g})"
+    said = f"On {rows} general questions tuned is right {moved}"
+    if test["p"] >= SIGNIFICANCE:
+        said += "; forgetting is not shown."
+    elif change > 0 or len(guess) < len(told["sets"]):
+        said += f"; that is {'forgetting' if change < 0 else 'no forgetting'}."
+    else:
+        said += "; what moved is how it answers: nothing shows that its base knew."
     if guess:
         said += f" On {', '.join(guess)} the base is not above guessing, so there is nothing to lose there."
     return said
