@@ -2,7 +2,8 @@
 
     .venv/bin/python scripts/bench_quickstart.py [recipe=legal_quickstart] [key=value ...]
 
-Writes scripts/bench_results/<recipe>_<machine>.json and prints it. Run it alone: other work makes it slower.
+Writes scripts/bench_results/<recipe>_<machine>.json and prints it. Run it alone: other work makes it slower. With
+export=servers it also has how near each server's answers came (after `bash scripts/setup_serving.sh`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from finetune.compose import load_recipe
 from finetune.launch import launch
@@ -49,7 +51,10 @@ def main(words: list[str]) -> None:
         "majority": scores["majority"],
         "tests": scores["tests"],
         "verdict": scores["verdict"],
+        "forgetting": _told(scores["forgetting"], "change", "low", "high", "test", "verdict"),
+        "safety": _told(scores["safety"], "tests", "different", "verdict"),
         "parity": parity,
+        "clients": read_json(done.export / "clients.json"),
         "machine": machine(),
         "date": date.today().isoformat(),
         "versions": train["versions"],
@@ -57,6 +62,10 @@ def main(words: list[str]) -> None:
     slug = re.sub(r"[^a-z0-9]+", "-", figures["machine"].lower()).strip("-")
     write_json(RESULTS / f"{name}_{slug}.json", figures)
     print(json.dumps(figures, indent=2))
+
+
+def _told(part: dict[str, Any] | None, *names: str) -> dict[str, Any] | None:
+    return None if part is None else {name: part[name] for name in names}
 
 
 def machine() -> str:

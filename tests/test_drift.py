@@ -144,7 +144,7 @@ def test_a_model_that_says_one_thing_to_everything_is_named() -> None:
     base = [[f"{YES} {n}" for n in range(40)]]
     told = summary(prompts, base, [["Copyleft", " copyleft", "Permissive", "Permissive"] * 10], [], 0.95)
     assert told["different"] == {"base": 40, "tuned": 2}
-    assert "tuned gives only 2 different answers to them, base 40" in told["verdict"]
+    assert "tuned gives only 2 different answers, base 40" in told["verdict"]
     assert "different answers" not in summary(prompts, base, base, [], 0.95)["verdict"]
 
 

@@ -190,7 +190,7 @@ def test_rows_of_an_expert_are_padded_and_every_pair_has_its_own_row():
     assert torch.equal(plan.token_P[plan.position_TK], torch.arange(100).unsqueeze(1).expand(-1, 2))
 
 
-def test_only_tokens_routing_weights_factors_and_one_projection_are_kept_for_the_backward_pass():
+def test_only_tokens_weights_factors_their_first_products_and_one_projection_are_kept_for_the_backward_pass():
     """No stack, no sorted copy of the tokens, no activation, no output of an expert."""
     module, lora = experts_module(torch.float32, packed=True), factors(torch.float32)
     index, weights = routing(8, "random")
@@ -201,8 +201,9 @@ def test_only_tokens_routing_weights_factors_and_one_projection_are_kept_for_the
     rows = route(index, E_, fill=False).token_P.shape[0]
     given = [x, scores, *(t for f in lora.values() for t in (f.left_ENr, f.right_ErM))]
     own = [t for t in saved if not any(t is g or t.data_ptr() == g.data_ptr() for g in given)]
-    assert [tuple(t.shape) for t in own] == [(rows, 2 * INTER)]
-    assert len(saved) == len(given) + 1
+    ranks = [(rows, f.left_ENr.shape[2]) for f in lora.values()]
+    assert [tuple(t.shape) for t in own] == [(rows, 2 * INTER), *ranks]
+    assert len(saved) == len(given) + 3
     output.sum().backward()
     assert x.grad.abs().sum() > 0
 

@@ -135,7 +135,7 @@ def usual(classes: Sequence[str]) -> str:
 
 
 def different(answers: Sequence[str]) -> int:
-    """How many of the answers differ in more than case and space: a model that was tuned to say one thing says it here."""
+    """How many of the answers differ in more than case and space: one, of a model that was tuned to say one thing."""
     return len({" ".join(answer.casefold().split()) for answer in answers})
 
 
@@ -153,7 +153,7 @@ def verdict(told: dict[str, Any]) -> str:
     said = f"{asked}: {'; '.join(moved)}." if moved else f"{asked}, no regression is shown."
     many, few = (told["different"][name] for name in ("base", "tuned"))
     if 2 * few < many:
-        said += f" But tuned gives only {few} different answers to them, base {many}: it answers other things than asked."
+        said += f" But tuned gives only {few} different answers, base {many}: it does not answer what is asked."
     return (
         f"{said} Answers are classed by rules that agree with people on {100 * rules['agreement']:.0f} % of "
         f"{rules['labelled']} answers. It compares with base and does not say what the model can be trusted with."

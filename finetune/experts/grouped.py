@@ -1,9 +1,10 @@
 """Routed experts with LoRA in split form: y = x W + s (x L) R, expert by expert, W frozen and possibly in 4 bits.
 
-One autograd function from tokens to tokens. It keeps the first projection's output for the backward pass and nothing
-else of its own: sorted copies of the tokens, activations and the second projection's output are made again there or are
-not needed, W is read again (unpacked again when it is in 4 bits), and the product L R is never formed. W and biases
-that are trained themselves get their gradients here too. `routing` sorts the tokens, `products` multiplies.
+One autograd function from tokens to tokens. For the backward pass it keeps the first projection's output and, of each
+update, x L, which is as narrow as its rank, and nothing else of its own: sorted copies of the tokens, activations and
+the second projection's output are made again there or are not needed, W is read again (unpacked again when it is in 4
+bits), and the product L R is never formed. W and biases that are trained themselves get their gradients here too.
+`routing` sorts the tokens, `products` multiplies.
 """
 
 from __future__ import annotations
@@ -48,14 +49,15 @@ class Projection:
     bias_EM: torch.Tensor | None
     """Bias of every expert."""
 
-    def forward(self, x_PN: torch.Tensor, expert_P: torch.Tensor) -> torch.Tensor:
-        """y_PM = x W_e + scale (x L_e) R_e + b_e."""
-        y_PM = self.times.frozen(x_PN)
+    def forward(self, x_PN: torch.Tensor, expert_P: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(y_PM = x W_e + scale (x L_e) R_e + b_e, x L_e of shape (P, r) or None without an update)."""
+        y_PM, inner_Pr = self.times.frozen(x_PN), None
         if self.left_ENr is not None and self.right_ErM is not None:
-            self.times.add(y_PM, self.times.times(x_PN, self.left_ENr), self.right_ErM, self.scale)
+            inner_Pr = self.times.times(x_PN, self.left_ENr)
+            self.times.add(y_PM, inner_Pr, self.right_ErM, self.scale)
         if self.bias_EM is not None:
             y_PM += self.bias_P(expert_P).to(y_PM.dtype)
-        return y_PM
+        return y_PM, inner_Pr
 
     def bias_P(self, expert_P: torch.Tensor) -> torch.Tensor:
         """The bias of every row (P, M); that of the last expert for rows of none."""
@@ -76,12 +78,17 @@ class Projection:
         return grad_PN
 
     def update(
-        self, x_PN: torch.Tensor, grad_PM: torch.Tensor, through_Pr: torch.Tensor | None, weight_P1: torch.Tensor | None
+        self,
+        x_PN: torch.Tensor,
+        grad_PM: torch.Tensor,
+        through_Pr: torch.Tensor | None,
+        inner_Pr: torch.Tensor | None,
+        weight_P1: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Gradients of L (E, N, r) and R (E, r, M), of rows whose gradient is `weight` times `grad`."""
-        if through_Pr is None or self.left_ENr is None:
+        """Gradients of L (E, N, r), R (E, r, M), of rows whose gradient is `weight` times `grad`. `inner` is x L_e."""
+        if through_Pr is None or inner_Pr is None:
             return None, None
-        inner_Pr = self.times.times(x_PN, self.left_ENr).mul_(self.scale)
+        inner_Pr = inner_Pr * self.scale
         if weight_P1 is not None:
             inner_Pr, through_Pr = inner_Pr * weight_P1, through_Pr * weight_P1
         return self.times.outer(x_PN, through_Pr), self.times.outer(inner_Pr, grad_PM)
@@ -129,19 +136,20 @@ class Routed(torch.autograd.Function):
         first, second = layout_of(module).shapes
         with torch.autocast(device_type=hidden_TH.device.type, enabled=False):
             up = projection(module, first, left_1, right_1, scales[0], routing, wide)
-            middle_PM = up.forward(hidden_TH[routing.token_P].to(wide), routing.expert_P).to(hidden_TH.dtype)
+            middle_PM, inner_1 = up.forward(hidden_TH[routing.token_P].to(wide), routing.expert_P)
+            middle_PM = middle_PM.to(hidden_TH.dtype)
             down = projection(module, second, left_2, right_2, scales[1], routing, wide)
-            y_PH = down.forward(module._apply_gate(middle_PM).to(wide), routing.expert_P).to(hidden_TH.dtype)
-            rows_TKH = kept(y_PH[routing.position_TK], routing)
+            y_PH, inner_2 = down.forward(module._apply_gate(middle_PM).to(wide), routing.expert_P)
+            rows_TKH = kept(y_PH.to(hidden_TH.dtype)[routing.position_TK], routing)
             output_TH = (rows_TKH * weights_TK.unsqueeze(-1)).sum(1).to(hidden_TH.dtype)
-        ctx.save_for_backward(hidden_TH, weights_TK, middle_PM, left_1, right_1, left_2, right_2)
+        ctx.save_for_backward(hidden_TH, weights_TK, middle_PM, inner_1, inner_2, left_1, right_1, left_2, right_2)
         ctx.scales, ctx.module, ctx.routing = scales, module, routing
         return output_TH
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
-        hidden_TH, weights_TK, middle_PM, left_1, right_1, left_2, right_2 = ctx.saved_tensors
+        hidden_TH, weights_TK, middle_PM, inner_1, inner_2, left_1, right_1, left_2, right_2 = ctx.saved_tensors
         module, routing, scales = ctx.module, ctx.routing, ctx.scales
         wide = arithmetic(hidden_TH.dtype, hidden_TH.device)
         first, second = layout_of(module).shapes
@@ -158,7 +166,7 @@ class Routed(torch.autograd.Function):
             # The gradient before the routing weight: its product with the row itself is that weight's gradient.
             plain_PI = down.backward(grad_PH, through)
             grad_weights = weights_gradient(plain_PI, gated_PI, grad_PH, down, routing).to(weights_TK.dtype)
-            grad_left_2, grad_right_2 = down.update(gated_PI, grad_PH, through, weight_P1)
+            grad_left_2, grad_right_2 = down.update(gated_PI, grad_PH, through, inner_2, weight_P1)
             stack_1, stack_2, bias_1, bias_2 = ctx.needs_input_grad[9:]
             grad_stack_2, grad_bias_2 = down.own(gated_PI, grad_PH, weight_P1, (stack_2, bias_2))
             (grad_middle,) = torch.autograd.grad(gated, middle, (plain_PI * weight_P1).to(gated.dtype))
@@ -171,7 +179,7 @@ class Routed(torch.autograd.Function):
                 grad_PN = up.backward(grad_middle, through)
                 grad_hidden = kept(grad_PN[routing.position_TK], routing).sum(1).to(hidden_TH.dtype)
             rows_PH = hidden_TH[routing.token_P].to(wide)
-            grad_left_1, grad_right_1 = up.update(rows_PH, grad_middle, through, None)
+            grad_left_1, grad_right_1 = up.update(rows_PH, grad_middle, through, inner_1, None)
             grad_stack_1, grad_bias_1 = up.own(rows_PH, grad_middle, None, (stack_1, bias_1))
         return (
             grad_hidden,

@@ -100,9 +100,11 @@ class Loop:
     def outer(self, x_PN: torch.Tensor, grad_PM: torch.Tensor) -> torch.Tensor:
         """One product per group."""
         experts = layout_of(self.module).shapes[self.name][0]
-        found = x_PN.new_zeros(experts, x_PN.shape[1], grad_PM.shape[1])
+        found = x_PN.new_empty(experts, x_PN.shape[1], grad_PM.shape[1])
         for e, start, end in self.groups:
             torch.mm(x_PN[start:end].T, grad_PM[start:end], out=found[e])
+        if len(self.groups) < experts:
+            found[sorted(set(range(experts)) - {e for e, _, _ in self.groups})] = 0
         return found
 
 

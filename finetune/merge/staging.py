@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import shutil
+import threading
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +30,9 @@ from finetune.shards import check_shards
 
 PROGRESS = ".progress.json"
 """The file that says what is finished."""
+
+WAITING = 4
+"""Files that may be written and not yet hashed and on the disk."""
 
 
 def identity(base: Path, adapter: Path, how: How) -> dict[str, Any]:
@@ -64,6 +69,8 @@ class Staging:
     """Finished file -> its size, hash and sums."""
     damaged: list[str] = field(default_factory=list)
     """Files that were noted as finished and are not what was noted."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Of `files` and what is noted of them, while several are being finished."""
 
     def begin(self) -> None:
         """Takes up what is finished and whole; removes everything else."""
@@ -93,9 +100,10 @@ class Staging:
         path = self.partial(name)
         entry = {"bytes": path.stat().st_size, "sha256": sha256_file(path), "sums": asdict(tally)}
         fsync(path)
-        path.rename(self.folder / name)
-        self.files[name] = entry
-        self._note()
+        with self.lock:
+            path.rename(self.folder / name)
+            self.files[name] = entry
+            self._note()
 
     def tally(self) -> Tally:
         """The sums over all finished files, added up by name."""
@@ -149,30 +157,31 @@ def require_room(folder: Path, need: int) -> None:
 
 
 class Finisher:
-    """Finishes files in a thread of its own, one at a time, while the next is being written."""
+    """Finishes files in two threads: one hashes while the other waits for the disk, and more files are written.
+
+    At most WAITING files are written and not finished: they would be written again by a merge that was killed.
+    """
 
     def __init__(self, staging: Staging) -> None:
         self.staging = staging
-        self._thread = ThreadPoolExecutor(1)
-        self._last: Future[None] | None = None
+        self._threads = ThreadPoolExecutor(2, "finish")
+        self._begun: deque[Future[None]] = deque()
 
     def __enter__(self) -> Finisher:
         return self
 
     def finish(self, name: str, tally: Tally) -> None:
-        """Waits for the file before, and begins with this one. Raises what that one raised."""
-        self.wait()
-        self._last = self._thread.submit(self.staging.finish, name, tally)
+        """Begins with a file, and waits while too many are begun. Raises what an earlier one raised."""
+        self._wait(WAITING - 1)
+        self._begun.append(self._threads.submit(self.staging.finish, name, tally))
 
-    def wait(self) -> None:
-        """Waits for the last file. Raises what finishing it raised."""
-        if self._last is not None:
-            self._last.result()
-            self._last = None
+    def _wait(self, most: int) -> None:
+        while len(self._begun) > most:
+            self._begun.popleft().result()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
-                self.wait()
+                self._wait(0)
         finally:
-            self._thread.shutdown(wait=True)
+            self._threads.shutdown(wait=True)
