@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change lands: lint, format, types, import layers, spelling, tests.
-# Extra words go to pytest: `bash scripts/test.sh -m slurm`, `bash scripts/test.sh tests/test_merge.py -x`.
+# With words it is pytest alone, with them: `bash scripts/test.sh -m slurm`, `bash scripts/test.sh tests/test_merge.py -x`.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_venv.sh"
 
@@ -15,18 +15,17 @@ check() { # name, then the command: all of them run, so that one call shows ever
   "${@:2}" || failed+=("$1")
 }
 
-# All tests at once are shared out among processes, a file to one of them; whoever names tests or a tier sees them in turn.
+python=.venv/bin/python
 if [ $# -eq 0 ]; then
+  check "lint" "$python" -m ruff check
+  check "format" "$python" -m ruff format --check
+  check "types" "$python" -m mypy
+  check "layers" "$python" -c 'import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports())'
+  check "spelling" "$python" -m codespell_lib
+  # All tests at once are shared out among processes, a file to one of them; named ones run in turn, to be watched.
   set -- -n "${TEST_PROCESSES:-2}" --dist loadfile
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
-
-python=.venv/bin/python
-check "lint" "$python" -m ruff check
-check "format" "$python" -m ruff format --check
-check "types" "$python" -m mypy
-check "layers" "$python" -c 'import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports())'
-check "spelling" "$python" -m codespell_lib
 check "tests" "$python" -m pytest "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -143,7 +143,7 @@ def start(tmp_path: Path, rows: Path, base: Path, cache: str) -> subprocess.Pope
 def test_killed_preparation_goes_on_and_gives_the_same_bytes(tmp_path: Path, base: Path, rows: Path) -> None:
     whole = content(prepared(recipe(tmp_path / "whole", rows), base))
     killed = 0
-    for _ in range(6):
+    for _ in range(3):
         process = start(tmp_path, rows, base, "cache")
         parts = tmp_path / "cache" / "prepared"
         had = len(list(parts.glob(".parts-*/*.facts")))
