@@ -124,7 +124,7 @@ def tried(parser: fuzzing.Parser, count: int, draw: random.Random, folder: Path,
         parser.parse(place / fuzzing.INPUT)
     codes: Counter[str] = Counter()
     crashes: dict[str, None] = {}
-    slowest, done, beat, end = 0.0, 0, time.monotonic(), time.monotonic() + seconds
+    slowest, done, begun_at, beat, end = 0.0, 0, time.process_time(), time.monotonic(), time.monotonic() + seconds
     while done < count and time.monotonic() < end:
         files = parser.shaped(draw) if done % 2 else fuzzing.mutated(seeds, draw)
         begun = time.process_time()
@@ -145,6 +145,7 @@ def tried(parser: fuzzing.Parser, count: int, draw: random.Random, folder: Path,
         "taken": taken,
         "errors": ordered,
         "slowest_seconds": round(slowest, 2),
+        "cpu_seconds": round(time.process_time() - begun_at, 1),
         "crashes": list(crashes),
     }
 
@@ -232,6 +233,7 @@ def together(names: list[str], places: list[Path], dead: list[tuple[str, str]]) 
             "taken": sum(one["taken"] for one in told),
             "errors": dict(sorted(errors.items())),
             "slowest_seconds": max((one["slowest_seconds"] for one in told), default=0.0),
+            "cpu_seconds": round(sum(one["cpu_seconds"] for one in told), 1),
             "crashes": sorted({c for one in told for c in one["crashes"]} | {how for who, how in dead if who == name}),
         }
     return found
