@@ -1,0 +1,208 @@
+"""Runs tested against the first of them, row by row on the same held-out rows: `against_first(run_dirs)`.
+
+What is compared is the tuned model of each. Rows are the same where `scores_rows.jsonl` of both has their hashes; where
+the rows are not the same, or a run is older than that file, nothing is tested and it is said. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from finetune.compose import read_recipe
+from finetune.evaluate.intervals import change_of, holm, token_loss_change
+from finetune.evaluate.rows import read_lines
+from finetune.evaluate.verdict import by_group
+from finetune.rundir import RunDir, read_json
+
+RIGHT, LOSS = "right answers", "loss, nats per token"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """What one measure of a run is more or less than that of the first."""
+
+    measure: str
+    """What was measured: `right answers`, a metric, or the loss."""
+    rows: int
+    """Rows that it was measured on, in both runs."""
+    change: float
+    """This run less the first: a fraction, of the loss nats per answer token."""
+    low: float | None
+    """Lower end of its interval."""
+    high: float | None
+    """Upper end of its interval."""
+    interval: str
+    """Name of the interval."""
+    better: int
+    """Rows or groups on which this run is better."""
+    worse: int
+    """Rows or groups on which the first is better."""
+    test: str
+    """Name of the paired test."""
+    p: float | None
+    """Its p-value; None where there is too little to test."""
+    adjusted: float | None = None
+    """The same after Holm's correction over all runs; equal to it where there are only two."""
+    by_group: dict[str, Any] | None = None
+    """The sign test over groups, each counted once; None where every row is its own or the measure has none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tested:
+    """A run against the first."""
+
+    run: int
+    """Its place among the runs; the first has 0 and is not here."""
+    rows: int = 0
+    """Held-out rows that both have; 0 where nothing was tested."""
+    why_not: str = ""
+    """Why nothing was tested, as the end of a sentence that begins with the runs; empty where something was."""
+    notes: list[str] = field(default_factory=list)
+    """What of it could not be tested, a sentence each."""
+    differences: list[Difference] = field(default_factory=list)
+    """A measure each."""
+
+
+def against_first(run_dirs: Sequence[RunDir]) -> list[Tested]:
+    """A value for every run but the first; all of them need scores. Reads the runs and changes nothing.
+
+    p-values are adjusted over the runs, each measure by itself: with many runs one is below 0.05 by chance.
+    """
+    first, *others = [_Results.of(run_dir) for run_dir in run_dirs]
+    found = [_tested(place, first, other) for place, other in enumerate(others, 1)]
+    adjusted = {}
+    for measure in dict.fromkeys(d.measure for tested in found for d in tested.differences):
+        known = [
+            (tested.run, d.p)
+            for tested in found
+            for d in tested.differences
+            if d.measure == measure and d.p is not None
+        ]
+        values = holm([p for _, p in known])
+        adjusted |= {(run, measure): value for (run, _), value in zip(known, values, strict=True)}
+    return [
+        replace(
+            tested,
+            differences=[
+                replace(d, adjusted=adjusted[tested.run, d.measure] if d.p is not None else None)
+                for d in tested.differences
+            ],
+        )
+        for tested in found
+    ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Results:
+    """What a run left row by row."""
+
+    lines: dict[str, dict[str, Any]]
+    """Hash of a row -> its line."""
+    lacks: str
+    """Why there are none; empty where there are."""
+    metric: str
+    """Name of the metric that the marks are of; empty where there is none."""
+    confidence: float
+    """Level of the intervals."""
+    seed: int
+    """Of what is drawn."""
+
+    @classmethod
+    def of(cls, run_dir: RunDir) -> _Results:
+        """The results of a run that has scores."""
+        scores, recipe = read_json(run_dir.scores), read_recipe(run_dir.recipe)
+        lines, lacks = [], ""
+        if not run_dir.scores_rows.is_file():
+            lacks = f"has no {run_dir.scores_rows.name}: an older version evaluated it"
+        else:
+            try:
+                lines = read_lines(run_dir.scores_rows)
+            except (OSError, ValueError):
+                lacks = f"has a {run_dir.scores_rows.name} that cannot be read"
+        by_hash = {line["row"]: line for line in lines}
+        if not lacks and not (len(by_hash) == len(lines) == scores["rows"]):
+            lacks = f"has a {run_dir.scores_rows.name} that is not of its scores"
+        metric = scores["metric"]["name"] if "metric" in scores and scores["metric"] else ""
+        return cls(
+            lines={} if lacks else by_hash,
+            lacks=lacks,
+            metric=metric,
+            confidence=recipe.evaluate.confidence,
+            seed=recipe.seed,
+        )
+
+
+def _tested(place: int, first: _Results, other: _Results) -> Tested:
+    if first.lacks or other.lacks:
+        why = f"the first {first.lacks}" if first.lacks else f"this one {other.lacks}"
+        return Tested(run=place, why_not=why)
+    if first.lines.keys() != other.lines.keys():
+        both = len(first.lines.keys() & other.lines.keys())
+        sizes = f"{both} of {len(first.lines)} and {len(other.lines)} are in both"
+        return Tested(run=place, why_not=f"their held-out rows are not the same: {sizes}")
+    pairs = [(line, other.lines[name]) for name, line in first.lines.items()]
+    notes: list[str] = []
+    found: list[Difference] = []
+    asked = [pair for pair in pairs if None not in (pair[0]["tuned"]["right"], pair[1]["tuned"]["right"])]
+    if asked:
+        found.append(_marks(RIGHT, asked, "right", first.confidence))
+    if {first.metric, other.metric} - {"", "accuracy"}:  # accuracy is those right answers
+        found += _metric(first, other, pairs, notes)
+    if all(a["input"] == b["input"] and a["tokens"] == b["tokens"] for a, b in pairs):
+        found.append(_loss(pairs, first))
+    else:
+        notes.append("The losses are per token of other tokens (tokenizer, chat template or length) and are not tested.")
+    return Tested(run=place, rows=len(pairs), notes=notes, differences=found)
+
+
+def _metric(first: _Results, other: _Results, pairs: Sequence[Any], notes: list[str]) -> list[Difference]:
+    """The difference in the metric of generated answers, or a note that says why there is none."""
+    if first.metric != other.metric:
+        names = " and ".join(name or "none" for name in (first.metric, other.metric))
+        notes.append(f"The metric is not the same ({names}) and is not tested.")
+        return []
+    places = [[pair[side]["tuned"]["mark"] is not None for pair in pairs] for side in (0, 1)]
+    if places[0] != places[1]:
+        notes.append(f"Other rows were marked by {first.metric}, so it is not tested: evaluate.metric_rows=0 marks all.")
+        return []
+    marked = [pair for pair, known in zip(pairs, places[0], strict=True) if known]
+    return [_marks(first.metric, marked, "mark", first.confidence)] if marked else []
+
+
+def _marks(measure: str, pairs: Sequence[Any], key: str, confidence: float) -> Difference:
+    old, new = ([float(pair[side]["tuned"][key]) for pair in pairs] for side in (0, 1))
+    told = change_of(old, new, confidence)
+    grouped = None
+    if set(old) | set(new) <= {0.0, 1.0}:
+        groups = [str(pair[0]["group"]) for pair in pairs]
+        grouped = by_group([v == 1 for v in new], [v == 1 for v in old], groups) if len(set(groups)) > 1 else None
+    return _difference(measure, len(pairs), told, grouped)
+
+
+def _loss(pairs: Sequence[Any], first: _Results) -> Difference:
+    tokens = [pair[0]["tokens"] for pair in pairs]
+    old, new = (
+        [pair[side]["tuned"]["loss"] * count for pair, count in zip(pairs, tokens, strict=True)] for side in (0, 1)
+    )
+    groups = [str(pair[0]["group"]) for pair in pairs]
+    told = token_loss_change(old, new, tokens, groups, first.confidence, first.seed)
+    return _difference(LOSS, len(pairs), told, None)
+
+
+def _difference(measure: str, rows: int, told: dict[str, Any], grouped: dict[str, Any] | None) -> Difference:
+    test = told["test"]
+    return Difference(
+        measure=measure,
+        rows=rows,
+        change=told["change"],
+        low=told["low"],
+        high=told["high"],
+        interval=told["interval"],
+        better=test["wins"],
+        worse=test["losses"],
+        test=test["test"],
+        p=test["p"],
+        by_group=grouped,
+    )
