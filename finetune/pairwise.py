@@ -13,10 +13,11 @@ from typing import Any
 from finetune.compose import read_recipe
 from finetune.evaluate.intervals import change_of, holm, token_loss_change
 from finetune.evaluate.rows import read_lines
-from finetune.evaluate.verdict import by_group
+from finetune.evaluate.verdict import SIGNIFICANCE, by_group
 from finetune.rundir import RunDir, read_json
 
-RIGHT, LOSS = "right answers", "loss, nats per token"
+RIGHT, LOSS, GROUPED = "right answers", "loss, nats per token", ", each group once"
+"""Measures, and what stands behind one of which each group is counted once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +46,16 @@ class Difference:
     """Its p-value; None where there is too little to test."""
     adjusted: float | None = None
     """The same after Holm's correction over all runs; equal to it where there are only two."""
-    by_group: dict[str, Any] | None = None
-    """The sign test over groups, each counted once; None where every row is its own or the measure has none."""
+
+    @property
+    def shown(self) -> bool:
+        """Whether it is more than chance explains."""
+        return self.adjusted is not None and self.adjusted < SIGNIFICANCE
+
+    def phrase(self) -> str:
+        """The difference in words: `right answers +4.2 points (p = 0.02)`."""
+        size = f"{self.change:+.4f}" if self.measure == LOSS else f"{100 * self.change:+.1f} points"
+        return f"{self.measure} {size} (p = {self.adjusted:.1g})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,11 +67,28 @@ class Tested:
     rows: int = 0
     """Held-out rows that both have; 0 where nothing was tested."""
     why_not: str = ""
-    """Why nothing was tested, as the end of a sentence that begins with the runs; empty where something was."""
+    """Why nothing was tested, with places for the names of both runs; empty where something was."""
     notes: list[str] = field(default_factory=list)
     """What of it could not be tested, a sentence each."""
     differences: list[Difference] = field(default_factory=list)
     """A measure each."""
+
+    def sentence(self, name: str, first: str) -> str:
+        """What the tests say of this run, `name`, against the first."""
+        if self.why_not:
+            return f"{name} is not tested against {first}: {self.why_not.format(first=first, name=name)}."
+        grouped = {d.measure.removesuffix(GROUPED): d for d in self.differences if d.measure.endswith(GROUPED)}
+        shown = []
+        for d in self.differences:
+            if d.shown and d.measure not in (g.measure for g in grouped.values()):
+                alone = grouped[d.measure] if d.measure in grouped else d
+                weak = (
+                    "" if alone.shown else f", which counting each group once does not show (p = {alone.adjusted:.2g})"
+                )
+                shown.append(d.phrase() + weak)
+        said = f"{name} against {first} on the same {self.rows} held-out rows: "
+        said += "; ".join(shown) if shown else "no difference is shown" if self.differences else "nothing to test"
+        return " ".join([f"{said}.", *self.notes])
 
 
 def against_first(run_dirs: Sequence[RunDir]) -> list[Tested]:
@@ -72,26 +98,16 @@ def against_first(run_dirs: Sequence[RunDir]) -> list[Tested]:
     """
     first, *others = [_Results.of(run_dir) for run_dir in run_dirs]
     found = [_tested(place, first, other) for place, other in enumerate(others, 1)]
+    every = [(tested.run, d.measure, d.p) for tested in found for d in tested.differences if d.p is not None]
     adjusted = {}
-    for measure in dict.fromkeys(d.measure for tested in found for d in tested.differences):
-        known = [
-            (tested.run, d.p)
-            for tested in found
-            for d in tested.differences
-            if d.measure == measure and d.p is not None
-        ]
-        values = holm([p for _, p in known])
-        adjusted |= {(run, measure): value for (run, _), value in zip(known, values, strict=True)}
-    return [
-        replace(
-            tested,
-            differences=[
-                replace(d, adjusted=adjusted[tested.run, d.measure] if d.p is not None else None)
-                for d in tested.differences
-            ],
-        )
-        for tested in found
-    ]
+    for measure in {measure for _, measure, _ in every}:
+        runs, values = zip(*((run, p) for run, of, p in every if of == measure), strict=True)
+        adjusted |= {(run, measure): value for run, value in zip(runs, holm(values), strict=True)}
+
+    def corrected(run: int, d: Difference) -> Difference:
+        return d if d.p is None else replace(d, adjusted=adjusted[run, d.measure])
+
+    return [replace(tested, differences=[corrected(tested.run, d) for d in tested.differences]) for tested in found]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,11 +140,11 @@ class _Results:
         by_hash = {line["row"]: line for line in lines}
         if not lacks and not (len(by_hash) == len(lines) == scores["rows"]):
             lacks = f"has a {run_dir.scores_rows.name} that is not of its scores"
-        metric = scores["metric"]["name"] if "metric" in scores and scores["metric"] else ""
+        metric = scores["metric"] if "metric" in scores else None
         return cls(
             lines={} if lacks else by_hash,
             lacks=lacks,
-            metric=metric,
+            metric=metric["name"] if metric else "",
             confidence=recipe.evaluate.confidence,
             seed=recipe.seed,
         )
@@ -136,7 +152,7 @@ class _Results:
 
 def _tested(place: int, first: _Results, other: _Results) -> Tested:
     if first.lacks or other.lacks:
-        why = f"the first {first.lacks}" if first.lacks else f"this one {other.lacks}"
+        why = f"{{first}} {first.lacks}" if first.lacks else f"{{name}} {other.lacks}"
         return Tested(run=place, why_not=why)
     if first.lines.keys() != other.lines.keys():
         both = len(first.lines.keys() & other.lines.keys())
@@ -147,13 +163,15 @@ def _tested(place: int, first: _Results, other: _Results) -> Tested:
     found: list[Difference] = []
     asked = [pair for pair in pairs if None not in (pair[0]["tuned"]["right"], pair[1]["tuned"]["right"])]
     if asked:
-        found.append(_marks(RIGHT, asked, "right", first.confidence))
+        found += _marks(RIGHT, asked, "right", first.confidence)
     if {first.metric, other.metric} - {"", "accuracy"}:  # accuracy is those right answers
         found += _metric(first, other, pairs, notes)
     if all(a["input"] == b["input"] and a["tokens"] == b["tokens"] for a, b in pairs):
         found.append(_loss(pairs, first))
     else:
-        notes.append("The losses are per token of other tokens (tokenizer, chat template or length) and are not tested.")
+        notes.append(
+            "The losses are per token of other tokens (tokenizer, chat template or length) and are not tested."
+        )
     return Tested(run=place, rows=len(pairs), notes=notes, differences=found)
 
 
@@ -165,20 +183,26 @@ def _metric(first: _Results, other: _Results, pairs: Sequence[Any], notes: list[
         return []
     places = [[pair[side]["tuned"]["mark"] is not None for pair in pairs] for side in (0, 1)]
     if places[0] != places[1]:
-        notes.append(f"Other rows were marked by {first.metric}, so it is not tested: evaluate.metric_rows=0 marks all.")
+        notes.append(
+            f"Other rows were marked by {first.metric}, so it is not tested: evaluate.metric_rows=0 marks all."
+        )
         return []
     marked = [pair for pair, known in zip(pairs, places[0], strict=True) if known]
-    return [_marks(first.metric, marked, "mark", first.confidence)] if marked else []
+    return _marks(first.metric, marked, "mark", first.confidence) if marked else []
 
 
-def _marks(measure: str, pairs: Sequence[Any], key: str, confidence: float) -> Difference:
+def _marks(measure: str, pairs: Sequence[Any], key: str, confidence: float) -> list[Difference]:
+    """The difference of marks by row; where they are right or wrong, also with each group counted once."""
     old, new = ([float(pair[side]["tuned"][key]) for pair in pairs] for side in (0, 1))
     told = change_of(old, new, confidence)
-    grouped = None
-    if set(old) | set(new) <= {0.0, 1.0}:
-        groups = [str(pair[0]["group"]) for pair in pairs]
-        grouped = by_group([v == 1 for v in new], [v == 1 for v in old], groups) if len(set(groups)) > 1 else None
-    return _difference(measure, len(pairs), told, grouped)
+    found = [_difference(measure, len(pairs), told)]
+    groups = [str(pair[0]["group"]) for pair in pairs]
+    if set(old) | set(new) <= {0.0, 1.0} and len(set(groups)) > 1:
+        test = by_group([mark == 1 for mark in new], [mark == 1 for mark in old], groups)
+        if test:
+            whole = {"change": told["change"], "low": None, "high": None, "interval": "none", "test": test}
+            found.append(_difference(measure + GROUPED, len(pairs), whole))
+    return found
 
 
 def _loss(pairs: Sequence[Any], first: _Results) -> Difference:
@@ -187,22 +211,10 @@ def _loss(pairs: Sequence[Any], first: _Results) -> Difference:
         [pair[side]["tuned"]["loss"] * count for pair, count in zip(pairs, tokens, strict=True)] for side in (0, 1)
     )
     groups = [str(pair[0]["group"]) for pair in pairs]
-    told = token_loss_change(old, new, tokens, groups, first.confidence, first.seed)
-    return _difference(LOSS, len(pairs), told, None)
+    return _difference(LOSS, len(pairs), token_loss_change(old, new, tokens, groups, first.confidence, first.seed))
 
 
-def _difference(measure: str, rows: int, told: dict[str, Any], grouped: dict[str, Any] | None) -> Difference:
-    test = told["test"]
-    return Difference(
-        measure=measure,
-        rows=rows,
-        change=told["change"],
-        low=told["low"],
-        high=told["high"],
-        interval=told["interval"],
-        better=test["wins"],
-        worse=test["losses"],
-        test=test["test"],
-        p=test["p"],
-        by_group=grouped,
-    )
+def _difference(measure: str, rows: int, told: dict[str, Any]) -> Difference:
+    test, names = told["test"], ("change", "low", "high", "interval")
+    counts = {"better": test["wins"], "worse": test["losses"], "test": test["test"], "p": test["p"]}
+    return Difference(measure=measure, rows=rows, **{name: told[name] for name in names}, **counts)

@@ -26,8 +26,8 @@ def evaluate(run_dir: RunDir) -> None:
     """`scores.json` in the run folder: base and tuned side by side, with the gates' verdicts; `scores_rows.jsonl`.
 
     What was measured before one of its parts failed is kept, and not measured again. Raises RunError when the run has
-    no adapter, NumbersError when a loss is not finite or the adapter changes nothing, and GateError EVAL-004 when a gate
-    of the recipe is not met; the scores are written before that.
+    no adapter, NumbersError when a loss is not finite or the adapter changes nothing, and GateError EVAL-004 when a
+    gate of the recipe is not met; the scores are written before that.
     """
     from finetune.base import load_base
     from finetune.compose import read_recipe
