@@ -108,7 +108,9 @@ def test_the_hash_of_a_row_is_that_of_its_words_whatever_the_tokenizer_and_empty
     "damage",
     [
         lambda line: "[]", lambda line: "{", lambda line: json.dumps({k: v for k, v in line.items() if k != "group"}),
-        lambda line: json.dumps(line | {"tokens": 0}), lambda line: json.dumps(line | {"tuned": {"loss": None}}),
+        lambda line: json.dumps(line | {"tokens": 0}), lambda line: json.dumps(line | {"tokens": 10**400}),
+        lambda line: json.dumps(line | {"tuned": line["tuned"] | {"loss": 10**400}}),
+        lambda line: json.dumps(line | {"tuned": {"loss": None}}),
         lambda line: json.dumps(line).replace("9.0", "NaN"), lambda line: json.dumps(line | {"row": 3}),
         lambda line: json.dumps(line).replace("false", "7"), lambda line: "[" * 100_000,
     ],

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from finetune.evaluate.metric import Marks
     from finetune.evaluate.score import Row, RowScore
 
+LONGEST, LARGEST = 2**31, 1e9
+"""Most tokens of an answer, and largest loss, that a file is believed: whoever makes a false one can write anything."""
+
 
 def lines_of(
     rows: Sequence[Row], base: Sequence[RowScore], tuned: Sequence[RowScore], marks: Marks | None
@@ -60,7 +63,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             hashes = [isinstance(line[name], str) for name in ("row", "input")]
             counts = [type(line[name]) is int for name in ("group", "tokens")]
             sides = [_is_side(line[side]) for side in ("base", "tuned")]
-            if not all((*hashes, *counts, *sides)) or line["tokens"] < 1:
+            if not all((*hashes, *counts, *sides)) or not 1 <= line["tokens"] <= LONGEST:
                 raise TypeError
     except (KeyError, TypeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError):
         raise ValueError(f"{path} does not hold results row by row") from None
@@ -69,8 +72,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _is_side(side: dict[str, Any]) -> bool:
     numbers = [value for value in (side["loss"], side["mark"]) if value is not None]
-    finite = all(type(value) in (int, float) and abs(value) < float("inf") for value in numbers)
-    return finite and side["loss"] is not None and side["right"] in (True, False, None)
+    fit = all(type(value) in (int, float) and abs(value) <= LARGEST for value in numbers)  # NaN is not
+    return fit and side["loss"] is not None and side["right"] in (True, False, None)
 
 
 def _words(row: Row) -> str:
