@@ -426,12 +426,11 @@ def test_a_gate_that_is_not_met_leaves_the_scores_and_ends_with_exit_code_4(
 
 
 @pytest.fixture
-def failing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tok: Any, rows: list[dict[str, Any]]
-) -> tuple[RunDir, Recipe, list[str]]:
-    """A run whose recipe has two tasks of which the second fails at its first row, once; and what was asked of models.
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tok: Any, rows: list[dict[str, Any]]) -> SimpleNamespace:
+    """A run whose recipe has two tasks, of which the second has failed once: `run_dir`, `recipe`.
 
-    `scored` counts batches of held-out rows, `asked` calls of drift, `rows NAME` rows of a task.
+    `asked` is what the models were asked for since, in order; `forwards` has for each of their forward passes what it
+    was for.
     """
     lines = [json.dumps({"q": f"Is {i} even?", "a": "yes" if i % 2 else "no"}) for i in range(4)]
     (tmp_path / "tasks").mkdir()
@@ -453,6 +452,14 @@ def failing(
     run_dir.data.mkdir()
     (run_dir.data / "report.json").write_text("{}")
     asked: list[str] = []
+    forwards: list[str] = []
+
+    def load_trained(_base: Any, _folder: Path) -> Any:
+        model = toy.adapted()
+        model.get_base_model().register_forward_hook(lambda *_: forwards.append(asked[-1]))
+        return model
+
+    monkeypatch.setattr("finetune.whole.load_trained", load_trained)
     real_scores, real_drift, real_take = scoring.score_rows, drift.drift, harness.take
 
     def count_scores(*given: Any, **named: Any) -> Any:
@@ -476,8 +483,9 @@ def failing(
         evaluation.evaluate(run_dir)
     assert asked == ["scored", "scored", "drift", "task one", "task one", "task two"]
     assert not run_dir.scores.exists() and not run_dir.scores_rows.exists()
-    asked[:] = ["task two"]  # it fails no more
-    return run_dir, recipe, asked
+    assert set(forwards) == {"scored", "drift", "task one"} and forwards.count("scored") > 3
+    asked[:], forwards[:] = ["task two"], []  # it fails no more
+    return SimpleNamespace(run_dir=run_dir, recipe=recipe, asked=asked, forwards=forwards)
 
 
 TASK = """
@@ -493,11 +501,11 @@ doc_to_target: "{{{{a}}}}"
 
 
 def test_what_was_measured_before_a_task_failed_is_not_measured_again(
-    failing: tuple[RunDir, Recipe, list[str]], tmp_path: Path
+    failing: SimpleNamespace,
 ) -> None:
-    run_dir, _, asked = failing
+    run_dir, asked = failing.run_dir, failing.asked
     evaluation.evaluate(run_dir)
-    assert asked == ["task two"] * 3
+    assert asked == ["task two"] * 3 and set(failing.forwards) == {"task two"}
     went_on = run_dir.scores.read_bytes(), run_dir.scores_rows.read_bytes()
     assert {one["task"] for one in read_json(run_dir.scores)["tasks"]["sets"]} == {"one", "two"}
     assert not run_dir.scoring.exists()
@@ -532,13 +540,12 @@ def _of(path: Path, text: str) -> None:
     ids=["adapter", "base", "rows", "seed", "cut", "changed", "task", "gone"],
 )
 def test_what_was_measured_of_something_else_is_measured_again(
-    failing: tuple[RunDir, Recipe, list[str]], change: Any, again: str
+    failing: SimpleNamespace, change: Any, again: str
 ) -> None:
-    run_dir, recipe, asked = failing
-    change(run_dir, recipe)
-    evaluation.evaluate(run_dir)
+    change(failing.run_dir, failing.recipe)
+    evaluation.evaluate(failing.run_dir)
     told = [f"task {word}" if word == "one" else word for word in again.split()]
-    assert asked[1:] == [*told, "task two", "task two"]
+    assert failing.asked[1:] == [*told, "task two", "task two"]
 
 
 def test_unfinished_parts_are_no_output_of_the_run_and_are_swept_where_they_were_left(tmp_path: Path) -> None:
