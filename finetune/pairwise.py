@@ -99,7 +99,7 @@ def against_first(run_dirs: Sequence[RunDir]) -> list[Tested]:
     first, *others = [_Results.of(run_dir) for run_dir in run_dirs]
     found = [_tested(place, first, other) for place, other in enumerate(others, 1)]
     every = [(tested.run, d.measure, d.p) for tested in found for d in tested.differences if d.p is not None]
-    adjusted = {}
+    adjusted: dict[tuple[int, str], float] = {}
     for measure in {measure for _, measure, _ in every}:
         runs, values = zip(*((run, p) for run, of, p in every if of == measure), strict=True)
         adjusted |= {(run, measure): value for run, value in zip(runs, holm(values), strict=True)}

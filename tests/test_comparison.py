@@ -75,7 +75,8 @@ def test_the_table_has_gain_loss_forgetting_drift_cost_parity_and_licence(text: 
         "Run B against run A on the same 12 held-out rows: no difference is shown.",
         "Run C against run A on the same 12 held-out rows: right answers -66.7 points (p = 0.02), which counting each "
         "group once does not show (p = 0.25); loss, nats per token +0.6944 (p = ",
-        "p below 0.05, corrected over the 2 runs by Holm's method, each measure by itself",
+        "p below 0.05, corrected by Holm's method for the 2 tests of each measure",
+        "right answers, each group once: sign test, exact, two-sided, over 6 groups",
         "C right answers 12 \u221266.7 points (",
     ):  # fmt: skip
         assert part in words, part

@@ -40,6 +40,7 @@ def compare_runs(run_dirs: Sequence[RunDir], tested: Sequence[Tested]) -> str:
         same_rows=same_heldout(run_dirs, facts),
         best=best(names),
         tested=[(string.ascii_uppercase[each.run], each) for each in tested],
+        methods=methods(tested),
         plots={name: Markup(svg) for name, svg in drawings(names).items()},
         recipes=sorted({fact["recipe"]["name"] for fact in facts}),
         program=facts[0]["program"],
@@ -95,6 +96,16 @@ def same_heldout(run_dirs: Sequence[RunDir], facts: Sequence[Facts]) -> bool | N
         drawn = bool(rows) and 0 < settings["rows"] < rows  # then the seed chooses
         seen.add((name, settings["rows"] if drawn else 0, fact["recipe"]["seed"] if drawn else 0))
     return len(seen) == 1
+
+
+def methods(tested: Sequence[Tested]) -> list[str]:
+    """How each measure was tested and its interval made, a phrase each, said once for all runs."""
+    every = [d for each in tested for d in each.differences]
+    return list(
+        dict.fromkeys(
+            f"{d.measure}: {d.test}" + (f"; interval: {d.interval}" if d.low is not None else "") for d in every
+        )
+    )
 
 
 def best(names: dict[str, Facts]) -> list[str]:
