@@ -138,6 +138,7 @@ def test_the_verb_writes_the_page_and_leaves_the_runs_alone(
     assert main(["report", "compare", f"runs=[{runs[0].path},{runs[1].path}]", f"out={out}"]) == 0
     assert "2 runs compared: " in capsys.readouterr().out
     assert "2 runs compared" in out.read_text(encoding="utf-8")
+    assert "Run B against run A on the same 12 held-out rows: " in out.read_text(encoding="utf-8")
     assert before == {path: path.stat().st_mtime_ns for run in runs for path in run.path.rglob("*")}
 
 
