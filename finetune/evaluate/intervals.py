@@ -95,7 +95,7 @@ def token_loss_change(
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """The p-values of several tests, each adjusted so that one that is small is no chance find among all (Holm 1979)."""
+    """The p-values of several tests, each raised so that a small one is no chance find among all (Holm 1979)."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     adjusted, least = [1.0] * len(values), 0.0
     for rank, i in enumerate(order):
