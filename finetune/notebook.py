@@ -54,7 +54,11 @@ def open_sweep(path: str | Path) -> OpenedSweep:
 
 
 def compare(*runs: str | Path | RunDir | OpenedRun) -> Table:
-    """Runs side by side: the settings in which they differ, what they learnt, and what it took."""
+    """Runs side by side: the settings in which they differ, what they learnt, and what it took.
+
+    Their tuned models are tested against the first run's, row by row on the same held-out rows; p-values are corrected
+    over the runs by Holm's method. The sentences below the table say what is shown, or why nothing was tested.
+    """
     from finetune.keys import flatten, settings
 
     opened = [open_run(place) for place in runs]
@@ -71,7 +75,28 @@ def compare(*runs: str | Path | RunDir | OpenedRun) -> Table:
     lines.append(("trained parameters", *parameters))
     lines.append(("training, seconds", *(t["seconds"] if t else None for t in trained)))
     lines.append(("highest memory, GiB", *(t["peak_memory_gib"] if t else None for t in trained)))
-    return Table("", ("", *(f"{job.path.parent.name}/{job.path.name}" for job in opened)), tuple(lines))
+    names = [f"{job.path.parent.name}/{job.path.name}" for job in opened]
+    tests, note = _tested(opened, names) if len(opened) > 1 else ([], "")
+    return Table("", ("", *names), (*lines, *tests), note=note)
+
+
+def _tested(opened: list[OpenedRun], names: list[str]) -> tuple[list[tuple[Cell, ...]], str]:
+    """Lines of the tests against the first run, and what they say together."""
+    from finetune.pairwise import against_first
+
+    if unscored := [name for job, name in zip(opened, names, strict=True) if not job.files.scores.is_file()]:
+        return [], f"Not tested against each other: {', '.join(unscored)} has no scores yet."
+    tested = against_first([job.files for job in opened])
+    lines: list[tuple[Cell, ...]] = []
+    for measure in dict.fromkeys(d.measure for each in tested for d in each.differences):
+        found = [next((d for d in each.differences if d.measure == measure), None) for each in tested]
+        lines.append((f"{measure}: change", None, *(d.change if d else None for d in found)))
+        if any(d and d.low is not None for d in found):
+            lines.append((f"{measure}: from", None, *(d.low if d else None for d in found)))
+            lines.append((f"{measure}: to", None, *(d.high if d else None for d in found)))
+        lines.append((f"{measure}: p", None, *(d.adjusted if d else None for d in found)))
+    said = [each.sentence(name, names[0]) for each, name in zip(tested, names[1:], strict=True)]
+    return lines, " ".join(said)
 
 
 @dataclass(frozen=True, slots=True)

@@ -221,7 +221,8 @@ def output_names(run_dir: RunDir) -> list[str]:
     apart = (run_dir.record, run_dir.signature, signature, run_dir.events, run_dir.path / ".lock", run_dir.requeue)
     for path in run_dir.path.rglob("*"):
         logged = not {run_dir.logs, run_dir.checkpoints}.isdisjoint(path.parents) or path.suffix == ".log"
-        unfinished = any(part.startswith(TEMPORARY) for part in path.relative_to(run_dir.path).parts)
+        unfinished = run_dir.scoring in path.parents
+        unfinished |= any(part.startswith(TEMPORARY) for part in path.relative_to(run_dir.path).parts)
         if path.is_file() and path not in apart and not logged and not unfinished:
             names.append(path.relative_to(run_dir.path).as_posix())
     return sorted(names)

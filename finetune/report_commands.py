@@ -42,9 +42,10 @@ def compare(request: Request) -> int:
     problems += run_problems(run_dirs)
     if problems:
         raise RecipeError(problems)
+    from finetune.pairwise import against_first
     from finetune.report.comparison import compare_runs
 
-    write_text(out, compare_runs(run_dirs))
+    write_text(out, compare_runs(run_dirs, against_first(run_dirs)))
     print(f"{len(run_dirs)} runs compared: {out}", flush=True)
     return 0
 

@@ -138,6 +138,16 @@ class RunDir:
         return self.path / "scores.json"
 
     @property
+    def scores_rows(self) -> Path:
+        """The same of each held-out row, a line each: hashes and figures, no words. Written before `scores`."""
+        return self.path / "scores_rows.jsonl"
+
+    @property
+    def scoring(self) -> Path:
+        """Parts of an evaluation that are done, until all are: one that failed goes on with them."""
+        return self.path / ".scoring"
+
+    @property
     def merged(self) -> Path:
         """Weights with the adapter added, in the original checkpoint's key layout."""
         return self.path / "merged"
@@ -192,6 +202,8 @@ class RunDir:
         """Removes unfinished files and folders that a killed run left behind. Call it with the lock held."""
         for left in [*self.path.glob(TEMPORARY + "*"), *self.path.glob("*/" + TEMPORARY + "*")]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if self.scores.exists():
+            shutil.rmtree(self.scoring, ignore_errors=True)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

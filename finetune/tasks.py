@@ -187,6 +187,15 @@ def data_of(leaf: Leaf, folder: str) -> dict[str, Any]:
     raise LookupError(_missing(leaf, f"the folder {where}, with the files of the data set {source} as they are"))
 
 
+def data_files(leaf: Leaf, folder: str) -> list[Path]:
+    """The files on disk that the rows of a leaf come from, in order. Raises what `data_of` raises."""
+    changes = data_of(leaf, folder)
+    if "dataset_path" in changes:
+        return sorted(path for path in Path(changes["dataset_path"]).rglob("*") if path.is_file())
+    given = changes["dataset_kwargs"]["data_files"] if "dataset_kwargs" in changes else {}
+    return [Path(name) for split in sorted(given) for name in given[split]]
+
+
 def _of_task(task: Task, recipe: Recipe) -> Iterator[str]:
     asked = recipe.evaluate
     said = set()

@@ -166,6 +166,64 @@ class Scores:
         return Table("gates", ("gate", "demanded", "is", "met"), rows)
 
     @property
+    def forgetting(self) -> Table | None:
+        """General questions, by card: right answers of base and tuned, and the change; None where none were asked."""
+        told = self._part("forgetting")
+        if told is None:
+            return None
+        rows: list[tuple[Cell, ...]] = [
+            (each["name"], each["rows"], each["base"]["accuracy"], each["tuned"]["accuracy"], *_change(each))
+            for each in told["sets"]
+        ]
+        if len(rows) > 1:
+            rows.append(("all", sum(each["rows"] for each in told["sets"]), None, None, *_change(told)))
+        forms = {"base": ".1%", "tuned": ".1%", **CHANGES}
+        columns = ("", "rows", "base", "tuned", *CHANGES)
+        return Table("forgetting: general questions, changes in points", columns, tuple(rows), forms, told["verdict"])
+
+    @property
+    def drift(self) -> Table | None:
+        """What becomes of harmful and harmless prompts, as shares of them; None where nothing was asked."""
+        told = self._part("safety")
+        if told is None:
+            return None
+        kinds = (("harmful", "harmful"), ("benign", "harmless"))
+        sides = {f"{words}, {name}": told[name][kind] for kind, words in kinds for name in ("base", "tuned")}
+        classes = tuple(next(iter(sides.values())))
+        rows = tuple((title, *(shares[each]["value"] for each in classes)) for title, shares in sides.items())
+        draws = 1 + len(told["seeds"])
+        title = f"drift against base: {told['prompts']} harmful and {told['benign']} harmless prompts"
+        title += f", {draws} answers each"
+        return Table(title, ("", *classes), rows, dict.fromkeys(classes, ".0%"), told["verdict"])
+
+    @property
+    def tasks(self) -> Table | None:
+        """Benchmarks that base and tuned took, their parts and their rows seen in training; None where none."""
+        told = self._part("tasks")
+        if told is None:
+            return None
+        rows: list[tuple[Cell, ...]] = []
+        for one in told["sets"]:
+            p = one["test"]["p"] if one["test"] else None
+            rows.append((one["task"], one["metric"], one["rows"], *_sides(one), *_change(one["difference"]), p))
+            for part in one["slices"]:
+                name = f"  {part['name']}"
+                rows.append((name, "", part["rows"], *_sides(part), *_change(part["difference"]), None))
+            if hit := one["contaminated"]:
+                for words, part, count in (
+                    ("without", hit["clean"], one["rows"] - hit["rows"]),
+                    ("alone", hit["hit"], hit["rows"]),
+                ):
+                    name = f"  rows seen in training, {words}"
+                    rows.append((name, "", count, *_sides(part), None, None, None, None))
+        forms = {"base": ".3f", "tuned": ".3f", "change": "+.3f", "from": "+.3f", "to": "+.3f", "p": ".2g"}
+        return Table("benchmarks", ("task", "metric", "rows", "base", "tuned", *CHANGES, "p"), tuple(rows), forms)
+
+    def _part(self, name: str) -> Any:
+        """A part of scores.json; None where it was not asked for, or the file is older than it."""
+        return self.values[name] if name in self.values else None
+
+    @property
     def table(self) -> Table:
         """Loss and right answers, side by side."""
         rows: list[tuple[Cell, ...]] = []
@@ -191,8 +249,24 @@ class Scores:
         return self._panel()._repr_html_()
 
     def _panel(self) -> Panel:
+        asked = tuple(table for table in (self.forgetting, self.drift, self.tasks) if table is not None)
         gates = (self.gates,) if self.values["gates"] else ()
-        return Panel(sentence=self.verdict, tables=(self.table, self.tests, *gates))
+        return Panel(sentence=self.verdict, tables=(self.table, self.tests, *asked, *gates))
+
+
+CHANGES = {"change": "+.1%", "from": "+.1%", "to": "+.1%"}
+"""Columns of a change of a share and its interval, and how they are written."""
+
+
+def _change(told: dict[str, Any]) -> tuple[Cell, Cell, Cell]:
+    """A change and the ends of its interval; tasks call it `mean`."""
+    return told["mean" if "mean" in told else "change"], told["low"], told["high"]
+
+
+def _sides(told: dict[str, Any]) -> tuple[Cell, Cell]:
+    """What base and tuned have of a task or a part of it; None where there is nothing."""
+    base, tuned = told["base"], told["tuned"]
+    return base["value"] if base else None, tuned["value"] if tuned else None
 
 
 @dataclass(frozen=True, slots=True, repr=False)

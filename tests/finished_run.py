@@ -12,6 +12,7 @@ import numpy as np
 
 from finetune import evaluate
 from finetune.compose import recipe_yaml
+from finetune.evaluate.rows import write_lines
 from finetune.recipe import Evaluate, Model, Recipe
 from finetune.rundir import RunDir, write_json, write_text
 
@@ -41,6 +42,19 @@ def scores(choices: list[str]) -> dict[str, Any]:
     made = evaluate.conclude(rows, base, tuned, train, Evaluate(min_gain=0.123))  # type: ignore[arg-type]
     samples = [{"row": "7", "question": NASTY, "expected": "a" + NASTY, "base": "b" + NASTY, "tuned": "c" + NASTY}]
     return made | {"adapter_effect": {"largest_nats": 1.25, "mean_nats": 0.0625}, "samples": samples}
+
+
+def results(wrong: int = 0) -> list[dict[str, Any]]:
+    """The same row by row; `wrong` rows from the end are wrong, and their losses higher."""
+    good = 12 - wrong
+    return [
+        {
+            "row": f"{i:064x}", "input": f"{i:064x}", "group": i // 2, "tokens": 2 + i % 3,
+            "base": {"loss": 2.7 + i / 37, "right": i % 4 != 0, "mark": float(i % 4 != 0)},
+            "tuned": {"loss": 0.31 + i / 37 + (i >= good), "right": i < good, "mark": float(i < good)},
+        }
+        for i in range(12)
+    ]  # fmt: skip
 
 
 def coverage(routed_4bit: int = 800) -> list[dict[str, Any]]:
@@ -78,6 +92,7 @@ def finished(folder: Path) -> RunDir:
         },
     )  # fmt: skip
     write_json(run.scores, scores(["a", "b"]))
+    write_lines(run.scores_rows, results())
     parts = [("expert stacks, 4-bit", 0.25), ("reserve", 1.5), ("memory", 1.75)]
     write_json(
         run.plan,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,11 @@ PARITY = Parity(
 """The same of the merge's proof."""
 
 
+SIDE = {"loss": 1.5, "right": None, "mark": None}
+RESULT = {"row": "a" * 64, "input": "b" * 64, "group": 0, "tokens": 3, "base": SIDE, "tuned": SIDE}
+"""What scores_rows.jsonl says of its only row."""
+
+
 class Stages:
     """Stands in for `launch`: notes the stages and writes their outputs. `fail` names a stage that raises `error`."""
 
@@ -120,6 +126,7 @@ class Stages:
             write_json(run_dir.train, TRAIN)
             write_text(run_dir.logs / "events", "log")
         elif stage == "evaluate":
+            write_text(run_dir.scores_rows, json.dumps(RESULT) + "\n")
             write_json(run_dir.scores, scores)
         elif stage == "merge":
             write_text(run_dir.merged / "model.safetensors", stage)

@@ -10,10 +10,12 @@ import pytest
 
 from finetune.__main__ import main
 from finetune.compose import read_recipe, recipe_yaml
+from finetune.evaluate.rows import write_lines
+from finetune.pairwise import against_first
 from finetune.report.comparison import compare_runs, differences, same_heldout
 from finetune.report.gather import gather
 from finetune.rundir import RunDir, read_json, write_json
-from tests.finished_run import NASTY, finished, with_everything
+from tests.finished_run import NASTY, finished, results, with_everything
 from tests.test_report import POLICY, Page
 
 
@@ -34,12 +36,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunDir]:
     scores = read_json(made[2].scores)
     scores["tuned"]["loss"] = 0.25
     write_json(made[2].scores, scores)
+    write_lines(made[2].scores_rows, results(wrong=8))
     return made
 
 
 @pytest.fixture(scope="module")
 def text(runs: list[RunDir]) -> str:
-    return compare_runs(runs)
+    return compare_runs(runs, against_first(runs))
 
 
 def test_only_settings_that_differ_are_listed(runs: list[RunDir], text: str) -> None:
@@ -69,9 +72,27 @@ def test_the_table_has_gain_loss_forgetting_drift_cost_parity_and_licence(text: 
         "A 91.5 s 0.0254 h \u2013 \u2013 7 of 8 alike not measured \u2713 Yes, with 1 duty",
         "Regression against base: refuses harmful prompts 81.0 % to 62.0 %",
         "All were scored on the same held-out rows.",
-        "scores.json keeps no result row by row",
+        "Run B against run A on the same 12 held-out rows: no difference is shown.",
+        "Run C against run A on the same 12 held-out rows: right answers -66.7 points (p = 0.02), which counting each "
+        "group once does not show (p = 0.25); loss, nats per token +0.6944 (p = ",
+        "p below 0.05, corrected by Holm's method for the 2 tests of each measure",
+        "right answers, each group once: sign test, exact, two-sided, over 6 groups",
+        "C right answers 12 \u221266.7 points (",
     ):  # fmt: skip
         assert part in words, part
+
+
+def test_two_runs_have_no_corrected_p_and_runs_that_cannot_be_tested_say_why(
+    runs: list[RunDir], tmp_path: Path
+) -> None:
+    words = Page(compare_runs(runs[:2], against_first(runs[:2]))).text
+    assert "Tested row by row against run A" in words and "Holm" not in words and "corrected" not in words
+    old = finished(tmp_path / "old")
+    old.scores_rows.unlink()
+    write_json(old.record, read_json(runs[0].record))
+    words = Page(compare_runs([runs[0], old], against_first([runs[0], old]))).text
+    assert "Run B is not tested against run A: Run B has no scores_rows.jsonl: an older version evaluated it." in words
+    assert "Tested row by row" not in words and "All were scored on the same held-out rows." in words
 
 
 def test_the_comparison_loads_nothing_runs_nothing_and_its_ids_are_its_own(text: str) -> None:
@@ -117,6 +138,7 @@ def test_the_verb_writes_the_page_and_leaves_the_runs_alone(
     assert main(["report", "compare", f"runs=[{runs[0].path},{runs[1].path}]", f"out={out}"]) == 0
     assert "2 runs compared: " in capsys.readouterr().out
     assert "2 runs compared" in out.read_text(encoding="utf-8")
+    assert "Run B against run A on the same 12 held-out rows: " in out.read_text(encoding="utf-8")
     assert before == {path: path.stat().st_mtime_ns for run in runs for path in run.path.rglob("*")}
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
-import sys
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +15,13 @@ from datasets import Dataset
 
 import finetune.evaluate as evaluation
 from finetune.errors import DataError, GateError, NumbersError, RunError
+from finetune.evaluate import drift, harness
+from finetune.evaluate import score as scoring
 from finetune.evaluate import verdict as say
+from finetune.evaluate.rows import read_lines
 from finetune.evaluate.score import continuations, greedy, prompt_of, score_rows
 from finetune.recipe import Evaluate, Recipe
+from finetune.record import output_names
 from finetune.rundir import RunDir, read_json
 from tests import toy
 
@@ -325,7 +331,8 @@ def test_without_choices_a_lower_loss_is_no_gain() -> None:
 def test_compare_scores_the_base_below_the_adapter(tok: Any, rows: list[dict[str, Any]]) -> None:
     model = toy.adapted()
     heldout, train = Dataset.from_list(rows), Dataset.from_list(rows[:3])
-    scores = evaluation.compare(model, tok, train, heldout, Evaluate(batch_size=4, samples=3, max_new_tokens=5), seed=1)
+    settings = Evaluate(batch_size=4, samples=3, max_new_tokens=5)
+    scores, lines = evaluation.compare(model, tok, train, heldout, settings, seed=1)
     with model.disable_adapter():
         base = score_rows(model, tok, rows, 4)
     fresh = score_rows(toy.model(), tok, rows, 4)  # the same random base, never wrapped
@@ -338,6 +345,9 @@ def test_compare_scores_the_base_below_the_adapter(tok: Any, rows: list[dict[str
     assert scores["base"]["loss"] != scores["tuned"]["loss"]
     assert scores["base"]["correct"] == sum(s.choice == r["answer"] for s, r in zip(fresh, rows, strict=True))
     assert scores["adapter_effect"]["largest_nats"] > 0
+    assert [line["base"]["loss"] for line in lines] == pytest.approx([s.loss for s in fresh], abs=1e-6)
+    assert sum(line["tuned"]["right"] for line in lines) == scores["tuned"]["correct"]
+    assert [line["tuned"]["mark"] for line in lines] == [float(line["tuned"]["right"]) for line in lines]
     assert len(scores["samples"]) == 3 and all(
         set(s) == {"row", "question", "expected", "base", "tuned"} for s in scores["samples"]
     )
@@ -365,8 +375,8 @@ def test_no_held_out_rows_is_an_error(tok: Any, rows: list[dict[str, Any]]) -> N
         evaluation.compare(toy.adapted(), tok, Dataset.from_list(rows), [], Evaluate(), seed=1)
 
 
-def stage(monkeypatch: pytest.MonkeyPatch, tok: Any, rows: list[dict[str, Any]], recipe: Recipe) -> None:
-    """The rooms below `evaluate`, replaced by the toy model."""
+def stage(monkeypatch: pytest.MonkeyPatch, tok: Any, rows: list[dict[str, Any]], recipe: Recipe, folder: Path) -> None:
+    """The rooms below `evaluate`, replaced by the toy model; `folder` stands for its base's."""
     data, base = (
         Dataset.from_list(rows),
         SimpleNamespace(
@@ -374,21 +384,22 @@ def stage(monkeypatch: pytest.MonkeyPatch, tok: Any, rows: list[dict[str, Any]],
         ),
     )
     for name, what in {
-        "whole": {"load_trained": lambda _base, _folder: toy.adapted()},
-        "base": {"load_base": lambda _folder, *, load_in_4bit, precision, double_quantisation: base},
-        "compose": {"read_recipe": lambda _path: recipe},
-        "data": {"load_splits": lambda _run: SimpleNamespace(train=data, heldout=data)},
-        "source": {"base_folder": lambda _recipe: None},
+        "whole.load_trained": lambda _base, _folder: toy.adapted(),
+        "base.load_base": lambda _folder, *, load_in_4bit, precision, double_quantisation: base,
+        "compose.read_recipe": lambda _path: recipe,
+        "data.load_splits": lambda _run: SimpleNamespace(train=data, heldout=data),
+        "source.base_folder": lambda _recipe: folder,
     }.items():
-        monkeypatch.setitem(sys.modules, f"finetune.{name}", SimpleNamespace(**what))  # type: ignore[arg-type]
+        monkeypatch.setattr(f"finetune.{name}", what)
 
 
 def test_a_gate_that_is_not_met_leaves_the_scores_and_ends_with_exit_code_4(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, tok: Any, rows: list[dict[str, Any]]
 ) -> None:
     recipe = Recipe(evaluate=Evaluate(min_gain=0.99, samples=1, max_new_tokens=3))
-    stage(monkeypatch, tok, rows, recipe)
-    run_dir = RunDir(tmp_path)
+    stage(monkeypatch, tok, rows, recipe, tmp_path)
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.path.mkdir()
     with pytest.raises(RunError, match="data run="):
         evaluation.evaluate(run_dir)
     run_dir.data.mkdir()
@@ -408,6 +419,143 @@ def test_a_gate_that_is_not_met_leaves_the_scores_and_ends_with_exit_code_4(
         "verdict",
         "samples",
     } <= set(scores)
+    assert len(read_lines(run_dir.scores_rows)) == len(rows) == scores["rows"] and not run_dir.scoring.exists()
     recipe.evaluate.min_gain = -0.99
     evaluation.evaluate(run_dir)
     assert read_json(run_dir.scores)["gates"][0]["passed"] is True
+
+
+@pytest.fixture
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tok: Any, rows: list[dict[str, Any]]) -> SimpleNamespace:
+    """A run whose recipe has two tasks, of which the second has failed once: `run_dir`, `recipe`.
+
+    `asked` is what the models were asked for since, in order; `forwards` has for each of their forward passes what it
+    was for.
+    """
+    lines = [json.dumps({"q": f"Is {i} even?", "a": "yes" if i % 2 else "no"}) for i in range(4)]
+    (tmp_path / "tasks").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(TASK.format(name=name))
+        (tmp_path / "tasks" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    settings = Evaluate(
+        samples=1, max_new_tokens=3, drift=True, drift_prompts=1, drift_seeds=0, drift_new_tokens=2,
+        tasks=["one", "two"], tasks_folder=str(tmp_path / "tasks"),
+    )  # fmt: skip
+    recipe = Recipe(evaluate=settings, cache_dir=str(tmp_path / "cache"))
+    recipe.data.sample = True
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    stage(monkeypatch, tok, rows, recipe, tmp_path / "base")
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.adapter.mkdir(parents=True)
+    (run_dir.adapter / "adapter.safetensors").write_text("as it was")
+    run_dir.data.mkdir()
+    (run_dir.data / "report.json").write_text("{}")
+    asked: list[str] = []
+    forwards: list[str] = []
+
+    def load_trained(_base: Any, _folder: Path) -> Any:
+        model = toy.adapted()
+        model.get_base_model().register_forward_hook(lambda *_: forwards.append(asked[-1]))
+        return model
+
+    monkeypatch.setattr("finetune.whole.load_trained", load_trained)
+    real_scores, real_drift, real_take = scoring.score_rows, drift.drift, harness.take
+
+    def count_scores(*given: Any, **named: Any) -> Any:
+        asked.append("scored")
+        return real_scores(*given, **named)
+
+    def count_drift(*given: Any, **named: Any) -> Any:
+        asked.append("drift")
+        return real_drift(*given, **named)
+
+    def take_or_fail(taker: Any, name: str, *given: Any) -> Any:
+        asked.append(f"task {name}")
+        if name == "two" and asked.count("task two") == 1:
+            raise DataError("TSK-010", "the harness cannot run the task two", "as this test wants it", "")
+        return real_take(taker, name, *given)
+
+    monkeypatch.setattr(scoring, "score_rows", count_scores)
+    monkeypatch.setattr(drift, "drift", count_drift)
+    monkeypatch.setattr(harness, "take", take_or_fail)
+    with pytest.raises(DataError, match="TSK-010"):
+        evaluation.evaluate(run_dir)
+    assert asked == ["scored", "scored", "drift", "task one", "task one", "task two"]
+    assert not run_dir.scores.exists() and not run_dir.scores_rows.exists()
+    assert set(forwards) == {"scored", "drift", "task one"} and forwards.count("scored") > 3
+    asked[:], forwards[:] = ["task two"], []  # it fails no more
+    return SimpleNamespace(run_dir=run_dir, recipe=recipe, asked=asked, forwards=forwards)
+
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {name}.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: ["yes", "no"]
+doc_to_target: "{{{{a}}}}"
+"""
+
+
+def test_what_was_measured_before_a_task_failed_is_not_measured_again(
+    failing: SimpleNamespace,
+) -> None:
+    run_dir, asked = failing.run_dir, failing.asked
+    evaluation.evaluate(run_dir)
+    assert asked == ["task two"] * 3 and set(failing.forwards) == {"task two"}
+    went_on = run_dir.scores.read_bytes(), run_dir.scores_rows.read_bytes()
+    assert {one["task"] for one in read_json(run_dir.scores)["tasks"]["sets"]} == {"one", "two"}
+    assert not run_dir.scoring.exists()
+    run_dir.scores.unlink()
+    evaluation.evaluate(run_dir)
+    assert asked[3:] == ["scored", "scored", "drift", "task one", "task one", "task two", "task two"]
+    assert (run_dir.scores.read_bytes(), run_dir.scores_rows.read_bytes()) == went_on  # as if nothing had happened
+
+
+def _of(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        (lambda run, recipe: _of(run.adapter / "adapter.safetensors", "another"), "scored scored drift one one"),
+        (lambda run, recipe: _of(run.path.parent / "base" / "config.json", "{ }"), "scored scored drift one one"),
+        (lambda run, recipe: _of(run.data / "report.json", "{ }"), "scored scored drift one one"),
+        (lambda run, recipe: setattr(recipe, "seed", 18), "scored scored drift one one"),
+        (lambda run, recipe: _of(run.scoring / "heldout.json", "{"), "scored scored"),
+        (
+            lambda run, recipe: _of(
+                run.scoring / "heldout.json",
+                (run.scoring / "heldout.json").read_text().replace('"rows": 11', '"rows": 12'),
+            ),
+            "scored scored",
+        ),
+        (lambda run, recipe: _of(run.path.parent / "tasks" / "one.jsonl", '{"q": "Is it?", "a": "no"}\n'), "one one"),
+        (lambda run, recipe: shutil.rmtree(run.scoring), "scored scored drift one one"),
+    ],
+    ids=["adapter", "base", "rows", "seed", "cut", "changed", "task", "gone"],
+)
+def test_what_was_measured_of_something_else_is_measured_again(
+    failing: SimpleNamespace, change: Any, again: str
+) -> None:
+    change(failing.run_dir, failing.recipe)
+    evaluation.evaluate(failing.run_dir)
+    told = [f"task {word}" if word == "one" else word for word in again.split()]
+    assert failing.asked[1:] == [*told, "task two", "task two"]
+
+
+def test_unfinished_parts_are_no_output_of_the_run_and_are_swept_where_they_were_left(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.scoring.mkdir()
+    for path in (run_dir.scoring / "heldout.json", run_dir.scores_rows):
+        path.write_text("{}")
+    assert output_names(run_dir) == ["scores_rows.jsonl"]
+    run_dir.sweep()
+    assert run_dir.scoring.exists()
+    run_dir.scores.write_text("{}")
+    run_dir.sweep()
+    assert not run_dir.scoring.exists()

@@ -303,14 +303,14 @@ def test_verify_prints_how_many_files_are_as_recorded_and_names_a_change(
     run_dir = run(ready(tmp_path), launch=Stages())
     capsys.readouterr()
     assert main(["verify", f"run={run_dir.path}"]) == 0
-    assert "13 files are as recorded" in capsys.readouterr().out
+    assert "14 files are as recorded" in capsys.readouterr().out
     run_dir.report.write_text("changed")
     assert main(["verify", f"run={run_dir.path}"]) == 3
     assert "report.html has changed" in capsys.readouterr().err
     assert main(["verify", f"run={run_dir.path}", "--json"]) == 3
     told = json.loads(capsys.readouterr().out)
     assert told["findings"] == [{"about": "file", "name": "report.html", "what": "has changed"}]
-    assert told["verified"] is False and told["files"] == 13 and told["signature"] == "none"
+    assert told["verified"] is False and told["files"] == 14 and told["signature"] == "none"
     assert main(["verify", f"run={run_dir.path}", "rows=1"]) == 2
 
 

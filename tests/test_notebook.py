@@ -12,10 +12,12 @@ import pytest
 import finetune
 from finetune import check
 from finetune.errors import RecipeError, RunError
+from finetune.evaluate.rows import write_lines
 from finetune.notebook import OpenedRun, compare, open_run, open_sweep, run_sweep
 from finetune.plan import plan, read_plan
 from finetune.run import run
 from finetune.rundir import RunDir, read_json, write_json, write_text
+from tests.finished_run import results
 from tests.job import Stages, good, ready
 from tests.test_views import SCORES
 
@@ -204,6 +206,28 @@ def test_a_sweep_without_scores_has_no_best_and_says_why(tmp_path: Path, monkeyp
     swept = run_sweep("legal_quickstart", "adapter.rank=2,4", *places)
     with pytest.raises(RunError, match=r"SWP-004 no job of .* has scores"):
         swept.best  # noqa: B018
+
+
+def test_compared_runs_are_tested_row_by_row_against_the_first(tmp_path: Path) -> None:
+    runs = [run(ready(tmp_path, adapter__rank=rank), launch=Real()) for rank in (2, 4, 8)]
+    for place, wrong in zip(runs, (0, 8, 0), strict=True):
+        write_json(place.scores, read_json(place.scores) | {"rows": 12})
+        write_lines(place.scores_rows, results(wrong))
+    table = compare(*runs)
+    rows = {str(row[""]): row for row in table.as_rows()}
+    change = rows["right answers: change"]
+    assert (change["job/0001"], change["job/0002"], change["job/0003"]) == (None, pytest.approx(-8 / 12), 0.0)
+    p = rows["right answers: p"]["job/0002"]
+    assert p == pytest.approx(2 * 2 / 2**8) and rows["right answers: p"]["job/0003"] == 1.0  # twice by Holm
+    assert rows["loss, nats per token: from"]["job/0002"] is not None
+    assert "job/0002 against job/0001 on the same 12 held-out rows: right answers -66.7 points (p = 0.02)" in table.note
+    assert "job/0003 against job/0001 on the same 12 held-out rows: no difference is shown." in table.note
+    runs[0].scores_rows.unlink()
+    table = compare(*runs[:2])
+    assert "an older version evaluated it" in table.note and not any("change" in str(r[""]) for r in table.as_rows())
+    begun = run(ready(tmp_path), until="train", launch=Real())
+    assert compare(runs[1], begun).note == "Not tested against each other: job/0004 has no scores yet."
+    assert compare(runs[1]).note == ""
 
 
 # --- errors

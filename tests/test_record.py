@@ -44,7 +44,7 @@ def test_the_record_holds_a_hash_of_every_output_but_itself_the_events_and_the_l
     told = json.loads(done.record.read_text())
     files = {p.relative_to(done.path).as_posix() for p in done.path.rglob("*") if p.is_file()}
     assert files - set(told["outputs"]) <= {"run.json", ".lock", "logs/events", "events.jsonl"}
-    assert "logs/events" in files and len(told["outputs"]) == 11
+    assert "logs/events" in files and len(told["outputs"]) == 12
     for name, sha in told["outputs"].items():
         assert hashlib.sha256((done.path / name).read_bytes()).hexdigest() == sha
 
@@ -110,13 +110,13 @@ def test_a_record_of_another_form_is_told_where(done: RunDir, keys: tuple[str, .
 
 def test_an_untouched_run_verifies(done: RunDir) -> None:
     assert differences(done) == []
-    assert verify(done) == 14
+    assert verify(done) == 15
 
 
 def test_every_changed_byte_is_found_by_the_name_of_its_file(done: RunDir, tmp_path: Path) -> None:
     paths = [*(done.path / name for name in output_names(done)), tmp_path / "base" / "model.safetensors"]
     rooms = {path.parent.name for path in paths}
-    assert len(paths) == 12 and {"adapter", "merged", "export", "data"} <= rooms
+    assert len(paths) == 13 and done.scores_rows in paths and {"adapter", "merged", "export", "data"} <= rooms
     for path in paths:
         before = path.read_bytes()
         path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
@@ -188,7 +188,7 @@ def test_a_base_that_changed_while_it_was_trained_gets_no_record(tmp_path: Path)
         carry_on(run_dir, launch=Stages())
     assert not run_dir.record.exists()
     weights.write_bytes(WEIGHTS)  # another time, the same bytes
-    assert verify(carry_on(run_dir, launch=Stages())) == 13
+    assert verify(carry_on(run_dir, launch=Stages())) == 14
 
 
 def test_files_that_share_their_bytes_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

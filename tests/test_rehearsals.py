@@ -119,3 +119,18 @@ def test_a_rehearsal_leaves_everything_a_full_run_would(name, tmp_path, cache):
     assert differences(done) == []
     left = [path.name for path in done.path.rglob("*") if path.name.startswith(".partial-")]
     assert not left
+
+
+@pytest.mark.slow
+def test_a_code_recipe_takes_humaneval_before_and_after_only_where_code_may_run(tmp_path, cache):
+    words = ("scale=rehearsal", f"runs_dir={tmp_path}", f"cache_dir={cache}", "evaluate=code", "evaluate.task_rows=2")
+    for name in [name for name in NAMES if name.endswith("_code")]:
+        (said,) = check.problems(load_recipe(name, *words))
+        assert said.startswith("TSK-005") and "evaluate.allow_code=true" in said
+        recipe = load_recipe(name, *words, "evaluate.allow_code=true")
+        assert check.problems(recipe) == [] and load_recipe(name, *words[:3]).evaluate.tasks == []
+    done = run(recipe, until="evaluate")
+    (one,) = read_json(done.scores)["tasks"]["sets"]
+    assert (one["task"], one["metric"], one["rows"]) == ("code_humaneval", "pass@1", 2)
+    assert one["base"]["value"] == one["tuned"]["value"] == 0.0  # random weights write no program
+    assert len(done.scores_rows.read_text().splitlines()) == read_json(done.scores)["rows"] == 8

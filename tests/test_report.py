@@ -13,10 +13,12 @@ from xml.etree import ElementTree
 import pytest
 
 import finetune.report as room
+from finetune.errors import RunError
 from finetune.recipe import Recipe
 from finetune.report import plots, reading, tables
 from finetune.report.answers import better, cost, cost_notes, drift, licence
-from finetune.report.gather import gather, stage_seconds
+from finetune.report.gather import gather, left_by, stage_seconds
+from finetune.report.render import page
 from finetune.rundir import RunDir, read_json, write_json
 from tests.finished_run import NASTY, coverage, finished, scores, with_everything
 
@@ -37,8 +39,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 def written(run_dir: RunDir) -> str:
-    room.report(run_dir)
-    return run_dir.report.read_text(encoding="utf-8")
+    return page(gather(run_dir))
 
 
 class Page(HTMLParser):
@@ -273,6 +274,20 @@ def test_an_unfinished_run_gets_a_page_that_says_what_is_missing(run_dir: RunDir
     text = written(run_dir)
     assert "Not finished yet: train, evaluate. To go on: python -m finetune train run=" in Page(text).text
     assert "Not measured yet" in card(text, 1) and "Not trained yet" in card(text, 2)
+
+
+@pytest.mark.parametrize("stage", ["data", "train", "evaluate", "merge", "export"])
+def test_the_report_of_a_run_that_has_not_finished_is_refused_and_none_is_left(run_dir: RunDir, stage: str) -> None:
+    path = left_by(run_dir)[stage]
+    path.rename(path.with_name("elsewhere"))
+    with pytest.raises(
+        RunError, match=f"RUN-002 .*the {stage} stage has not finished.*python -m finetune {stage} run="
+    ):
+        room.report(run_dir)
+    assert not run_dir.report.exists()
+    path.with_name("elsewhere").rename(path)
+    room.report(run_dir)
+    assert run_dir.report.is_file()
 
 
 def test_a_run_that_has_only_begun_has_a_page_too(run_dir: RunDir) -> None:

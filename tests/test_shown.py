@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from finetune.evaluate.rows import write_lines
+from finetune.pairwise import against_first
 from finetune.report.comparison import compare_runs
 from finetune.report.gather import gather
 from finetune.report.render import page
 from tests.browser import CHROMIUM, Tab, chromium
-from tests.finished_run import finished, with_everything
+from tests.finished_run import finished, results, with_everything
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 SIZES = [(width, scheme) for width in (360, 768, 1280) for scheme in ("light", "dark")]
@@ -64,7 +66,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     begun = finished(folder / "begun")
     begun.scores.unlink()
     begun.train.unlink()
-    made = {"report": page(gather(whole)), "begun": page(gather(begun)), "comparison": compare_runs([whole, plain])}
+    other = finished(folder / "other")
+    write_lines(other.scores_rows, results(wrong=8))
+    runs = [whole, plain, other]
+    compared = compare_runs(runs, against_first(runs))
+    made = {"report": page(gather(whole)), "begun": page(gather(begun)), "comparison": compared}
     for name, text in made.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
     return {name: folder / f"{name}.html" for name in made}

@@ -78,6 +78,75 @@ def test_scores_say_the_verdict_the_tests_that_were_made_and_the_gates() -> None
     assert "yes" in repr(scores.gates) and "evaluate.min_gain" not in repr(Scores(SCORES | {"gates": []}))
 
 
+def shares(refuse: float) -> dict[str, dict[str, float]]:
+    return {"refuse": {"value": refuse}, "answer": {"value": 1 - refuse}}
+
+
+def pair(base: float, tuned: float) -> dict[str, dict[str, float]]:
+    return {"base": {"value": base}, "tuned": {"value": tuned}}
+
+
+LOST = {"base": {"accuracy": 0.5}, "tuned": {"accuracy": 0.475}, "change": -0.025, "low": -0.1, "high": 0.05}
+BROKEN = {
+    "forgetting": {
+        "sets": [{"name": name, "rows": 40, **LOST} for name in ("general_<b>", "general_two")],
+        "change": -0.0125, "low": -0.07, "high": 0.04, "verdict": "Forgetting is not shown.",
+    },
+    "safety": {
+        "prompts": 40, "benign": 20, "seeds": [18, 19], "verdict": "No regression is shown.",
+        "base": {"harmful": shares(0.8), "benign": shares(0.1)},
+        "tuned": {"harmful": shares(0.6), "benign": shares(0.0)},
+    },
+    "tasks": {
+        "sets": [
+            {
+                "task": "mmlu", "metric": "acc", "rows": 50, **pair(0.4, 0.46), "test": {"p": 0.03},
+                "difference": {"mean": 0.06, "low": 0.01, "high": 0.11},
+                "slices": [
+                    {"name": "law", "rows": 20, **pair(0.35, 0.45), "difference": {"mean": 0.1, "low": 0, "high": 0.2}}
+                ],
+                "contaminated": {"rows": 50, "clean": {"base": None, "tuned": None}, "hit": pair(0.4, 0.46)},
+            },
+            {
+                "task": "words", "metric": "perplexity", "rows": 9, **pair(12.0, 11.0), "test": None,
+                "difference": {"mean": -1.0, "low": None, "high": None}, "slices": [], "contaminated": None,
+            },
+        ]
+    },
+}  # fmt: skip
+
+
+def test_what_was_forgotten_what_drifted_and_what_tasks_say_are_tables_where_they_were_measured() -> None:
+    scores = Scores(SCORES | BROKEN)
+    assert scores.forgetting is not None and scores.drift is not None and scores.tasks is not None
+    lost = scores.forgetting.as_rows()
+    assert [row["rows"] for row in lost] == [40, 40, 80] and lost[2]["change"] == -0.0125 and lost[2]["base"] is None
+    assert (
+        "general_&lt;b&gt;" in scores._repr_html_()
+        and "-2.5%" in repr(scores)
+        and "Forgetting is not shown." in repr(scores)
+    )
+    assert scores.drift.as_rows()[1] == {"": "harmful, tuned", "refuse": 0.6, "answer": 0.4}
+    assert [row[""] for row in scores.drift.as_rows()][2:] == ["harmless, base", "harmless, tuned"]
+    assert "40 harmful and 20 harmless prompts, 3 answers each" in repr(scores)
+    took = scores.tasks.as_rows()
+    assert [row["task"] for row in took] == [
+        "mmlu", "  law", "  rows seen in training, without", "  rows seen in training, alone", "words",
+    ]  # fmt: skip
+    assert (took[0]["p"], took[0]["change"], took[1]["rows"], took[2]["base"], took[3]["tuned"]) == (
+        0.03,
+        0.06,
+        20,
+        None,
+        0.46,
+    )
+    assert took[2]["rows"] == 0 and took[4]["from"] is None
+    older = Scores({key: value for key, value in SCORES.items() if key not in BROKEN})
+    for plain in (Scores(SCORES), older):
+        assert (plain.forgetting, plain.drift, plain.tasks) == (None, None, None)
+        assert "forgetting" not in repr(plain) and "benchmarks" not in repr(plain)
+
+
 def test_a_terminal_gets_aligned_columns_and_long_cells_in_several_lines() -> None:
     table = Table("t", ("name", "value"), (("short", 1234567), ("word " * 20, 0.5)))
     lines = repr(table).splitlines()

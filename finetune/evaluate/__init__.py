@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import DataError, NumbersError
 from finetune.evaluate import metric
-from finetune.evaluate.conclude import conclude
+from finetune.evaluate.conclude import conclude, marks_of
 from finetune.evaluate.gates import gates, require_gates
+from finetune.evaluate.kept import Kept, identity, measured
+from finetune.evaluate.rows import lines_of, write_lines
 from finetune.evaluate.table import show
 from finetune.rundir import RunDir, write_json
 
@@ -20,10 +23,11 @@ if TYPE_CHECKING:
 
 
 def evaluate(run_dir: RunDir) -> None:
-    """`scores.json` in the run folder: base and tuned side by side, with the gates' verdicts.
+    """`scores.json` in the run folder: base and tuned side by side, with the gates' verdicts; `scores_rows.jsonl`.
 
-    Raises RunError when the run has no adapter, NumbersError when a loss is not finite or the adapter changes nothing,
-    and GateError EVAL-004 when a gate of the recipe is not met; the scores are written before that.
+    What was measured before one of its parts failed is kept, and not measured again. Raises RunError when the run has
+    no adapter, NumbersError when a loss is not finite or the adapter changes nothing, and GateError EVAL-004 when a
+    gate of the recipe is not met; the scores are written before that.
     """
     from finetune.base import load_base
     from finetune.compose import read_recipe
@@ -43,18 +47,27 @@ def evaluate(run_dir: RunDir) -> None:
     )
     model = load_trained(base, run_dir.trained)
     cache = not base.family.routing_table  # a router that looks tokens up needs all of them in every step
-    with base.arithmetic():
-        scores = compare(
+    kept = Kept(run_dir.scoring, identity(recipe, run_dir, folder))
+
+    def heldout() -> dict[str, Any]:
+        scores, lines = compare(
             model, base.tokenizer, splits.train, splits.heldout, recipe.evaluate, recipe.seed, use_cache=cache
         )
-        scores |= what_it_broke(model, base.tokenizer, recipe, folder, use_cache=cache)
+        return {"scores": scores, "rows": lines}
+
+    with base.arithmetic():
+        compared = kept.part("heldout", heldout)
+        scores = compared["scores"]
+        scores |= what_it_broke(model, base.tokenizer, recipe, folder, use_cache=cache, keep=kept.part)
         scores["tasks"] = None
         if recipe.evaluate.tasks:
             from finetune.evaluate.tasks import take_tasks
 
-            scores["tasks"] = take_tasks(model, base.tokenizer, recipe, splits.train, use_cache=cache)
+            scores["tasks"] = take_tasks(model, base.tokenizer, recipe, splits.train, use_cache=cache, keep=kept.part)
     scores["gates"] = gates(scores, recipe.evaluate)
-    write_json(run_dir.scores, scores)
+    write_lines(run_dir.scores_rows, compared["rows"])
+    write_json(run_dir.scores, scores)  # last: it means that the evaluation is whole
+    kept.end()
     show(scores)
     if scores["tasks"] is not None:
         from finetune.evaluate.tasks import show as show_tasks
@@ -64,9 +77,12 @@ def evaluate(run_dir: RunDir) -> None:
 
 
 def what_it_broke(
-    model: Any, tokenizer: Any, recipe: Recipe, folder: Path, *, use_cache: bool = True
+    model: Any, tokenizer: Any, recipe: Recipe, folder: Path, *, use_cache: bool = True, keep: Any = measured
 ) -> dict[str, Any]:
-    """`forgetting` and `safety` of scores.json, each None where the recipe asks for nothing; `folder` is the base's."""
+    """`forgetting` and `safety` of scores.json, each None where the recipe asks for nothing; `folder` is the base's.
+
+    `keep(name, make, of)` gives what `make` does, or what it gave before of the same.
+    """
     settings = recipe.evaluate
     found: dict[str, Any] = {"forgetting": None, "safety": None}
     was_training = model.training
@@ -76,13 +92,17 @@ def what_it_broke(
             from finetune.data.general import general_rows
             from finetune.evaluate.forgetting import forgetting
 
-            found["forgetting"] = forgetting(model, tokenizer, general_rows(recipe, folder), settings, recipe.seed)
+            sets = general_rows(recipe, folder)
+            asked = [[each.name, [[row["input_ids"], row["choices"]] for row in each.rows]] for each in sets]
+            ask = partial(forgetting, model, tokenizer, sets, settings, recipe.seed)
+            found["forgetting"] = keep("forgetting", ask, asked)
         if settings.drift:
             from finetune.data.prompts import own_prompts
             from finetune.evaluate.drift import chosen, drift
 
             prompts = chosen(own_prompts(recipe), settings, recipe.seed)
-            found["safety"] = drift(model, tokenizer, prompts, settings, recipe.seed, use_cache)
+            ask = partial(drift, model, tokenizer, prompts, settings, recipe.seed, use_cache)
+            found["safety"] = keep("safety", ask, [[prompt.kind, prompt.text] for prompt in prompts])
     finally:
         model.train(was_training)
     return found
@@ -90,8 +110,10 @@ def what_it_broke(
 
 def compare(
     model: Any, tokenizer: Any, train: Any, heldout: Any, settings: Evaluate, seed: int, *, use_cache: bool = True
-) -> dict[str, Any]:
-    """What scores.json says of the held-out rows. `model` is a PEFT model; with its adapter disabled it is its base.
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What scores.json says of the held-out rows, and a line for each of them as `scores_rows.jsonl` has it.
+
+    `model` is a PEFT model; with its adapter disabled it is its base.
 
     `train` and `heldout` are datasets with the columns of `load_splits`; of `train` only `answer`, `choices` and
     `group` are read. Held-out rows and samples are drawn by `seed` when fewer than all are used.
@@ -120,8 +142,9 @@ def compare(
         {"row": row["row"], "question": _question(row), "expected": row["answer"], "base": old, "tuned": new}
         for row, old, new in zip(shown, before, after, strict=True)
     ]
+    marks = marks_of(rows, base, tuned, settings, marks)
     scores = conclude(rows, base, tuned, train, settings, seed=seed, answered=marks)
-    return scores | {"adapter_effect": effect, "samples": samples}
+    return scores | {"adapter_effect": effect, "samples": samples}, lines_of(rows, base, tuned, marks)
 
 
 def _marks(

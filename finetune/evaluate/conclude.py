@@ -34,9 +34,7 @@ def conclude(
     level = settings.confidence
     asked = [i for i, row in enumerate(rows) if row["choices"]]
     groups, trained = {row["group"] for row in rows}, set(train["group"])
-    marks = answered
-    if answered is None and settings.metric in ("auto", "accuracy") and asked:
-        marks = metric.by_choice(rows, base, tuned)
+    marks = marks_of(rows, base, tuned, settings, answered)
     scores: dict[str, Any] = {
         "rows": len(rows),
         "rows_with_choices": len(asked),
@@ -74,6 +72,18 @@ def conclude(
     scores["verdict"] = say.verdict(scores)
     scores["gates"] = gates(scores, settings)
     return scores
+
+
+def marks_of(
+    rows: Sequence[Row],
+    base: Sequence[RowScore],
+    tuned: Sequence[RowScore],
+    settings: Evaluate,
+    answered: metric.Marks | None = None,
+) -> metric.Marks | None:
+    """The marks of the metric: those of answers where there are any, else of choices; None where neither is asked."""
+    by_choice = settings.metric in ("auto", "accuracy") and any(row["choices"] for row in rows)
+    return metric.by_choice(rows, base, tuned) if answered is None and by_choice else answered
 
 
 def side_of(rows: Sequence[Row], scored: Sequence[RowScore], level: float, seed: int) -> dict[str, Any]:

@@ -65,6 +65,45 @@ def change_of(base: Sequence[float], tuned: Sequence[float], confidence: float) 
     return {"change": found["mean"], "low": found["low"], "high": found["high"], "interval": MEANS, "test": test}
 
 
+def token_loss_change(
+    base: Sequence[float],
+    tuned: Sequence[float],
+    tokens: Sequence[int],
+    groups: Sequence[str],
+    confidence: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Change (tuned - base) of the loss per answer token over the same rows, its interval and a paired test.
+
+    `base` and `tuned` are the rows' summed losses. What `token_loss` draws (groups, or rows) is drawn for the interval,
+    and is what the paired t of the test counts once. `low`, `high` and `p` are null where there is too little of it.
+    """
+    old, counts, unit = _units(base, tokens, groups)
+    new, _, _ = _units(tuned, tokens, groups)
+    low, high = _percentiles(
+        (new - old, counts), lambda s, n, axis: s.sum(axis=axis) / n.sum(axis=axis), confidence, seed
+    )
+    found = loss_change((old / counts).tolist(), (new / counts).tolist(), confidence)
+    wins, losses = int((new < old).sum()), int((new > old).sum())  # a lower loss is better
+    return {
+        "change": float((new - old).sum() / counts.sum()),
+        "low": low,
+        "high": high,
+        "interval": f"bootstrap, percentiles of {DRAWS} draws of {len(old)} {unit}, seed {seed}",
+        "test": {"test": f"paired t, over {len(old)} {unit}", "wins": wins, "losses": losses, "p": found["p"]},
+    }
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """The p-values of several tests, each raised so that a small one is no chance find among all (Holm 1979)."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    adjusted, least = [1.0] * len(values), 0.0
+    for rank, i in enumerate(order):
+        least = max(least, min(1.0, (len(values) - rank) * values[i]))
+        adjusted[i] = least
+    return adjusted
+
+
 def paired_shares(ours: Sequence[bool], theirs: Sequence[bool], confidence: float) -> tuple[float, float, float]:
     """(difference, low, high) of two shares of the same rows: Newcombe (1998), Stat. Med. 17:2635, method 10.
 

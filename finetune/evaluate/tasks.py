@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from finetune import tasks as known
 from finetune.data.items import Item
 from finetune.errors import DataError
 from finetune.evaluate.card_rows import card_file
+from finetune.evaluate.kept import measured
 from finetune.evaluate.overlap import found_in, texts_of
 from finetune.evaluate.paired import paired
 from finetune.evaluate.sandbox import run_code, sandbox_problem
 from finetune.evaluate.score import progress
 from finetune.fetch import cache_folder
-from finetune.recipe import Recipe
+from finetune.recipe import Evaluate, Recipe
+from finetune.rundir import sha256_file
 
 SLICES = ("subject", "category", "subcategory", "domain", "level", "type")
 """Columns that a task's rows are told apart by, the first that has from 2 to MOST values."""
@@ -27,14 +30,17 @@ INDEX = "training rows of this run"
 """What rows of tasks are looked for in."""
 
 
-def take_tasks(model: Any, tokenizer: Any, recipe: Recipe, train: Any, *, use_cache: bool = True) -> dict[str, Any]:
+def take_tasks(
+    model: Any, tokenizer: Any, recipe: Recipe, train: Any, *, use_cache: bool = True, keep: Any = measured
+) -> dict[str, Any]:
     """What scores.json says under `tasks`: the harness's version and a set for every task of `evaluate.tasks`.
 
     `model.disable_adapter()` is the context in which the model is its base; `train` are the run's training rows. A
     group whose members have one metric is one set, with a slice for each member; otherwise each member is a set.
+    `keep(name, make, of)` gives what `make` does, or what it gave before of the same: each task is kept by itself.
     Raises DataError TSK-003, TSK-010 for tasks that cannot be run, RunError TSK-009 where code cannot be confined.
     """
-    from finetune.evaluate.harness import Settings, Taker, load, take
+    from finetune.evaluate.harness import Settings, Taker, load
 
     asked = recipe.evaluate
     wanted = [_found(name, asked.tasks_folder) for name in asked.tasks]
@@ -42,28 +48,58 @@ def take_tasks(model: Any, tokenizer: Any, recipe: Recipe, train: Any, *, use_ca
         _may_run_code(recipe)
     settings = Settings(asked.few_shot, asked.task_chat, recipe.seed, asked.task_rows)
     taker = Taker(model, tokenizer, asked.batch_size, use_cache)
+    texts = partial(texts_of, train, tokenizer)
     sets: list[dict[str, Any]] = []
     for number, task in enumerate(wanted, 1):
         files = {leaf.name: card_file(leaf, recipe) for leaf in task.leaves if leaf.said("card")}
         loaded = load(task, asked.tasks_folder, cache_folder(recipe) / "tasks" / "unpacked", files)
         drawn = _drawn({name: len(one.eval_docs) for name, one in loaded.items()}, asked.task_rows, recipe.seed)
-        sides, cut = {}, {}
-        for side in ("base", "tuned"):
-            rows = sum(map(len, drawn.values()))
-            print(f"task {number} of {len(wanted)}: {task.name}, {side}, {rows} rows", flush=True)
-            taker.cut = 0
-            with model.disable_adapter() if side == "base" else nullcontext():
-                sides[side] = take(taker, task.name, loaded, drawn, settings)
-            cut[side] = taker.cut
-        by_leaf = {leaf.name: leaf for leaf in task.leaves}
-        for name, members in _sets(task.name, sides["base"]):
-            base, tuned = ([answer for answer in sides[side] if answer.leaf in members] for side in ("base", "tuned"))
-            made = _set(name, base, tuned, loaded, by_leaf, asked.confidence)
-            made["contaminated"] = _contaminated(
-                made, base, loaded, by_leaf, texts_of(train, tokenizer), asked.confidence
-            )
-            sets.append(_told(made) | {"cut_prompts": cut["base"], "chat": asked.task_chat})
+        print(f"task {number} of {len(wanted)}: {task.name}, {sum(map(len, drawn.values()))} rows", flush=True)
+        answers = partial(_answers, model, taker, task.name, loaded, drawn, settings)
+        make = partial(_taken, task, loaded, answers, texts, asked)
+        sets += keep(f"task-{number}", make, _content(task, asked.tasks_folder, files))
     return {"harness": metadata.version(known.HARNESS), "sets": sets}
+
+
+def _answers(
+    model: Any, taker: Any, name: str, loaded: dict[str, Any], drawn: dict[str, list[int]], settings: Any
+) -> tuple[list[Any], list[Any], int]:
+    """What base and tuned make of the drawn rows, and how many of base's prompts were cut."""
+    from finetune.evaluate.harness import take
+
+    taker.cut = 0
+    with model.disable_adapter():
+        base = take(taker, name, loaded, drawn, settings)
+    cut = taker.cut
+    return base, take(taker, name, loaded, drawn, settings), cut
+
+
+def _taken(
+    task: known.Task,
+    loaded: dict[str, Any],
+    answers: Callable[[], tuple[list[Any], list[Any], int]],
+    texts: Callable[[], Iterable[str]],
+    asked: Evaluate,
+) -> list[dict[str, Any]]:
+    """The sets of one task; `texts` gives the training rows' words."""
+    before, after, cut = answers()
+    leaves = {leaf.name: leaf for leaf in task.leaves}
+    sets = []
+    for name, members in _sets(task.name, before):
+        base, tuned = ([answer for answer in side if answer.leaf in members] for side in (before, after))
+        made = _set(name, base, tuned, loaded, leaves, asked.confidence)
+        made["contaminated"] = _contaminated(made, base, loaded, leaves, texts(), asked.confidence)
+        sets.append(_told(made) | {"cut_prompts": cut, "chat": asked.task_chat})
+    return sets
+
+
+def _content(task: known.Task, folder: str, files: dict[str, Path]) -> dict[str, Any]:
+    """What a task is made of: the harness, its settings, and the hashes of its rows' files. `files` are of cards."""
+    found: dict[str, Any] = {"harness": metadata.version(known.HARNESS)}
+    for leaf in task.leaves:
+        paths = [files[leaf.name]] if leaf.name in files else known.data_files(leaf, folder)
+        found[leaf.name] = [leaf.config, leaf.changes, [sha256_file(path) for path in paths]]
+    return found
 
 
 def show(told: dict[str, Any] | None) -> None:

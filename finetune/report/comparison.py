@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -17,6 +17,9 @@ from finetune.report.render import render
 from finetune.report.tables import gain
 from finetune.rundir import RunDir
 
+if TYPE_CHECKING:
+    from finetune.pairwise import Tested
+
 APART = ("purpose", "runs_dir", "cache_dir", "network")
 """Settings that say nothing about the result."""
 MODEL = "model.name"
@@ -25,8 +28,8 @@ FEWEST, MOST = 2, 26
 """Runs that one page can compare: each has a letter."""
 
 
-def compare_runs(run_dirs: Sequence[RunDir]) -> str:
-    """The HTML of the comparison of runs that have scores."""
+def compare_runs(run_dirs: Sequence[RunDir], tested: Sequence[Tested]) -> str:
+    """The HTML of the comparison of runs that have scores; `tested` is every run but the first against it."""
     runs = [Run(letter, run_dir) for letter, run_dir in zip(string.ascii_uppercase, run_dirs, strict=False)]
     facts = [run.facts for run in runs]
     names = dict(zip([run.letter for run in runs], facts, strict=True))
@@ -36,6 +39,8 @@ def compare_runs(run_dirs: Sequence[RunDir]) -> str:
         differences=differences([fact["recipe"] for fact in facts]),
         same_rows=same_heldout(run_dirs, facts),
         best=best(names),
+        tested=[(string.ascii_uppercase[each.run], each) for each in tested],
+        methods=methods(tested),
         plots={name: Markup(svg) for name, svg in drawings(names).items()},
         recipes=sorted({fact["recipe"]["name"] for fact in facts}),
         program=facts[0]["program"],
@@ -91,6 +96,16 @@ def same_heldout(run_dirs: Sequence[RunDir], facts: Sequence[Facts]) -> bool | N
         drawn = bool(rows) and 0 < settings["rows"] < rows  # then the seed chooses
         seen.add((name, settings["rows"] if drawn else 0, fact["recipe"]["seed"] if drawn else 0))
     return len(seen) == 1
+
+
+def methods(tested: Sequence[Tested]) -> list[str]:
+    """How each measure was tested and its interval made, a phrase each, said once for all runs."""
+    every = [d for each in tested for d in each.differences]
+    return list(
+        dict.fromkeys(
+            f"{d.measure}: {d.test}" + (f"; interval: {d.interval}" if d.low is not None else "") for d in every
+        )
+    )
 
 
 def best(names: dict[str, Facts]) -> list[str]:

@@ -25,8 +25,7 @@ Facts = dict[str, Any]
 def gather(run_dir: RunDir) -> Facts:
     """All that the page shows, as plain values: the files of the run as they are, None for those not there yet."""
     recipe = read_recipe(run_dir.recipe)
-    stages = {"data": run_dir.data / "report.json", "train": run_dir.train, "evaluate": run_dir.scores}
-    stages |= {"merge": run_dir.merged, "export": run_dir.export}
+    stages = left_by(run_dir)
     mask = run_dir.data / "mask.txt"
     plan, train, data = read(run_dir.plan), read(run_dir.train), read(stages["data"])
     happened = events.events(run_dir)
@@ -58,6 +57,12 @@ def gather(run_dir: RunDir) -> Facts:
         "commit": record.git_commit(),
         **licences(run_dir, recipe),
     }
+
+
+def left_by(run_dir: RunDir) -> dict[str, Path]:
+    """Stage -> what it leaves, of every stage before the report, in their order."""
+    first = {"data": run_dir.data / "report.json", "train": run_dir.train, "evaluate": run_dir.scores}
+    return first | {"merge": run_dir.merged, "export": run_dir.export}
 
 
 def licences(run_dir: RunDir, recipe: Recipe) -> Facts:

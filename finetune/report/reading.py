@@ -34,6 +34,11 @@ def points(change: float | None) -> str:
     return DASH if change is None else f"{100 * change:+.1f}\u00a0points".replace("-", "\u2212")
 
 
+def signed(value: float | None, digits: int = 4) -> str:
+    """A change with its sign; a dash for None."""
+    return DASH if value is None else f"{value:+.{digits}f}".replace("-", "\u2212")
+
+
 def span(seconds: float | None) -> str:
     """A time for reading, in the unit that fits it; a dash for None."""
     if seconds is None:
@@ -147,6 +152,7 @@ FILTERS = {
     "number": number,
     "percent": percent,
     "points": points,
+    "signed": signed,
     "span": span,
     "small": small,
     "size": size,

@@ -13,7 +13,7 @@ from finetune.errors import RunError
 from finetune.recipe import Recipe
 from finetune.record import versions
 from finetune.rundir import RunDir, read_json
-from finetune.source import MANIFEST
+from finetune.source import base_digest
 
 FREE = {"allow_changed", "save_steps", "keep_checkpoints", "report_to", "rehearse_memory"}
 """Training settings that change no number."""
@@ -48,21 +48,6 @@ def changes(then: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> di
             f"train.allow_changed=[{','.join(refused)}] beside run=, which the record keeps; or a new run",
         )
     return found
-
-
-def base_digest(folder: Path) -> str:
-    """A hash that another base does not have: of its config and of the headers and sizes of its weight files.
-
-    Headers name every tensor, not every byte; the bytes of a base are hashed for run.json.
-    """
-    found = hashlib.sha256()
-    for path in sorted([folder / "config.json", folder / MANIFEST, *folder.glob("*.safetensors")]):
-        if path.is_file():
-            with path.open("rb") as file:
-                head = file.read(8) if path.suffix == ".safetensors" else b""
-                length = min(int.from_bytes(head, "little"), 2**27) if head else -1
-                found.update(f"{path.name} {path.stat().st_size}\n".encode() + head + file.read(length))
-    return found.hexdigest()
 
 
 def _difference(then: Any, now: Any) -> str:
