@@ -23,6 +23,7 @@ from finetune.compose import read_recipe
 from finetune.compute import compute
 from finetune.engine import PACKAGES as UNSLOTH
 from finetune.errors import RunError
+from finetune.inert import ignored
 from finetune.licences import find_licence
 from finetune.recipe import Recipe
 from finetune.rundir import SIGNATURE, TEMPORARY, RunDir, read_json, sha256_file, write_json
@@ -88,6 +89,7 @@ def derived(run_dir: RunDir, recipe: Recipe, base: Path) -> dict[str, Any]:
             "random": recipe.model.tiny,
             "files": sorted(path.name for path in base.iterdir() if path.is_file()),
             "chat_template": chat_template(recipe, base),
+            **({"ignored": left} if (left := ignored(base)) else {}),
         },
         "rows": rows(data),
         "data": data,
@@ -132,7 +134,9 @@ def metrics(scores: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     sides = ("loss", "accuracy", "low", "high")
     right = {name: {k: v for k, v in scores[name].items() if k in sides} for name in ("base", "tuned")}
-    asked = {name: scores.get(name) for name in ("forgetting", "safety")}  # absent from runs of before they were measured
+    asked = {
+        name: scores.get(name) for name in ("forgetting", "safety")
+    }  # absent from runs of before they were measured
     lost = {name: told["verdict"] if told else None for name, told in asked.items()}
     return right | lost | {"rows": scores["rows"], "gates": scores["gates"], "verdict": scores["verdict"]}
 
