@@ -134,9 +134,8 @@ def metrics(scores: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     sides = ("loss", "accuracy", "low", "high")
     right = {name: {k: v for k, v in scores[name].items() if k in sides} for name in ("base", "tuned")}
-    asked = {
-        name: scores.get(name) for name in ("forgetting", "safety")
-    }  # absent from runs of before they were measured
+    # Absent from runs of before they were measured.
+    asked = {name: scores.get(name) for name in ("forgetting", "safety")}
     lost = {name: told["verdict"] if told else None for name, told in asked.items()}
     return right | lost | {"rows": scores["rows"], "gates": scores["gates"], "verdict": scores["verdict"]}
 

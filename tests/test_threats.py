@@ -21,7 +21,7 @@ from finetune.data.card import read_card
 from finetune.data.files import sources
 from finetune.data.readers import Beside
 from finetune.errors import AdapterError, DataError, RecipeError, WeightsError
-from finetune.foreign import configs, headers, templates
+from finetune.foreign import configs, headers, rendering, templates
 from finetune.foreign.gguf import GgufError, check_gguf
 from finetune.foreign.kinds import PICKLES
 from finetune.foreign.syntax import syntax_problems
@@ -517,8 +517,8 @@ def test_a_template_that_waits_for_a_word_of_a_row_is_stopped_there(
 ) -> None:
     from finetune.data.encoder import tokenize
 
-    monkeypatch.setattr(templates, "ROW_SECONDS", 0.5)
-    monkeypatch.setattr(templates, "ROW_MEBIBYTES", 256)
+    monkeypatch.setattr(rendering, "ROW_SECONDS", 0.5)
+    monkeypatch.setattr(rendering, "ROW_MEBIBYTES", 256)
     tok = toy_tokenizer(CHATML + "{% if 'swordfish' in messages[0].content %}" + bomb + "{% endif %}")
     chat = [{"role": "user", "content": "yes?"}, {"role": "assistant", "content": "no"}]
     assert tokenize(tok, {2}, chat, "rows.jsonl:1").trainable
