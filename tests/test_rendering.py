@@ -101,7 +101,7 @@ def test_memory_and_depth_are_limited_too(harm: str, told: str) -> None:
 def test_a_text_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendering, "LONGEST", 100)
     assert len(rendering.rendered(toy.tokenizer(), says("yes"))) < 100
-    with pytest.raises(WeightsError, match="FRN-009 .*of at most 100"):
+    with pytest.raises(WeightsError, match=r"FRN-009 .*of at most 100"):
         rendering.rendered(toy.tokenizer(), says("yes " * 50))
 
 

@@ -38,7 +38,7 @@ def rendered(tokenizer: Any, messages: Sequence[Any], prompt: bool = True) -> st
 
 
 def write(tokenizer: Any, messages: Sequence[Any], prompt: bool, tools: Sequence[Any] = ()) -> str:
-    """The same for use within `bounded()`, which limits time and memory. Raises as the template does, and `accepted`."""
+    """The same, for use within `bounded()`, which limits time and memory. Raises as the template and `accepted` do."""
     return accepted(
         tokenizer.apply_chat_template(messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt)
     )
