@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,10 @@ def inert(folder: Path, cache: Path) -> Path:
             for name in links:
                 (partial / name).symlink_to(home / name)
             write_json(partial / MANIFEST, parts | {"files": files})
+        names = ", ".join(
+            entry["file"] + (f" ({', '.join(entry['keys'])})" if "keys" in entry else "") for entry in left
+        )
+        print(f"model.code=ignore: left out of {folder}: {names}", file=sys.stderr, flush=True)
     let_link(target, home)
     return target
 

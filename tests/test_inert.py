@@ -163,6 +163,14 @@ def test_what_was_ignored_is_noted_with_the_hash_that_its_publisher_gave_it(reci
     assert "keys" not in noted["modeling_x.py"] and ignored(base) == []
 
 
+def test_what_is_left_out_is_said_once(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    base_folder(recipe)
+    printed = capsys.readouterr().err
+    assert "modeling_x.py" in printed and "config.json (auto_map, text.a.auto_map, text.trust_remote_code)" in printed
+    base_folder(recipe)
+    assert "left out" not in capsys.readouterr().err
+
+
 def test_infinities_and_odd_letters_of_settings_are_kept(recipe: Recipe) -> None:
     path = Path(recipe.model.source) / "config.json"
     path.write_text('{"model_type": "mixtral", "auto_map": {}, "limit": [0.0, Infinity], "name": "\\ud800 \\u00fc"}')
