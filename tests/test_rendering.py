@@ -18,7 +18,8 @@ import finetune
 from finetune import chat
 from finetune.errors import DataError, WeightsError
 from finetune.evaluate import drift, score
-from finetune.export import chats, ollama
+from finetune.export import chats
+from finetune.export.ollama import MARKS, shape_of
 from finetune.foreign import rendering, templates
 from finetune.merge import prove
 from tests import toy
@@ -87,9 +88,9 @@ def test_a_template_that_waits_for_a_word_is_stopped_wherever_it_renders(place: 
 
 
 def test_the_words_of_a_modelfile_are_written_within_the_limits() -> None:
-    assert ollama.shape_of(toy.tokenizer())
+    assert shape_of(toy.tokenizer())
     with pytest.raises(WeightsError, match="FRN-009"):
-        ollama.shape_of(waiting(ollama.MARKS["assistant"]))
+        shape_of(waiting(MARKS["assistant"]))
 
 
 @pytest.mark.parametrize(("harm", "told"), [(LARGE, "more than 256 MiB"), (DEEP, "calls itself without an end")])
@@ -120,7 +121,8 @@ def test_the_limits_are_taken_back() -> None:
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_a_conversation_on_the_terminal_goes_on_after_it() -> None:
+def test_a_conversation_on_the_terminal_goes_on_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "MAX_NEW_TOKENS", 8)
     typed = iter(["swordfish", "yes"])
 
     def ask() -> str:
