@@ -18,7 +18,7 @@ from finetune.base import load_base
 from finetune.compose import load_recipe
 from finetune.errors import AdapterError, WeightsError
 from finetune.families import FAMILIES
-from finetune.foreign import check_folder, kinds
+from finetune.foreign import check_folder, kinds, templates
 from finetune.inert import MANIFEST, code_in, ignored
 from finetune.layouts.plain import read_adapter_config
 from finetune.merge import SMALL_FILES
@@ -51,8 +51,9 @@ def canary(tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, canary: Path) -> Recipe:
-    """A recipe that ignores code, and a base with some."""
+def recipe(tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """A recipe that ignores code, and a base with some. Its template is not tried out: that takes seconds each time."""
+    monkeypatch.setattr(templates, "try_out", lambda texts: [""] * len(texts))
     made = ready(tmp_path, model__code="ignore")
     base = Path(made.model.source)
     (base / "config.json").write_text(json.dumps(CONFIG))
