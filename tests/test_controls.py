@@ -13,7 +13,9 @@ from finetune import guard
 from finetune.errors import WeightsError
 from finetune.foreign import check_folder, configs, headers, kinds, rendering, syntax
 from finetune.foreign.gguf import GgufError, check_gguf
+from finetune.source import base_folder
 from tests import toy
+from tests.job import ready
 
 
 def refused(folder: Path) -> str:
@@ -61,6 +63,26 @@ def test_each_kind_that_may_hold_a_pickle_is_called_one(tmp_path: Path, suffix: 
 def test_each_kind_of_code_is_called_code(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"LICENSE.{suffix}").write_bytes(b"x")  # a paper by the rest of its name
     assert "code of a model's publisher is never run" in refused(tmp_path) and len(PROGRAMS) == len(kinds.CODE)
+
+
+def test_the_metadata_of_a_distributed_checkpoint_is_called_a_pickle(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(b"x")
+    assert "pickles can run code" in refused(tmp_path)
+
+
+def test_the_folder_of_templates_is_looked_at_too(tmp_path: Path) -> None:
+    (tmp_path / kinds.TEMPLATES).mkdir()
+    (tmp_path / kinds.TEMPLATES / "x.bin").write_bytes(b"x")
+    assert refused(tmp_path).startswith("FRN-001") and "x.bin" in refused(tmp_path)
+
+
+def test_a_base_is_looked_at_and_its_template_compared_with_the_pin_where_it_is_asked_for(tmp_path: Path) -> None:
+    recipe = ready(tmp_path, model__chat_template_sha256="0" * 64)
+    with pytest.raises(WeightsError, match="FRN-006"):
+        base_folder(recipe)
+    (tmp_path / "base" / "x.bin").write_bytes(b"x")
+    with pytest.raises(WeightsError, match="FRN-001"):
+        base_folder(recipe)
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------
