@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from finetune import guard
 from finetune.errors import WeightsError
-from finetune.foreign import check_folder, configs, headers, kinds, rendering, syntax
+from finetune.foreign import check_folder, configs, headers, kinds, rendering, syntax, templates
 from finetune.foreign.gguf import GgufError, check_gguf
 from finetune.source import base_folder
 from tests import toy
@@ -288,6 +290,25 @@ def test_each_rule_of_the_syntax_is_kept(source: str, why: str) -> None:
 def test_half_a_surrogate_pair_is_no_text() -> None:
     with pytest.raises(UnicodeEncodeError):
         rendering.rendered(toy.tokenizer(), [{"role": "user", "content": "\ud800"}])
+
+
+LIMITS = """
+import resource, runpy
+runpy.run_path(CHILD)["main"]()
+for name in ("RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_FSIZE"):
+    print(resource.getrlimit(getattr(resource, name)))
+"""
+
+
+def test_the_process_of_a_trial_has_its_limits_and_cannot_take_them_back() -> None:
+    job = {"templates": [toy.CHATML], "tokens": {}, "seconds": 30, "mebibytes": 512, "characters": 1000}
+    code = LIMITS.replace("CHILD", repr(str(Path(templates.__file__).with_name("template_child.py"))))
+    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(job), capture_output=True, text=True)
+    told, memory, seconds, size = done.stdout.splitlines()
+    assert json.loads(told)[0]["error"] == "it writes more than 1,000 characters of a short conversation"
+    for pair, most in ((memory, 2**40), (seconds, 300), (size, 0)):
+        soft, hard = map(int, pair.strip("()").split(", "))
+        assert soft == hard and 0 <= soft <= most, done.stdout
 
 
 # --- secrets and settings -------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import struct
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -466,8 +467,10 @@ def test_a_loop_without_an_end_is_refused_where_a_base_is_asked_for(
     monkeypatch.setattr(templates, "SECONDS", 1)
     (folder / "chat_template.jinja").write_text(LOOP)
     recipe = load_recipe("legal_quickstart", f"model.source={folder}", f"cache_dir={tmp_path / 'cache'}")
+    began = time.monotonic()
     with pytest.raises(WeightsError, match=r"FRN-005 .*in 1 s of processor time"):
         base_folder(recipe)
+    assert time.monotonic() - began < templates.START_SECONDS, "it was the wait for the process that ended it"
     assert not (tmp_path / "cache" / "templates").exists(), "it would pass the next time"
 
 
