@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.errors import WeightsError
+from finetune.foreign.rendering import rendered
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir
 
@@ -205,7 +207,7 @@ def reply(
     """The greedy answer to a conversation, handed to `write` piece by piece as it grows; `base` leaves the adapter out.
 
     It has at most `longest` tokens, or 512. Ctrl-C ends the answer: what was said until then is returned. Raises
-    ValueError when nothing fits after it.
+    ValueError when nothing fits after it, WeightsError (FRN-009) when the chat template takes too much for it.
     """
     import torch
     from transformers import GenerationConfig, TextStreamer
@@ -218,7 +220,7 @@ def reply(
             said.append(clean)
             write(clean)
 
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = rendered(tokenizer, messages)
     tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
     room = model.config.get_text_config().max_position_embeddings - tokens.shape[1]
     if room < 1:
@@ -268,8 +270,8 @@ def _turn(
             reply(bare() if bare else model, tokenizer, conversation, write, base=bare is None)
             console.print("\n[bold]tuned[/bold] ", end="")
         answer = reply(model, tokenizer, conversation, write)
-    except ValueError as error:
-        console.print(f"{error}. /reset begins a new conversation.", markup=False, highlight=False)
+    except (ValueError, WeightsError) as error:
+        console.print(f"{str(error).rstrip('.')}. /reset begins a new conversation.", markup=False, highlight=False)
         return
     console.print()
     messages[:] = [*conversation, {"role": "assistant", "content": answer}]

@@ -203,6 +203,11 @@ def _model(recipe: Recipe) -> Iterator[str]:
             f"MOD-006 model.sha256={model.sha256 or '(empty)'} must be the 64 hex digits of the package file's sha256. "
             "Type: sha256sum FILE"
         )
+    if model.code != "refuse" and kind in ("hub", "package") and not model.tiny:
+        yield (
+            f"MOD-009 model.code={model.code} has no effect with {model.source}: code is not fetched. Leave it out, or "
+            "give a folder as model.source."
+        )
     if model.source.endswith(".gguf") and model.upcycle_experts == 0 and not model.tiny:
         yield (
             f"MOD-008 model.upcycle_experts=0 with {model.source}: a dense GGUF file is only made into a "

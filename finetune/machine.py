@@ -213,7 +213,7 @@ def unfit_weights(recipe: Recipe) -> WeightsError | None:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        check_folder(folder, WeightsError)
+        check_folder(folder, WeightsError, model.code)
         family = family_of(config)
         quantisation_of(config)
         check_shards(folder)

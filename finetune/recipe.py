@@ -33,6 +33,8 @@ class Model:
     """Hash of the package archive. Required with a `package:` source."""
     chat_template_sha256: str = ""
     """Hash of the chat template that the base must have; empty takes the one it has, and the record says which."""
+    code: str = one_of("refuse", "ignore")
+    """Code of its publisher in the folder (.py files, `auto_map`): an error, or left unread and out of every copy."""
     licence: str = ""
     """Licence key of the weights, as in `finetune/licences.yaml`, e.g. `apache-2.0`."""
     licence_url: str = ""

@@ -23,6 +23,7 @@ from finetune.compose import read_recipe
 from finetune.compute import compute
 from finetune.engine import PACKAGES as UNSLOTH
 from finetune.errors import RunError
+from finetune.inert import ignored
 from finetune.licences import find_licence
 from finetune.recipe import Recipe
 from finetune.rundir import SIGNATURE, TEMPORARY, RunDir, read_json, sha256_file, write_json
@@ -88,6 +89,7 @@ def derived(run_dir: RunDir, recipe: Recipe, base: Path) -> dict[str, Any]:
             "random": recipe.model.tiny,
             "files": sorted(path.name for path in base.iterdir() if path.is_file()),
             "chat_template": chat_template(recipe, base),
+            **({"ignored": left} if (left := ignored(base)) else {}),
         },
         "rows": rows(data),
         "data": data,

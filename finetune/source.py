@@ -11,14 +11,14 @@ from finetune import fetch
 from finetune.errors import WeightsError
 from finetune.families import FAMILIES
 from finetune.foreign import check_folder
+from finetune.foreign.kinds import IGNORE
+from finetune.inert import MANIFEST as MANIFEST
+from finetune.inert import inert
 from finetune.recipe import Model, Recipe
 from finetune.rundir import atomic_folder, read_json, sha256_file, sha256_tree, write_json
 
 Parts = dict[str, str | int]
 """What a folder of ours is made from; its hash is the folder's address."""
-
-MANIFEST = "finetune.json"
-"""File in a folder we made: what it was made from, and the hash of every file in it."""
 
 
 def base_folder(recipe: Recipe) -> Path:
@@ -48,10 +48,16 @@ def base_folder(recipe: Recipe) -> Path:
 
 
 def _vetted(folder: Path, recipe: Recipe) -> Path:
-    """A folder of strangers' files, looked at: kinds of files, settings, chat templates."""
+    """A folder of strangers' files, looked at: kinds of files, settings, chat templates.
+
+    Where code is ignored, it is the one without code that stands for it, and that has been looked at as strictly.
+    """
     from finetune.foreign.templates import vet
 
-    check_folder(folder, WeightsError)
+    check_folder(folder, WeightsError, recipe.model.code)
+    if recipe.model.code == IGNORE:
+        folder = inert(folder, fetch.cache_folder(recipe))
+        check_folder(folder, WeightsError)
     vet(folder, fetch.cache_folder(recipe) / "templates", recipe.model.chat_template_sha256)
     return folder
 

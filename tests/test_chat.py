@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 import finetune.chat as room
-from finetune.errors import RunError
+from finetune.errors import RunError, WeightsError
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir
 from tests import toy
@@ -213,6 +213,15 @@ def test_of_merged_the_files_on_disk_answer_in_full_precision(
     loaded = run_chat(tmp_path, monkeypatch, tok, "is this a licence\n", merged, of="merged")
     assert loaded == [(tmp_path / "merged", False)]
     assert capsys.readouterr().out == expected(merged, tok, [user("is this a licence")]).replace("\n", " ") + "\n"
+
+
+def test_of_merged_a_template_that_reaches_out_is_refused_before_anything_is_loaded(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, tok: Any
+) -> None:
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "chat_template.jinja").write_text("{{ ''.__class__ }}")
+    with pytest.raises(WeightsError, match="FRN-004"):
+        run_chat(tmp_path, monkeypatch, tok, "", None, of="merged")
 
 
 def test_chat_of_merged_without_merged_weights_says_which_stage_is_missing(

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import struct
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from finetune.data.card import read_card
 from finetune.data.files import sources
 from finetune.data.readers import Beside
 from finetune.errors import AdapterError, DataError, RecipeError, WeightsError
-from finetune.foreign import configs, headers, templates
+from finetune.foreign import configs, headers, rendering, templates
 from finetune.foreign.gguf import GgufError, check_gguf
 from finetune.foreign.kinds import PICKLES
 from finetune.foreign.syntax import syntax_problems
@@ -466,8 +467,10 @@ def test_a_loop_without_an_end_is_refused_where_a_base_is_asked_for(
     monkeypatch.setattr(templates, "SECONDS", 1)
     (folder / "chat_template.jinja").write_text(LOOP)
     recipe = load_recipe("legal_quickstart", f"model.source={folder}", f"cache_dir={tmp_path / 'cache'}")
+    began = time.monotonic()
     with pytest.raises(WeightsError, match=r"FRN-005 .*in 1 s of processor time"):
         base_folder(recipe)
+    assert time.monotonic() - began < templates.START_SECONDS, "it was the wait for the process that ended it"
     assert not (tmp_path / "cache" / "templates").exists(), "it would pass the next time"
 
 
@@ -517,8 +520,8 @@ def test_a_template_that_waits_for_a_word_of_a_row_is_stopped_there(
 ) -> None:
     from finetune.data.encoder import tokenize
 
-    monkeypatch.setattr(templates, "ROW_SECONDS", 0.5)
-    monkeypatch.setattr(templates, "ROW_MEBIBYTES", 256)
+    monkeypatch.setattr(rendering, "ROW_SECONDS", 0.5)
+    monkeypatch.setattr(rendering, "ROW_MEBIBYTES", 256)
     tok = toy_tokenizer(CHATML + "{% if 'swordfish' in messages[0].content %}" + bomb + "{% endif %}")
     chat = [{"role": "user", "content": "yes?"}, {"role": "assistant", "content": "no"}]
     assert tokenize(tok, {2}, chat, "rows.jsonl:1").trainable

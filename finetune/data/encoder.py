@@ -18,13 +18,7 @@ from typing import Any
 from finetune.data.rows import Row, quoted
 from finetune.data.tokens import IGNORED, Tokens
 from finetune.errors import DataError
-from finetune.foreign.templates import bounded
-
-LONGEST = 50_000_000
-"""Characters that a template may write of one conversation. A record has 16 MiB at most."""
-
-BOUNDS = (ValueError, MemoryError, RecursionError, OverflowError)
-"""What a template that takes too much ends with, among other things."""
+from finetune.foreign.rendering import bounded, write
 
 
 class Encoder:
@@ -292,13 +286,7 @@ class Encoder:
         error: Exception | None = None
         for wording in (messages, _as_json(messages)):
             try:
-                text: str = self.tokenizer.apply_chat_template(
-                    wording, tools=row.tools or None, tokenize=False, add_generation_prompt=prompt
-                )
-                if len(text) > LONGEST:
-                    raise ValueError(f"it writes {len(text):,} characters, of at most {LONGEST:,}")
-                text.encode()  # half a surrogate pair is no character
-                return text
+                return write(self.tokenizer, wording, prompt, row.tools)
             except Exception as wrong:  # a template is somebody's program, and fails in every way that programs do
                 error = error or wrong
                 if wording == messages and not any("tool_calls" in m for m in messages):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.evaluate.intervals import change_of
 from finetune.evaluate.rules import CLASSES, agreement, classify, read_lines
 from finetune.evaluate.verdict import SIGNIFICANCE, proportion
+from finetune.foreign.rendering import rendered
 
 if TYPE_CHECKING:
     from finetune.recipe import Evaluate
@@ -162,9 +163,7 @@ def verdict(told: dict[str, Any]) -> str:
 
 def _tokens(tokenizer: Any, prompt: str) -> list[int]:
     """The prompt as a server would send it: the user's words alone, in the chat template."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
+    text = rendered(tokenizer, [{"role": "user", "content": prompt}])
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 

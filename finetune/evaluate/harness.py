@@ -24,6 +24,7 @@ from lm_eval.tasks import TaskManager
 
 from finetune.errors import DataError, FinetuneError
 from finetune.evaluate.score import fp32_head
+from finetune.foreign.rendering import accepted, limited
 from finetune.tasks import Leaf, Task, data_of
 
 
@@ -76,6 +77,11 @@ class Taker(HFLM):
         self.cut = 0
         self._keeps_cache = use_cache
         self._narrow = model.get_output_embeddings().weight.dtype != torch.float32
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """As the parent does, within the limits of a template. Raises WeightsError (FRN-009)."""
+        with limited():
+            return accepted(super().apply_chat_template(chat_history, add_generation_prompt))
 
     def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
         self.cut += int(inps.shape[0]) if inps.shape[1] >= self.max_length else 0

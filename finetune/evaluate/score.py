@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from finetune.errors import DataError, NumbersError
+from finetune.foreign.rendering import rendered
 
 NOT_TRAINED = -100
 """Label of a token that is not part of the answer."""
@@ -304,7 +305,7 @@ def _answer_start(row: Row) -> int:
 
 
 def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    text = rendered(tokenizer, messages, prompt=False)
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 

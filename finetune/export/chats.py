@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import GateError
+from finetune.foreign.rendering import rendered
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 
@@ -85,7 +86,7 @@ def _ids(tokenizer: Any, chat: list[dict[str, str]], prompt: bool = True) -> lis
     from jinja2.exceptions import TemplateError
 
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+        text = rendered(tokenizer, chat, prompt)
     except TemplateError:
         return None
     return list(tokenizer(text, add_special_tokens=False).input_ids)

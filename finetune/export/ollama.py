@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.export.chats import ASSISTANT, CHATS, SYSTEM, USER
+from finetune.foreign.rendering import rendered
 
 MARKS = {SYSTEM: "sYsTeMmArK", USER: "uSeRmArK", ASSISTANT: "aSsIsTaNtMaRk"}
 """Contents that no template writes by itself."""
@@ -73,22 +74,22 @@ def shape_of(tokenizer: Any) -> Shape | None:
     """The shape of a chat template, if it has one and that writes all five conversations as the template does."""
     from jinja2.exceptions import TemplateError
 
-    def rendered(chat: Sequence[dict[str, str]], prompt: bool = True) -> str:
-        return str(tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=prompt))
+    def written(chat: Sequence[dict[str, str]], prompt: bool = True) -> str:
+        return rendered(tokenizer, list(chat), prompt)
 
     def marked(*roles: str) -> list[dict[str, str]]:
         return [{"role": role, "content": MARKS[role]} for role in roles]
 
     try:
-        whole = rendered(marked(SYSTEM, USER, ASSISTANT, USER), False)
-        open_ = rendered(marked(SYSTEM, USER, ASSISTANT, USER))
-        alone = rendered(marked(USER), False)
+        whole = written(marked(SYSTEM, USER, ASSISTANT, USER), False)
+        open_ = written(marked(SYSTEM, USER, ASSISTANT, USER))
+        alone = written(marked(USER), False)
         before_system, after_system = whole.split(MARKS[SYSTEM])
         between = after_system.split(MARKS[USER])
         to_user, from_user, end_user = between[0], between[1], between[2]
         to_assistant, back_to_user = from_user.split(MARKS[ASSISTANT])
         before_alone, after_alone = alone.split(MARKS[USER])
-        end_assistant = rendered(marked(USER, ASSISTANT), False).split(MARKS[ASSISTANT])[1]
+        end_assistant = written(marked(USER, ASSISTANT), False).split(MARKS[ASSISTANT])[1]
     except (ValueError, IndexError, TemplateError):
         return None
     user_before = back_to_user.removeprefix(end_assistant)
@@ -106,14 +107,14 @@ def shape_of(tokenizer: Any) -> Shape | None:
     around[SYSTEM] = (before_system.removeprefix(begin), around[SYSTEM][1])
     shape = Shape(begin, lead.removeprefix(begin), around, open_.removeprefix(whole))
     writable = '"""' not in shape.template()
-    return shape if writable and all(shape.text(chat) == _try(rendered, chat) for chat in CHATS) else None
+    return shape if writable and all(shape.text(chat) == _try(written, chat) for chat in CHATS) else None
 
 
-def _try(rendered: Any, chat: Sequence[dict[str, str]]) -> str | None:
+def _try(written: Any, chat: Sequence[dict[str, str]]) -> str | None:
     from jinja2.exceptions import TemplateError
 
     try:
-        return str(rendered(chat))
+        return str(written(chat))
     except TemplateError:
         return None
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.foreign.kinds import Problem
+from finetune.foreign.kinds import IGNORE, NEVER, REFUSE, UNREAD, Problem
 
 CODE_KEYS = frozenset(
     {
@@ -41,16 +41,19 @@ WHY = "it would load code that is not part of this program; trust_remote_code st
 FIX = "a copy of the file without the key: families that are supported need no code of their publisher"
 
 
-def code_keys(folder: Path) -> Iterator[Problem]:
-    """An entry with every key that would load code, and one with every settings file that cannot be searched."""
+def code_keys(folder: Path, code: str = NEVER) -> Iterator[Problem]:
+    """An entry with every key that would load code, and one with every settings file that cannot be searched.
+
+    With `code` ignore such keys are no problem: nobody is handed a file that has one (`finetune.inert`).
+    """
     found, unread = [], []
     for path in settings_files(folder):
         try:
             found += [f"{path.name} has {key}" for key in find_code(read_settings(path))]
         except (ValueError, OSError, RecursionError) as error:
             unread.append(f"{path.name} ({str(error).splitlines()[0]})")
-    if found:
-        yield "FRN-003", found, WHY, FIX
+    if found and code != IGNORE:
+        yield "FRN-003", found, WHY, f"{UNREAD}, or {FIX}" if code == REFUSE else FIX
     if unread:
         yield "FRN-003", unread, "settings that cannot be read cannot be searched for code", "fetch the folder again"
 

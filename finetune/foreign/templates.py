@@ -2,7 +2,8 @@
 
 A template is a program that a stranger wrote and that every row goes through. Once per template: it is read
 (`syntax.py`), then five conversations are rendered in a process of its own (`template_child.py`) with limits on time,
-memory and output. What that does not show is how it behaves on words it waits for, so rows are rendered in `bounded()`.
+memory and output. What that does not show is how it behaves on words it waits for, so nothing is rendered here without
+the limits of `rendering.py`.
 """
 
 from __future__ import annotations
@@ -10,21 +11,17 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import resource
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from finetune.errors import WeightsError
 from finetune.foreign.configs import read_settings
 from finetune.foreign.kinds import TEMPLATES
+from finetune.foreign.rendering import AS_PUBLISHED
 from finetune.foreign.syntax import syntax_problems
 
 SECONDS, MEBIBYTES, CHARACTERS = 10, 512, 1_000_000
@@ -32,9 +29,6 @@ SECONDS, MEBIBYTES, CHARACTERS = 10, 512, 1_000_000
 
 START_SECONDS = 120
 """How long a busy machine may take to import what renders."""
-
-ROW_SECONDS, ROW_MEBIBYTES = 20, 1024
-"""What a rendering of one row may take, and the memory that is there for it."""
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 """Names that templates read; transformers gives them the tokenizer's own."""
@@ -67,7 +61,7 @@ def vet(folder: Path, seen: Path | None = None, pin: str = "") -> str:
         if problems := syntax_problems(text):
             more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
             why = "; ".join(problems[:3]) + more
-            raise WeightsError("FRN-004", f"{folder / place}: this chat template is refused", why, _FIX)
+            raise WeightsError("FRN-004", f"{folder / place}: this chat template is refused", why, AS_PUBLISHED)
     main = main_text(found)
     sha256 = digest(main) if main else ""
     if pin and sha256 != pin:
@@ -79,13 +73,10 @@ def vet(folder: Path, seen: Path | None = None, pin: str = "") -> str:
     if new:
         for place, error in zip(new, try_out(list(new.values())), strict=True):
             if error:
-                raise WeightsError("FRN-005", f"{folder / place}: this chat template is refused", error, _FIX)
+                raise WeightsError("FRN-005", f"{folder / place}: this chat template is refused", error, AS_PUBLISHED)
         for text in new.values():
             _note(seen, text)
     return sha256
-
-
-_FIX = "the template as the model's publisher has it, as chat_template.jinja"
 
 
 def texts_of(folder: Path) -> dict[str, str]:
@@ -190,56 +181,3 @@ def _note(seen: Path | None, text: str) -> None:
     if seen is not None:
         seen.mkdir(parents=True, exist_ok=True)
         (seen / digest(text)).touch()
-
-
-class TemplateLimit(ValueError):
-    """A rendering that took too long."""
-
-
-class Bounds:
-    """Limits on the renderings of this thread, while `bounded()` is open."""
-
-    def __init__(self, timed: bool) -> None:
-        self._timed = timed
-
-    def begin(self) -> None:
-        """A row begins: its time starts anew."""
-        if self._timed:
-            signal.setitimer(signal.ITIMER_REAL, ROW_SECONDS)
-
-
-@contextmanager
-def bounded() -> Iterator[Bounds]:
-    """Inside, this process may grow by ROW_MEBIBYTES (else MemoryError), and a row takes ROW_SECONDS (TemplateLimit).
-
-    Time is only kept in the main thread and where nobody else uses SIGALRM; memory only on Linux. In Python code, which
-    templates become, the signal is seen between two operations: one operation may take longer.
-    """
-    timed = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGALRM) in (
-        signal.SIG_DFL,
-        signal.SIG_IGN,
-    )
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    before: Any = signal.signal(signal.SIGALRM, _too_long) if timed else None
-    try:
-        _room(limits)
-        yield Bounds(timed)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-        if timed:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-
-
-def _room(limits: tuple[int, int]) -> None:
-    sizes = Path("/proc/self/statm")
-    if not sizes.is_file():
-        return
-    room = int(sizes.read_text(encoding="ascii").split()[0]) * resource.getpagesize() + ROW_MEBIBYTES * 2**20
-    soft, hard = limits
-    if soft == resource.RLIM_INFINITY or room < soft:
-        resource.setrlimit(resource.RLIMIT_AS, (room, hard))
-
-
-def _too_long(*_: object) -> None:
-    raise TemplateLimit(f"it took more than {ROW_SECONDS} s")

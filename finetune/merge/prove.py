@@ -19,6 +19,7 @@ import torch
 from finetune.base import load_base, read_config
 from finetune.compose import read_recipe
 from finetune.failures import explain
+from finetune.foreign.rendering import rendered
 from finetune.merge import how_of
 from finetune.merge.changed import Changed, compare
 from finetune.merge.plan import make_plan
@@ -160,7 +161,7 @@ def prompt_of(row: Any, tokenizer: Any) -> Prompt:
     places = [t for t, label in enumerate(row["labels"]) if label != -100 and t > 0][:TOKENS]
     messages = [dict(message) for message in row["messages"]]
     for end in range(1, len(messages)):
-        text = tokenizer.apply_chat_template(messages[:end], tokenize=False, add_generation_prompt=True)
+        text = rendered(tokenizer, messages[:end])
         if list(tokenizer(text, add_special_tokens=False).input_ids) == ids:
             return Prompt(messages[:end], text, ids, tokens[: places[-1] + 1], places)
     return Prompt([], tokenizer.decode(ids), ids, tokens[: places[-1] + 1], places)
