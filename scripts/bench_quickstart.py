@@ -1,6 +1,7 @@
 """Runs a recipe once and writes what it took: seconds per stage, memory, and how well it learnt.
 
     .venv/bin/python scripts/bench_quickstart.py [recipe=legal_quickstart] [key=value ...]
+    .venv/bin/python scripts/bench_quickstart.py run=runs/legal_quickstart/0001      of a run that was just made
 
 Writes scripts/bench_results/<recipe>_<machine>.json and prints it. Run it alone: other work makes it slower. With
 export=servers it also has how near each server's answers came (after `bash scripts/setup_serving.sh`).
@@ -11,57 +12,70 @@ from __future__ import annotations
 import json
 import platform
 import re
-import resource
 import sys
-import time
-from datetime import date
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.compose import load_recipe
-from finetune.launch import launch
+from finetune.compose import load_recipe, read_recipe
+from finetune.events import events
 from finetune.run import run
-from finetune.rundir import RunDir, read_json, write_json
+from finetune.rundir import RunDir, open_run, read_json, write_json
 
 RESULTS = Path(__file__).parent / "bench_results"
 
 
 def main(words: list[str]) -> None:
-    """Runs the job and writes its figures."""
-    name = next((word.removeprefix("recipe=") for word in words if word.startswith("recipe=")), "legal_quickstart")
-    recipe = load_recipe(name, *[word for word in words if not word.startswith("recipe=")])
-    seconds: dict[str, float] = {}
+    """Runs the job, or opens the run that is named, and writes its figures."""
+    given = dict(word.split("=", 1) for word in words)
+    if "run" in given:
+        done = open_run(given["run"])
+    else:
+        name = given.pop("recipe", "legal_quickstart")
+        done = run(load_recipe(name, *(f"{key}={value}" for key, value in given.items())))
+    figures = told(done)
+    slug = re.sub(r"[^a-z0-9]+", "-", figures["machine"].lower()).strip("-")
+    write_json(RESULTS / f"{figures['recipe']}_{slug}.json", figures)
+    print(json.dumps(figures, indent=2))
 
-    def timed(stage: str, run_dir: RunDir) -> None:
-        started = time.monotonic()
-        launch(stage, run_dir)
-        seconds[stage] = round(time.monotonic() - started, 1)
 
-    started = time.monotonic()
-    done = run(recipe, launch=timed)
-    train, scores, parity = (read_json(p) for p in (done.train, done.scores, done.export / "parity.json"))
-    figures = {
-        "recipe": name,
-        "seconds": round(time.monotonic() - started, 1),
+def told(done: RunDir) -> dict[str, Any]:
+    """Every figure of a finished run."""
+    train, scores, record = (read_json(path) for path in (done.train, done.scores, done.record))
+    seconds = seconds_by_stage(done)
+    return {
+        "recipe": read_recipe(done.recipe).name,
+        "seconds": sum(seconds.values()),
         "seconds_by_stage": seconds,
-        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "training": {key: train[key] for key in ("rows", "tokens", "seconds", "resident_gib", "load_peak_gib")},
+        "training": {
+            key: train[key] for key in ("rows", "tokens", "seconds", "resident_gib", "load_peak_gib", "peak_memory_gib")
+        },
         "base": scores["base"],
         "tuned": scores["tuned"],
         "majority": scores["majority"],
         "tests": scores["tests"],
         "verdict": scores["verdict"],
-        "forgetting": _told(scores["forgetting"], "change", "low", "high", "test", "verdict"),
-        "safety": _told(scores["safety"], "tests", "different", "verdict"),
-        "parity": parity,
+        "forgetting": _told(scores["forgetting"], "change", "low", "high", "test"),
+        "safety": _told(scores["safety"], "tests"),
+        "parity": read_json(done.export / "parity.json"),
         "clients": read_json(done.export / "clients.json"),
         "machine": machine(),
-        "date": date.today().isoformat(),
+        "date": record["written"][:10],
         "versions": train["versions"],
     }
-    slug = re.sub(r"[^a-z0-9]+", "-", figures["machine"].lower()).strip("-")
-    write_json(RESULTS / f"{name}_{slug}.json", figures)
-    print(json.dumps(figures, indent=2))
+
+
+def seconds_by_stage(done: RunDir) -> dict[str, int]:
+    """Whole seconds of each stage, by the run's own events."""
+    begun: dict[str, datetime] = {}
+    found: dict[str, int] = {}
+    for event in events(done):
+        when = datetime.fromisoformat(event["when"])
+        if event["what"] == "started":
+            begun[event["stage"]] = when
+        elif event["what"] == "finished":
+            found[event["stage"]] = round((when - begun[event["stage"]]).total_seconds())
+    return found
 
 
 def _told(part: dict[str, Any] | None, *names: str) -> dict[str, Any] | None:
