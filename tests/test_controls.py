@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from finetune import guard
-from finetune.errors import WeightsError
+from finetune.errors import FinetuneError, RecipeError, WeightsError
 from finetune.foreign import check_folder, configs, headers, kinds, rendering, syntax, templates
 from finetune.foreign.gguf import GgufError, check_gguf
 from finetune.source import base_folder
@@ -142,6 +142,7 @@ def entry(dtype: str = "U8", shape: Any = (1,), offsets: Any = (0, 1), **more: A
         ({"a": entry(shape=[True])}, b"w", "no shape that a tensor can have"),
         ({"a": entry(offsets=[0, 1, 2])}, b"w", "no place in the file"),
         ({"a": entry(offsets=[0, 1.0])}, b"w", "no place in the file"),
+        ({"a": entry(offsets=[1, 0])}, b"w", "no place in the file"),
         ({"a": entry(run="x")}, b"w", "not exactly dtype, shape and data_offsets"),
         ({"a": entry(dtype="U9")}, b"w", "the type U9, which is none"),
         ({"a": entry(), "b": entry(offsets=[2, 3])}, b"www", "begins at byte 2"),
@@ -152,6 +153,12 @@ def entry(dtype: str = "U8", shape: Any = (1,), offsets: Any = (0, 1), **more: A
 def test_each_bound_of_a_header_is_kept(tmp_path: Path, header: Any, data: bytes, why: str) -> None:
     assert told(tmp_path, {"a": entry()}, b"w") == ""
     assert why in told(tmp_path, header, data)
+
+
+def test_a_header_that_says_it_is_longer_than_the_file_is_not_believed(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes((99).to_bytes(8, "little") + b'{"a": 1}')
+    with pytest.raises(headers.HeaderError, match="99 bytes is longer than the file"):
+        headers.read_header(tmp_path / "x.safetensors")
 
 
 def test_a_header_over_the_limit_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,6 +351,12 @@ FORMS = (
 def test_each_form_of_a_secret_is_hidden(value: str) -> None:
     assert guard.redact(f"it is {value} here") == "it is [hidden] here"
     assert guard.is_secret("note", value)
+
+
+def test_an_error_hides_secrets_whoever_prints_it() -> None:
+    made = FinetuneError("RUN-001", "at hf_abcdefgh1", "for hf_abcdefgh2", "not hf_abcdefgh3")
+    assert str(made) == "RUN-001 at [hidden]: for [hidden]. Try: not [hidden]"
+    assert RecipeError(["CFG-003 hf_abcdefgh1: no"]).problems == ["CFG-003 [hidden]: no"]
 
 
 def test_the_password_of_an_address_is_hidden_and_the_address_stays() -> None:
