@@ -32,3 +32,11 @@ def merged_run(tmp_path_factory: Any) -> Any:
     with contextlib.redirect_stdout(said):
         done = run(load_recipe("qwen3_30b_legal", *words), until="merge")
     return done, said.getvalue()
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Any:
+    """A file that must not be there when the test ends."""
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists(), "the payload was run"

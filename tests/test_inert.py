@@ -43,14 +43,6 @@ def payload(canary: Path) -> str:
 
 
 @pytest.fixture
-def canary(tmp_path: Path) -> Any:
-    """A file that must not be there when the test ends."""
-    path = tmp_path / "canary"
-    yield path
-    assert not path.exists(), "the publisher's code was run"
-
-
-@pytest.fixture
 def recipe(tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """A recipe that ignores code, and a base with some. Its template is not tried out: that takes seconds each time."""
     monkeypatch.setattr(templates, "try_out", lambda texts: [""] * len(texts))

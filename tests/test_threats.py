@@ -48,14 +48,6 @@ class Trap:
 
 
 @pytest.fixture
-def canary(tmp_path: Path) -> Any:
-    """A file that must not be there when the test ends."""
-    path = tmp_path / "canary"
-    yield path
-    assert not path.exists(), "the payload was run"
-
-
-@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model folder as far as everything that looks before it loads can see."""
     path = tmp_path / "model"
