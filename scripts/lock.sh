@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes the five locks anew from pyproject.toml. Versions stay as they are where they still fit; `--upgrade` or
+# Writes the six locks anew from pyproject.toml. Versions stay as they are where they still fit; `--upgrade` or
 # `--upgrade-package NAME` moves them. Extra words go to pip-compile.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_venv.sh"
@@ -64,6 +64,16 @@ compile tests/triton.lock "$@" "$temporary/triton.in"
   without none | sed 's|-r .*/triton.in|scripts/lock.sh|'
 } >"$temporary/triton.lock"
 mv -- "$temporary/triton.lock" tests/triton.lock
+rm "$temporary/out.lock"
+
+say "lock: tests/atheris.lock"
+printf 'atheris==3.0.0\n' >"$temporary/atheris.in"
+compile tests/atheris.lock "$@" "$temporary/atheris.in"
+{
+  printf '# What scripts/fuzz_guided.py hunts with; .ci/run puts it beside .venv. Written by scripts/lock.sh.\n'
+  without none | sed 's|-r .*/atheris.in|scripts/lock.sh|'
+} >"$temporary/atheris.lock"
+mv -- "$temporary/atheris.lock" tests/atheris.lock
 
 # Last and longest: vLLM asks for torch and its companions, of which every file is hashed and none is kept.
 say "lock: tests/serving.lock"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,33 @@ def canary(tmp_path: Path) -> Any:
     path = tmp_path / "canary"
     yield path
     assert not path.exists(), "the payload was run"
+
+
+@pytest.fixture(scope="module")
+def slurm_of_module(tmp_path_factory: Any) -> Any:
+    """A cluster of two nodes whose jobs find this checkout, train on the CPU and leave cores to each other."""
+    from tests.slurm_cluster import cluster
+
+    settings = {
+        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "ACCELERATE_TORCH_DEVICE": "cpu",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        with cluster(tmp_path_factory.mktemp("slurm") / "cluster") as found:
+            yield found
+
+
+@pytest.fixture
+def slurm(slurm_of_module: Any) -> Any:
+    """That cluster; after the test no job is in its queue, and no process of one is left."""
+    from tests.slurm_cluster import left_over, run, until
+
+    yield slurm_of_module
+    run("scancel", "--user", str(os.getuid()))
+    until(lambda: not run("squeue", "--noheader"), 40, "jobs do not end")
+    marks = (str(slurm_of_module.conf), "SLURM_JOB_ID=")
+    until(lambda: not left_over(*marks), 20, lambda: str(left_over(*marks)))

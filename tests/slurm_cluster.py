@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -106,11 +108,13 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 
 def require_slurm() -> None:
     """Installs Slurm where it is missing and root may; otherwise fails with what to type. It never skips."""
-    missing = [name for name in PROGRAMS if not shutil.which(name)]
-    if missing and os.geteuid() == 0 and shutil.which("apt-get"):
-        done = subprocess.run(["bash", "-c", INSTALL], capture_output=True, text=True)
+    with (Path(tempfile.gettempdir()) / f"install-slurm-{os.getuid()}.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # apt-get refuses a second one at a time
         missing = [name for name in PROGRAMS if not shutil.which(name)]
-        assert not missing, f"Slurm could not be installed: {done.stderr[-500:]}\nType: {INSTALL}"
+        if missing and os.geteuid() == 0 and shutil.which("apt-get"):
+            done = subprocess.run(["bash", "-c", INSTALL], capture_output=True, text=True)
+            missing = [name for name in PROGRAMS if not shutil.which(name)]
+            assert not missing, f"Slurm could not be installed: {done.stderr[-500:]}\nType: {INSTALL}"
     assert not missing, f"the tests of Slurm need {', '.join(missing)}. Type as root: {INSTALL}"
 
 
@@ -128,6 +132,27 @@ def until(condition: Callable[[], T], seconds: float, what: Callable[[], str] | 
         assert time.monotonic() < end, f"not within {seconds:g} s: {what() if callable(what) else what}"
         time.sleep(0.1)
     return value
+
+
+def state(job: str) -> str:
+    """Slurm's word for a job's state."""
+    return run("scontrol", "show", "job", job, "--oneliner").partition("JobState=")[2].split()[0]
+
+
+def restarts(job: str) -> int:
+    """How often a job was queued again."""
+    return int(run("scontrol", "show", "job", job, "--oneliner").partition("Restarts=")[2].split()[0])
+
+
+def ends(job: str, seconds: float = 60, log: Path | None = None) -> str:
+    """The state in which a job ends."""
+    final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+
+    def told_so_far() -> str:
+        said = log.read_text() if log and log.exists() else ""
+        return f"{run('scontrol', 'show', 'job', job, '--oneliner')}\n{said}"
+
+    return until(lambda: s if (s := state(job)) in final else "", seconds, told_so_far)
 
 
 def left_over(*marks: str) -> list[str]:

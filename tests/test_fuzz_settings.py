@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import random
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +17,9 @@ from finetune.compose import _read_words, compose, expand_sweep, read_recipe, re
 from finetune.data.card import card_folder, read_card
 from finetune.data.rows import Row
 from finetune.data.wording import word
+from finetune.errors import WeightsError
+from finetune.foreign import check_folder
+from finetune.inert import inert
 from finetune.recipe import Recipe
 from tests.fuzzing import Files, Parser, attempt, dumped, hunt, poked
 
@@ -155,6 +161,23 @@ def padded(template: str = "{excerpt:>999999999}") -> bytes:
     return dumped(value | {"question": template})
 
 
+# --- a base with its publisher's code --------------------------------------------------------------------------------
+
+CODED = {
+    "model_type": "mixtral",
+    "auto_map": {"AutoModel": "m.M"},
+    "text_config": {"layers": [{"trust_remote_code": True}, 1]},
+}
+
+
+def use_inert(folder: Path) -> None:
+    """As `model.code=ignore` reads a folder, makes another in its place, and looks at that one again."""
+    check_folder(folder, WeightsError, "ignore")
+    with contextlib.redirect_stderr(io.StringIO()):
+        made = inert(folder, Path(tempfile.gettempdir()))
+    check_folder(made, WeightsError)  # nothing of it is left that this refuses
+
+
 PARSERS = [
     Parser(
         name="data cards",
@@ -194,6 +217,17 @@ PARSERS = [
         shaped=shaped_folder,
     ),
     Parser(
+        name="settings that would load code",
+        weight=2,
+        examples=[
+            ({"config.json": b'{"auto_map": ' + b"[" * 9000 + b"]" * 9000 + b"}"}, "FRN-003"),
+            ({"config.json": b'{"a": Infinity, "auto_map": {"AutoModel": "m.M"}}', "m.py": b"import os"}, ""),
+        ],
+        parse=use_inert,
+        seeds=lambda: [{"config.json": dumped(CODED), "m.py": b"raise SystemExit", "tokenizer_config.json": b"{}"}],
+        shaped=lambda draw: {"config.json": dumped(poked(CODED, draw)), draw.choice(("m.py", "m.json")): b"{}"},
+    ),
+    Parser(
         name="words of the command line",
         weight=6,
         examples=[({"words": b"-m\n" + b"\n".join([b"train.lr=1e-4,2e-4"] * 40)}, "CFG-003")],
@@ -202,7 +236,13 @@ PARSERS = [
         shaped=shaped_words,
     ),
 ]
-EXAMPLES = {"data cards": 40, "recipe.yaml": 30, "folders of settings": 8, "words of the command line": 60}
+EXAMPLES = {
+    "data cards": 40,
+    "recipe.yaml": 30,
+    "folders of settings": 8,
+    "settings that would load code": 30,
+    "words of the command line": 60,
+}
 
 
 @pytest.mark.parametrize("parser", PARSERS, ids=lambda parser: parser.name)

@@ -1,84 +1,29 @@
-"""Slurm for real: two nodes, arrays, dependencies, warnings, preemption, a lost node. `-m slurm`.
+"""Slurm for real: two nodes, arrays, dependencies, warnings, cancellation. `-m slurm`.
 
-The two tests that train use the real worker. In the others a stand-in for Python does in a second what stages leave
-behind, so that what is tried is Slurm and the scripts.
+A stand-in for Python does in a second what stages leave behind, so that what is tried is Slurm and the scripts.
+The real worker is in test_slurm_training.py, with a cluster of its own.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from finetune import sweep
-from finetune.compose import load_recipe
 from finetune.errors import RunError
 from finetune.run import carry_on, start
 from finetune.rundir import RunDir, read_json
 from finetune.slurm import Queued
 from finetune.submit import submit
 from tests.job import Stages, ready
-from tests.slurm_cluster import Cluster, cluster, left_over, paused, run, until
-from tests.trained import ADAPTER, told
+from tests.slurm_cluster import Cluster, ends, restarts, run, state, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(280)]
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster whose jobs find this checkout, train on the CPU and leave cores to each other."""
-    settings = {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "passive",
-        "ACCELERATE_TORCH_DEVICE": "cpu",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        with cluster(tmp_path_factory.mktemp("slurm") / "cluster") as found:
-            yield found
-
-
-@pytest.fixture(autouse=True)
-def nothing_runs_on(slurm: Cluster) -> Iterator[None]:
-    """After every test: no job in the queue, and no process of one left."""
-    yield
-    run("scancel", "--user", str(os.getuid()))
-    until(lambda: not run("squeue", "--noheader"), 40, "jobs do not end")
-    marks = (str(slurm.conf), "SLURM_JOB_ID=")
-    until(lambda: not left_over(*marks), 20, lambda: str(left_over(*marks)))
-
-
-def state(job: str) -> str:
-    """Slurm's word for a job's state."""
-    return run("scontrol", "show", "job", job, "--oneliner").partition("JobState=")[2].split()[0]
-
-
-def restarts(job: str) -> int:
-    """How often a job was queued again."""
-    return int(run("scontrol", "show", "job", job, "--oneliner").partition("Restarts=")[2].split()[0])
-
-
-def ends(job: str, seconds: float = 60, log: Path | None = None) -> str:
-    """The state in which a job ends."""
-    final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-
-    def told_so_far() -> str:
-        said = log.read_text() if log and log.exists() else ""
-        return f"{run('scontrol', 'show', 'job', job, '--oneliner')}\n{said}"
-
-    return until(lambda: s if (s := state(job)) in final else "", seconds, told_so_far)
-
-
-# --- stand-ins ------------------------------------------------------------------------------------------------------
 
 STAND_IN = """#!/bin/bash
 # python -m finetune.worker train RUN   or   python -m finetune STAGE run=RUN --here
@@ -198,98 +143,3 @@ def test_tasks_of_an_array_fail_and_go_on_by_themselves(
     for run_dir, noted in zip(runs, jobs, strict=True):
         assert f"ranks on n1, {run_dir.path}" in (run_dir.path / noted["train"]["log"]).read_text().replace("n2", "n1")
     assert f"python -m finetune table run={tmp_path}/runs/job/array-0001" in said
-
-
-# --- the real worker ------------------------------------------------------------------------------------------------
-
-WORDS = ("train.precision=fp32", "train.max_steps=20", "train.save_steps=2", "train.batch_size=2", "adapter=attention")
-CLUSTER = ("launch=slurm", "launch.nodes=2", "launch.gpus=false", "launch.cpus_per_task=1")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("trained")
-
-
-def queued_training(place: Path) -> tuple[RunDir, Queued]:
-    places = (f"runs_dir={place / 'runs'}", f"cache_dir={place / 'cache'}")
-    words = (*WORDS, "adapter.dropout=0.1", *CLUSTER, *places)
-    run_dir = start(load_recipe("legal_quickstart", "scale=rehearsal", *words))
-    (queued,) = submit([run_dir], "train", print)
-    return run_dir, queued
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(slurm: Cluster, place: Path) -> RunDir:
-    """A training of two processes on two nodes that nothing disturbs."""
-    run_dir, queued = queued_training(place)
-    assert ends(queued.job, 200, queued.log) == "COMPLETED"
-    assert read_json(run_dir.train)["processes"] == 2
-    assert read_json(run_dir.train)["resumed"] == []
-    return run_dir
-
-
-def saved(run_dir: RunDir, step: int) -> bool:
-    """Whether the checkpoint of `step` or a later one is there."""
-    return any(int(path.name[5:]) >= step for path in run_dir.checkpoints.glob("step-*"))
-
-
-def test_a_training_that_lost_its_nodes_to_others_and_then_a_node_ends_as_if_nothing_had_happened(
-    slurm: Cluster, place: Path, uninterrupted: RunDir
-) -> None:
-    run_dir, queued = queued_training(place)
-    first = ("finetune.worker", f"SLURM_JOB_ID={queued.job}\0", "\0RANK=0\0")  # where it stands, the other one waits
-    until(lambda: saved(run_dir, 2), 120, queued.log.read_text)
-    with paused(*first):
-        urgent = run(
-            "sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap=true"
-        ).strip()
-        until(lambda: "Slurm warns" in queued.log.read_text(), 60, queued.log.read_text)
-    assert ends(urgent, 60, queued.log) == "COMPLETED"
-    until(lambda: restarts(queued.job) >= 1, 30, queued.log.read_text)
-    stopped_at = max(int(path.name[5:]) for path in run_dir.checkpoints.glob("step-*"))
-    assert 2 <= stopped_at < 16
-
-    until(lambda: saved(run_dir, stopped_at + 2), 120, queued.log.read_text)
-    before = restarts(queued.job)
-    with paused(*first):
-        slurm.kill_node("n2")
-    until(lambda: restarts(queued.job) > before, 60, queued.log.read_text)
-    slurm.resume_node("n2")
-
-    assert ends(queued.job, 120, queued.log) == "COMPLETED"
-    written = read_json(run_dir.train)
-    assert len(written["resumed"]) >= 2
-    assert told(run_dir) == told(uninterrupted)
-    assert (run_dir.adapter / ADAPTER).read_bytes() == (uninterrupted.adapter / ADAPTER).read_bytes()
-    assert not run_dir.requeue.exists()
-
-
-def test_one_batch_script_does_a_whole_job_and_makes_its_run_once(
-    slurm: Cluster, place: Path, uninterrupted: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PYTHON", sys.executable)
-    words = ["recipe=legal_quickstart", "scale=rehearsal", "train.precision=fp32", f"cache_dir={place / 'cache'}"]
-    words += ["train.max_steps=20", "train.save_steps=2", "evaluate.min_gain=1.0"]
-    script, resources = str(ROOT / "scripts" / "slurm" / "train.sbatch"), ("--nodes=1", "--cpus-per-task=1")
-    done = subprocess.run(
-        ["sbatch", "--parsable", *resources, script, *words],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    number = done.stdout.strip()
-    log, runs = tmp_path / f"finetune-{number}.log", tmp_path / "runs" / "legal_quickstart"
-    until(lambda: saved(RunDir(runs / "0001"), 2), 120, lambda: log.read_text() if log.exists() else "no log")
-    with paused("finetune.worker", f"SLURM_JOB_ID={number}\0", "SLURM_STEP_ID=0\0"):
-        run("scancel", "--batch", "--signal=USR1", number)
-        until(lambda: "Slurm warns" in log.read_text(), 60, log.read_text)
-    assert ends(number, 200, log) == "FAILED", log.read_text()  # the gate is not met
-    assert "EVAL-004" in log.read_text()
-    assert restarts(number) == 1
-    assert [path.name for path in runs.iterdir()] == ["0001"]
-    run_dir = RunDir(runs / "0001")
-    assert read_json(run_dir.train)["processes"] == 1
-    assert read_json(run_dir.train)["resumed"][0]["after_step"] >= 2
-    assert run_dir.scores.exists() and not run_dir.merged.exists()
