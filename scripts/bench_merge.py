@@ -4,10 +4,10 @@
 
 Writes scripts/bench_results/merge_<machine>.json. Makes checkpoints of 2 and of 20 files (one layer each, all tensors
 of one size, random bf16 weights under the names and shapes of a Qwen3-MoE model) with adapters on all experts and on
-attention. Every merge and every copy is a process of its own; imports are not counted, planning and hashing are. Both
-sides end when the disk holds the files (fsync). They take turns; ratios are taken per round and the median reported.
-Memory is the highest resident set of the process. The adapter is in memory and grows with the model, so growth is given
-without it.
+attention. Every merge and every copy is a process of its own; imports are the same and not counted, planning and
+hashing are. Both sides end when the disk holds the files (fsync). They take turns; ratios are taken per round and the
+median reported. Memory is the highest resident set of the process. The adapter is in memory and grows with the model,
+so growth is given without it.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "ratios": [round(ratio, 3) for ratio in ratios],
         "merge_mib_per_second": [round(size / r["merge"]["seconds"]) for r in rounds],
         "copy_mib_per_second": [round(size / r["copy"]["seconds"]) for r in rounds],
+        "merge_cpu_seconds": [r["merge"]["cpu_seconds"] for r in rounds],
+        "copy_cpu_seconds": [r["copy"]["cpu_seconds"] for r in rounds],
         "memory": memory,
         "peak_growth_without_adapter_mib": round(beyond, 1),
         "peak_growth_without_adapter": round(beyond / few["peak_mib"], 4),
@@ -116,27 +118,41 @@ def child(side: str, base: Path, adapter: Path, target: Path) -> dict[str, Any]:
 
 def merge_side(base: Path, adapter: Path, target: Path) -> dict[str, Any]:
     """Seconds and memory of a merge without its proof."""
-    import torch
-
-    from finetune.merge import merge_folder
-
-    (torch.ones(64, 64) @ torch.ones(64, 64)).sum().item()  # the first product starts the threads
+    merge_folder = ready()
     before = peak_mib()
-    started = time.monotonic()
+    cpu, started = os.times(), time.monotonic()
     merge_folder(base, adapter, target)
-    return {"seconds": round(time.monotonic() - started, 3), "peak_mib": peak_mib(), "start_mib": before}
+    return taken(cpu, started) | {"start_mib": before}
 
 
 def copy_side(base: Path, adapter: Path, target: Path) -> dict[str, Any]:
     """Seconds of a copy."""
     from finetune.rundir import fsync
 
-    started = time.monotonic()
+    ready()
+    cpu, started = os.times(), time.monotonic()
     shutil.copytree(base, target)
     for path in target.iterdir():
         fsync(path)
     fsync(target)
-    return {"seconds": round(time.monotonic() - started, 3), "peak_mib": peak_mib()}
+    return taken(cpu, started)
+
+
+def ready() -> Any:
+    """What both sides import before they begin: memory that was just freed is faster than what was free for long."""
+    import torch
+
+    from finetune.merge import merge_folder
+
+    (torch.ones(64, 64) @ torch.ones(64, 64)).sum().item()  # the first product starts the threads
+    return merge_folder
+
+
+def taken(cpu: os.times_result, started: float) -> dict[str, float]:
+    """What a side took since it began."""
+    now, seconds = os.times(), time.monotonic() - started
+    busy = now.user - cpu.user + now.system - cpu.system
+    return {"seconds": round(seconds, 3), "cpu_seconds": round(busy, 2), "peak_mib": peak_mib()}
 
 
 def peak_mib() -> float:

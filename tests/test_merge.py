@@ -15,10 +15,11 @@ from finetune.adapters import attach, load_adapter
 from finetune.base import load_base
 from finetune.errors import AdapterError, WeightsError
 from finetune.families import FAMILIES
-from finetune.merge import merge_folder, sentences
+from finetune.merge import merge_folder, sentences, sums
 from finetune.merge.four_bit import FourBit
 from finetune.merge.plan import How, make_plan
 from finetune.merge.shard import sheets, write_sheet
+from finetune.merge.updates import Pair
 from finetune.recipe import Adapter
 from finetune.shards import weights_of
 from tests.quantised import quantised
@@ -423,3 +424,19 @@ def test_rounding_that_takes_most_of_an_update_is_measured_and_warned_of(adapter
     assert told["rounding_over_update"] > 0.5
     assert any(sentence.startswith("MRG-006") for sentence in sentences(told))
     assert not any(s.startswith("MRG-006") for s in sentences(told | {"rounding_over_update": 0.1}))
+
+
+def test_what_rounding_takes_is_told_from_a_part_of_a_large_matrix():
+    """From a fourth of its rows: within a few per cent of all of it, and the sums are the same to the bit."""
+    generator = torch.Generator().manual_seed(5)
+    rows, columns, rank = 2048, 1024, 4
+    base = (torch.randn(rows, columns, generator=generator) * torch.linspace(0.5, 2, rows)[:, None]).bfloat16()
+    left, right = torch.randn(rows, rank, generator=generator) * 1e-2, torch.randn(rank, columns, generator=generator)
+    assert base.numel() >= 8 * sums.VALUES
+    for scale in (2.0, 1.5):
+        out, tally = torch.empty_like(base), sums.Tally()
+        sums.add(base, Pair(left, right, scale, None), out, tally)
+        exact = (left @ right) * scale + base.float()
+        assert torch.equal(out, exact.bfloat16())
+        assert tally.rounding == pytest.approx(float((exact - out.float()).square().sum()), rel=0.05)
+        assert tally.update == pytest.approx(float(((left @ right) * scale).square().sum()), rel=1e-4)

@@ -128,14 +128,14 @@ def test_the_second_notebook_runs_from_top_to_bottom_on_a_tiny_model(
 
 
 @pytest.mark.data
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_the_first_notebook_runs_on_the_quickstarts_real_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*LEARNT, f"runs_dir={tmp_path / 'runs'}"]
     check_quickstart(execute(NAMES[0], monkeypatch, tmp_path, settings=words), tmp_path / "runs", 26)
 
 
 @pytest.mark.data
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_the_second_notebook_runs_on_the_quickstarts_real_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*FEW, f"runs_dir={tmp_path / 'runs'}"]
     check_sweep(execute(NAMES[1], monkeypatch, tmp_path, settings=words), tmp_path / "runs")
