@@ -26,7 +26,7 @@ if [ $# -eq 0 ]; then
   check "layers" "$python" -c 'import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports())'
   check "spelling" "$python" -m codespell_lib
   # All tests at once are shared out among processes, a file to one of them; named ones run in turn, to be watched.
-  set -- -n "${TEST_PROCESSES:-2}" --dist loadfile
+  set -- -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
 check "tests" "$python" -m pytest "$@"

@@ -9,6 +9,12 @@ from typing import Any
 import pytest
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with tests that take long come first: shared out by file, none of them is begun when all else is done."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: Any) -> Path:
     """A folder with a byte-level tokenizer and a ChatML template."""

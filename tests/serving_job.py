@@ -27,6 +27,8 @@ WORDS = [
     "train.max_steps=26",
     "evaluate.rows=16",
     "evaluate.samples=2",
+    "evaluate.general=[]",
+    "evaluate.drift=false",
     "train.rehearse_memory=false",
 ]
 """The job: enough updates for other answers, few enough for a test machine."""

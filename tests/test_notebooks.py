@@ -16,6 +16,7 @@ TINY = ["scale=rehearsal", "train.max_steps=2", "evaluate.rows=4", "evaluate.sam
 """A tiny random model on the card's own sample rows, offline."""
 BRIEF = ["evaluate.rows=16", "evaluate.samples=1", "evaluate.max_new_tokens=8"]
 FEW = [*BRIEF, "data.train_rows=64", "train.max_steps=4", "train.batch_size=4", "export.parity_prompts=2"]
+FEW += ["evaluate.general=[]", "evaluate.drift=false"]
 """The quickstart's real base and rows, a few of them: enough for a sweep that is scored."""
 LEARNT = [*BRIEF, "data.train_rows=208", "train.max_steps=26"]
 """So many updates that rounding leaves them in the merged weights, which the export asks for."""
