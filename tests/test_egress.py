@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,6 +59,9 @@ CALLS = {
     "socket.sendto": "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.1', 53))",
     "socket.bind": "socket.socket().bind(('0.0.0.0', 0))",
     "socket.gethostbyname": "socket.gethostbyname('example.org')",
+    "socket.gethostbyaddr": "socket.gethostbyaddr('192.0.2.1')",
+    "socket.getnameinfo": "socket.getnameinfo(('192.0.2.1', 53), 0)",
+    "socket.sendmsg": "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendmsg([b'x'], [], 0, ('192.0.2.1', 53))",
 }
 
 
@@ -69,6 +73,35 @@ def test_the_guard_notes_and_refuses_whatever_is_not_this_machine(event: str, tm
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode and "nothing leaves this machine" in done.stderr, done.stderr
     assert [entry["event"] for entry in egress.attempts(log)] == ["guarded", event]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bytearray"])
+def test_a_host_written_in_bytes_is_noted_as_any_other(kind: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = (
+        "import finetune, socket\n"
+        "def tried(call, *words):\n    try:\n        call(*words)\n    except PermissionError:\n        pass\n"
+        f"tried(socket.socket().connect, ({kind}(b'192.0.2.1'), 80))\ntried(socket.getaddrinfo, b'example.org', 80)\n"
+        f"with socket.create_server(('127.0.0.1', 0)) as one:\n"
+        f"    socket.socket().connect(({kind}(b'127.0.0.1'), one.getsockname()[1]))\n"
+    )
+    env = {**os.environ, egress.VARIABLE: str(log)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [entry["address"] for entry in egress.attempts(log)] == ["", "192.0.2.1:80", "example.org"]
+
+
+def test_a_child_adds_to_the_log_of_its_parent_which_is_for_one_user(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    call = "socket.socket().connect(('192.0.2.1', 80))"
+    code = f"import finetune, socket, subprocess, sys\nif sys.argv[1:]: {call}\n"
+    code += "subprocess.run([sys.executable, '-c', sys.orig_argv[2], 'x'], stderr=-3)\n" + call
+    env = {**os.environ, egress.VARIABLE: str(log)}
+    subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, cwd=ROOT)
+    noted = egress.attempts(log)
+    assert [entry["event"] for entry in noted] == ["guarded", "guarded", "socket.connect", "socket.connect"]
+    assert [noted[i]["process"] == noted[0]["process"] for i in range(4)] == [True, False, False, True]
+    assert log.stat().st_mode & 0o777 == 0o600
 
 
 def test_this_machine_itself_may_be_spoken_to(tmp_path: Path) -> None:
@@ -111,6 +144,12 @@ def test_to_listen_on_every_interface_is_not_to_stay_at_home() -> None:
         assert egress.outside("socket.bind", (one, ("0.0.0.0", 80))) == "0.0.0.0:80"
         assert egress.outside("socket.bind", (one, ("127.0.0.1", 80))) == ""
         assert egress.outside("socket.sendmsg", (one, None)) == ""
+
+
+@pytest.mark.parametrize(("family", "address"), [("AF_INET6", ("2001:db8::1", 80, 0, 0)), ("AF_VSOCK", (2, 80))])
+def test_addresses_of_other_families_are_noted_too(family: str, address: tuple[Any, ...]) -> None:
+    one = SimpleNamespace(family=getattr(socket, family, -1))
+    assert egress.outside("socket.connect", (one, address)) == f"{address[0]}:80"
 
 
 def test_the_switches_are_closed_whatever_the_environment_says() -> None:
