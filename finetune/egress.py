@@ -2,8 +2,9 @@
 
 `finetune/__init__.py` calls `guard` where FINETUNE_EGRESS_LOG names a file (scripts/egress_check.sh sets it), so that
 each process of ours has it before anything else is imported. A child process that fetches calls `watch`: so the record
-can say which hosts the bytes came from. An audit hook (PEP 578) sees what Python does; what native code does only the
-system sees: the check has a namespace without routes and strace for that.
+can say which hosts the bytes came from. An audit hook (PEP 578) sees what Python does; what native code does, which
+also looks up a name that is given to `connect` itself, only the system sees: the check has a namespace without routes
+and strace for that.
 """
 
 from __future__ import annotations
