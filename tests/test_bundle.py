@@ -191,6 +191,7 @@ MANIFESTS = (
     '{"files": {"../x": {"bytes": 1, "sha256": "a"}}}',
     '{"files": {"INSTALL.txt": {"bytes": "1", "sha256": "a"}}}',
     '{"files": {"INSTALL.txt": {"bytes": 1, "sha256": 1}}}',
+    '{"files": {"INSTALL.txt": {"bytes": 1, "sha256": "a", "more": 1}}}',
 )
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune.bundle.pack import _into_folder
+from finetune.bundle.verify import BundleError, verify
 from finetune.errors import WeightsError
 from finetune.foreign import check_folder, configs, headers, kinds, rendering, syntax, templates
 from finetune.foreign.gguf import GgufError, check_gguf
@@ -315,3 +319,62 @@ def test_the_process_of_a_trial_has_its_limits_and_cannot_take_them_back() -> No
     for pair, most in ((memory, 2**40), (seconds, 300), (size, 0)):
         soft, hard = map(int, pair.strip("()").split(", "))
         assert soft == hard and 0 <= soft <= most, done.stdout
+
+
+# --- bundles --------------------------------------------------------------------------------------------------------
+
+
+def header(name: str, **facts: Any) -> bytes:
+    """A member of a tar file, without its bytes."""
+    member = tarfile.TarInfo(name)
+    for key, value in facts.items():
+        setattr(member, key, value)
+    return member.tobuf(tarfile.PAX_FORMAT if "pax_headers" in facts else tarfile.GNU_FORMAT)
+
+
+TARS = {
+    "a map of holes that has no numbers": header("x", pax_headers={"GNU.sparse.map": "x"}),
+    "a size that no number of the system holds": header("x", type=b"L", size=2**80),
+    "a size that no memory holds": header("x", type=b"L", size=2**62),
+    "a size below nothing": header("x", size=-512),
+    "a name for a name, without an end": (header("x", type=b"L", size=1) + b"x" + bytes(511)) * 2000,
+    "no header": b"x" * 512,
+}
+
+
+@pytest.mark.parametrize("data", TARS.values(), ids=TARS.keys())
+def test_a_tar_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x.tar").write_bytes(data + bytes(1024))
+    with pytest.raises(BundleError, match=r"BND-001 .* is no tar file"):
+        verify(tmp_path / "x.tar")
+
+
+def test_a_file_of_a_tar_file_that_is_mostly_holes_is_not_read(tmp_path: Path) -> None:
+    holes = header("x", pax_headers={"GNU.sparse.map": "0,1", "GNU.sparse.size": str(2**20)}, size=1)
+    manifest = json.dumps({"files": {}}).encode()
+    data = holes + bytes(512) + header("bundle.json", size=len(manifest)) + manifest.ljust(512, b"\0")
+    (tmp_path / "x.tar").write_bytes(data + bytes(1024))
+    with pytest.raises(BundleError, match="x is no file"):
+        verify(tmp_path / "x.tar")
+
+
+def test_a_bundle_that_is_not_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"BND-001 .* is not here"):
+        verify(tmp_path / "x.tar")
+
+
+def test_a_size_and_a_name_other_than_the_manifest_has_are_named(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"x")
+    facts = {"bytes": 2, "sha256": hashlib.sha256(b"x").hexdigest()}
+    (tmp_path / "bundle.json").write_text(json.dumps({"files": {"x": facts}}))
+    with pytest.raises(BundleError, match=r"x has other bytes \(1 bytes, packed were 2\)"):
+        verify(tmp_path)
+    (tmp_path / "bundle.json").write_text(json.dumps({"files": {"\ud800": facts}}))  # half a character
+    with pytest.raises(BundleError, match=r"BND-002(?s:.*) is missing"):
+        verify(tmp_path)
+
+
+def test_no_file_of_a_bundle_is_written_over_another(tmp_path: Path) -> None:
+    (tmp_path / "LICENSE").write_text("x")
+    with pytest.raises(FileExistsError):  # as where a file system takes `licence` for `LICENCE`
+        _into_folder(tmp_path, "LICENSE", tmp_path / "LICENSE", lambda count: None)

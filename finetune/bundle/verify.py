@@ -122,11 +122,13 @@ def _tar(path: Path, say: Callable[[str], None]) -> Seen:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 name = member.name
+                if member.size < 0:
+                    raise tarfile.ReadError("a member ends before it begins")  # it would be read again without an end
                 if unsafe(name):
                     seen.strange.append(f"{name!r} would be written outside, or is no plain name")
                 elif member.isdir():
                     continue
-                elif not member.isreg():
+                elif not member.isreg() or member.issparse():  # holes are few bytes of a file without an end
                     seen.strange.append(
                         f"{name} is a link" if member.issym() or member.islnk() else f"{name} is no file"
                     )
@@ -135,7 +137,7 @@ def _tar(path: Path, say: Callable[[str], None]) -> Seen:
                 else:
                     _read_member(archive, member, seen)
                     say(name)
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise BundleError("BND-001", f"{path} is no tar file, or it was cut", str(error), "copy it again") from None
     return seen
 
