@@ -16,7 +16,7 @@ import pytest
 from finetune.bundle.pack import _into_folder
 from finetune.bundle.verify import BundleError, verify
 from finetune.errors import WeightsError
-from finetune.foreign import check_folder, configs, headers, kinds, rendering, syntax, templates
+from finetune.foreign import check_folder, configs, headers, kinds, needed, rendering, syntax, templates
 from finetune.foreign.gguf import GgufError, check_gguf
 from finetune.source import base_folder
 from tests import toy
@@ -107,6 +107,13 @@ def test_each_key_that_would_load_code_is_refused(tmp_path: Path, key: str) -> N
     (tmp_path / "config.json").write_text(json.dumps({"deep": [{key: "org/repo"}]}))
     assert refused(tmp_path).startswith("FRN-003") and f"deep.{key}" in refused(tmp_path)
     assert (len(KEYS), len(NAMED)) == (len(configs.CODE_KEYS), len(configs.NAMED_CODE))
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '["architectures"]', ""])
+def test_settings_that_cannot_be_read_name_no_class(tmp_path: Path, text: str) -> None:
+    assert list(needed.needed_code(tmp_path)) == []
+    (tmp_path / "config.json").write_text(text)
+    assert list(needed.needed_code(tmp_path)) == []
 
 
 def test_settings_larger_than_any_are_not_searched_but_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
