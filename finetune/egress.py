@@ -2,8 +2,9 @@
 
 `finetune/__init__.py` calls `guard` where FINETUNE_EGRESS_LOG names a file (scripts/egress_check.sh sets it), so that
 each process of ours has it before anything else is imported. A child process that fetches calls `watch`: so the record
-can say which hosts the bytes came from. An audit hook (PEP 578) sees what Python does; what native code does only the
-system sees: the check has a namespace without routes and strace for that.
+can say which hosts the bytes came from. An audit hook (PEP 578) sees what Python does; what native code does, which
+also looks up a name that is given to `connect` itself, only the system sees: the check has a namespace without routes
+and strace for that.
 """
 
 from __future__ import annotations
@@ -58,17 +59,15 @@ def outside(event: str, args: tuple[Any, ...]) -> str:
     """The address that an audit event asks for when it is not this machine's own, as text; else empty."""
     if event in _NAMED:
         # Of getnameinfo the first argument is a whole address, of the others a name.
-        host = args[0][0] if isinstance(args[0], tuple) else args[0]
-        if isinstance(host, bytes | bytearray):
-            host = bytes(host).decode("ascii", "replace")
-        return "" if is_local(host) else str(host)
+        name = _text(args[0][0] if isinstance(args[0], tuple) else args[0])
+        return "" if name is None or is_local(name) else name
     if event not in _ADDRESSED or args[0].family in _LOCAL_FAMILIES:
         return ""
     address = args[-1]
     if address is None:  # a message on a socket that is connected: it was looked at then
         return ""
-    host, port = (address[0], address[1]) if isinstance(address, tuple) and len(address) > 1 else (str(address), "")
-    return "" if is_local(host, listening=event == "socket.bind") else f"{host}:{port}"
+    host, port = (address[0], address[1]) if isinstance(address, tuple) and len(address) > 1 else (address, "")
+    return "" if is_local(_text(host), listening=event == "socket.bind") else f"{_text(host)}:{port}"
 
 
 def is_local(host: str | None, *, listening: bool = False) -> bool:
@@ -85,8 +84,15 @@ def is_local(host: str | None, *, listening: bool = False) -> bool:
     return bool((mapped or address).is_loopback)
 
 
+def _text(host: Any) -> str | None:
+    """A host as a text: names may be bytes, and those of some families are numbers."""
+    if host is None:
+        return None
+    return bytes(host).decode("ascii", "replace") if isinstance(host, bytes | bytearray) else str(host)
+
+
 def _install(log: str, refuse: bool) -> None:
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     sys.addaudithook(_hook(handle, refuse))
     if refuse:
         _note(handle, "guarded", "")

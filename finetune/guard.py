@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 SECRET_WORDS = frozenset({"token", "password", "passwd", "passphrase", "secret", "credential", "credentials", "apikey"})
-SECRET_PAIRS = frozenset({("api", "key"), ("access", "key"), ("private", "key"), ("auth", "header"), ("secret", "key")})
+SECRET_PAIRS = frozenset({("api", "key"), ("access", "key"), ("private", "key"), ("auth", "header")})
 SECRET_VALUE = re.compile(
     r"""\b(hf|api_org)_[A-Za-z0-9]{8,}      # Hugging Face
     | \b(AKIA|ASIA)[0-9A-Z]{12,}            # AWS
@@ -23,7 +23,7 @@ SECRET_VALUE = re.compile(
     | \bAIza[A-Za-z0-9_-]{30,}              # Google
     | \bnpm_[A-Za-z0-9]{30,} | \bpypi-[A-Za-z0-9_-]{16,} | \bnvapi-[A-Za-z0-9_-]{16,}
     | \beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}(\.[A-Za-z0-9_-]*)?  # JSON web token
-    | -----BEGIN\ [A-Z ]*PRIVATE\ KEY(.{0,9999}?-----END\ [A-Z ]*PRIVATE\ KEY-----)?
+    | -----BEGIN\ [A-Z ]*PRIVATE\ KEY(.{0,9999}?-----END\ [A-Z ]*PRIVATE\ KEY-----|-----[A-Za-z0-9+/=\s\\]*)?
     | (?<=://)[^/@\s"'<>]+(?=@)             # user and password in a URL
     """,
     re.VERBOSE | re.DOTALL,

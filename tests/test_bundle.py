@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ import pytest
 
 from finetune.__main__ import main
 from finetune.bundle import pack as pack_module
+from finetune.bundle import verify as verify_module
 from finetune.bundle.contents import contents
 from finetune.bundle.pack import pack
 from finetune.bundle.verify import BundleError, unsafe, verify
@@ -103,6 +106,11 @@ def add(folder: Path) -> str:
     return "wheels/evil-1.0-py3-none-any.whl was added"
 
 
+def exchange(folder: Path) -> str:
+    make_wheel(folder / "wheels", "other rows")
+    return r"wheels/tiny_rows-1\.0-py3-none-any\.whl has other bytes"
+
+
 def hide(folder: Path) -> str:
     (folder / "cache" / ".hidden").write_text("x")
     return "cache/.hidden was added"
@@ -113,6 +121,17 @@ def link(folder: Path) -> str:
     path.rename(folder.parent / "elsewhere")
     path.symlink_to(folder.parent / "elsewhere")
     return "INSTALL.txt is a link"
+
+
+def change_sums(folder: Path) -> str:
+    lines = (folder / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (folder / "SHA256SUMS").write_text("".join(lines[1:]))
+    return "SHA256SUMS has other bytes"
+
+
+def remove_sums(folder: Path) -> str:
+    (folder / "SHA256SUMS").unlink()
+    return "SHA256SUMS is missing"
 
 
 def link_folder(folder: Path) -> str:
@@ -126,21 +145,67 @@ def pipe(folder: Path) -> str:
     return "pipe is no plain file"
 
 
-@pytest.mark.parametrize("damage", [change, cut, remove, add, hide, link, link_folder, pipe])
+DAMAGE = (change, cut, remove, add, exchange, hide, link, link_folder, pipe, change_sums, remove_sums)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_whatever_is_not_as_it_was_packed_is_named(damage: Callable[[Path], str], copy: Path) -> None:
     wanted = damage(copy)
     with pytest.raises(BundleError, match=rf"BND-002(?s:.*){wanted}"):
         verify(copy)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": {"../x": {"bytes": 1, "sha256": "a"}}}', "[" * 99_999])
+def test_what_a_link_leads_to_is_not_read(copy: Path) -> None:
+    (copy / "loop").symlink_to(".")
+    with pytest.raises(BundleError) as caught:
+        verify(copy)
+    assert str(caught.value).count("loop") == 1 and "loop is a link" in str(caught.value)
+
+
+RACE = """
+import pathlib, sys
+from finetune.bundle.verify import verify
+path = pathlib.Path(sys.argv[1]) / "INSTALL.txt"
+def swap(event, args):
+    if event == "open" and str(args[0]) == str(path) and not path.is_symlink():
+        path.symlink_to(path.rename(path.parents[1] / "elsewhere"))
+sys.addaudithook(swap)
+verify(path.parent)
+"""
+
+
+def test_a_link_that_takes_the_place_of_a_file_while_it_is_looked_at_is_not_followed(copy: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", RACE, copy], capture_output=True, text=True, cwd=ROOT)
+    assert (copy / "INSTALL.txt").is_symlink() and "symbolic links" in done.stderr
+
+
+def test_a_manifest_larger_than_any_is_not_read(copy: Path, tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_module, "LARGEST_MANIFEST", 1000)
+    for path in (copy, tar):
+        with pytest.raises(BundleError, match=r"BND-001 .*no bundle\.json that can be read"):
+            verify(path)
+
+
+MANIFESTS = (
+    *("", "[]", "{}", "[" * 99_999, '{"files": []}', '{"files": {"x": 1}}', '{"files": {"x": {"bytes": 1}}}'),
+    '{"files": {"../x": {"bytes": 1, "sha256": "a"}}}',
+    '{"files": {"INSTALL.txt": {"bytes": "1", "sha256": "a"}}}',
+    '{"files": {"INSTALL.txt": {"bytes": 1, "sha256": 1}}}',
+    '{"files": {"INSTALL.txt": {"bytes": 1, "sha256": "a", "more": 1}}}',
+)
+
+
+@pytest.mark.parametrize("text", MANIFESTS)
 def test_a_manifest_that_is_none_or_names_a_file_outside_is_refused(text: str, copy: Path) -> None:
     (copy / "bundle.json").write_text(text)
     with pytest.raises(BundleError, match="BND-001"):
         verify(copy)
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/", "", ".", "a\\b", "a\nb"])
+NAMES = ("/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/", "", ".", "a\\b", "a\nb", "a\rb", "a\0b")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_name_that_leads_outside_or_can_be_read_in_two_ways_is_unsafe(name: str) -> None:
     assert unsafe(name)
     assert not unsafe("cache/bases/x/.sha256.json")
@@ -177,12 +242,12 @@ def test_a_tar_file_with_a_foreign_member_is_refused(
         verify(bad)
 
 
-def test_a_tar_file_that_was_cut_is_refused(tar: Path, tmp_path: Path) -> None:
+def test_a_tar_file_that_was_cut_or_has_to_be_unpacked_is_refused(tar: Path, tmp_path: Path) -> None:
     data = tar.read_bytes()
-    for share in (0.0, 0.3, 0.8):
-        (tmp_path / "cut.tar").write_bytes(data[: int(len(data) * share)])
+    for bad in (*(data[: int(len(data) * share)] for share in (0.0, 0.3, 0.8)), gzip.compress(data, 1)):
+        (tmp_path / "bad.tar").write_bytes(bad)
         with pytest.raises(BundleError, match="BND-00"):
-            verify(tmp_path / "cut.tar")
+            verify(tmp_path / "bad.tar")
 
 
 def test_folder_and_tar_file_hold_the_same_but_for_the_packages(packed: Path, tar: Path) -> None:
@@ -191,11 +256,16 @@ def test_folder_and_tar_file_hold_the_same_but_for_the_packages(packed: Path, ta
     assert {name for name in folder if not name.startswith("wheels/")} - apart == set(file) - apart
     with tarfile.open(tar) as archive:
         install = archive.extractfile("INSTALL.txt")
-        assert install and "FINETUNE_PYTHON" in install.read().decode()
+        typed = commands(install.read().decode() if install else "")
+        assert {(m.uid, m.gid, m.uname, m.gname, m.mtime) for m in archive} == {(0, 0, "", "", 0)}, "of nobody"
+    checks = ["sha256sum bundle.json", "sha256sum --quiet -c SHA256SUMS"]
+    assert typed[:3] == [*checks, "${FINETUNE_PYTHON} -m finetune bundle verify ."]
+    typed = commands((packed / "INSTALL.txt").read_text())
+    assert typed[:2] == checks and typed[5] == "../finetune-venv/bin/python -m finetune bundle verify ."
 
 
-def commands(folder: Path) -> list[str]:
-    return re.findall(r"^\$ (.*)$", (folder / "INSTALL.txt").read_text(), re.MULTILINE)
+def commands(install: str) -> list[str]:
+    return re.findall(r"^\$ (.*)$", install, re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -205,7 +275,7 @@ def test_the_commands_of_install_txt_work_where_there_is_no_network(copy: Path, 
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     bare = {"PATH": f"{python.parent}:{os.environ['PATH']}", "HOME": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
-    typed = commands(copy)
+    typed = commands((copy / "INSTALL.txt").read_text())
     assert len(typed) == 10
     for line in typed[:-2]:  # to the check, and the folder to work in
         done = subprocess.run([*ALONE, "sh", "-c", line], cwd=copy, env=bare, capture_output=True, text=True)
@@ -220,16 +290,6 @@ def test_the_commands_of_install_txt_work_where_there_is_no_network(copy: Path, 
         assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
     assert (tmp_path / "finetune-work" / "runs" / NAME / "0001" / "data" / "report.json").is_file()
     assert verify(copy), "working beside it has changed the bundle"
-
-
-def test_a_wheel_that_is_not_what_the_lock_says_is_not_installed(copy: Path, tmp_path: Path) -> None:
-    make_wheel(copy / "wheels", "other rows")
-    words = ["--no-index", "--find-links", "wheels", "--no-deps", "--require-hashes", "-r", "requirements.lock"]
-    command = [sys.executable, "-m", "pip", "install", "--target", str(tmp_path / "site"), *words]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
-    assert done.returncode and "DO NOT MATCH THE HASHES" in done.stderr
-    with pytest.raises(BundleError, match=r"tiny_rows-1\.0-py3-none-any\.whl has other bytes"):
-        verify(copy)
 
 
 def test_the_frozen_recipe_gives_the_same_settings_from_the_bundle(packed: Path) -> None:
@@ -250,11 +310,13 @@ def test_own_rows_and_base_are_packed_with_the_settings_that_name_them(tmp_path:
     own = {name: path for name, path in found.files.items() if name.startswith("rows/")}
     assert len(own) == 4 and own["rows/train_files-1/a.jsonl"] == rows / "a.jsonl"
     base = next(path for path in (tmp_path / "cache" / "bases").iterdir())
-    from dataclasses import replace
-
     recipe = load_recipe(NAME, f"cache_dir={tmp_path / 'cache'}", *words[1:3], words[-2])
     own_base = contents(replace(recipe, model=replace(recipe.model, source=str(base))))
     assert own_base.recipe.model.source == "base" and "base/config.json" in own_base.files
+    (base / ".cache").mkdir()
+    (base / ".cache" / "token").write_text("canary")
+    (base / ".gitattributes").write_text("canary")
+    assert contents(replace(recipe, model=replace(recipe.model, source=str(base)))).files == own_base.files
 
 
 @pytest.mark.parametrize(
@@ -262,6 +324,7 @@ def test_own_rows_and_base_are_packed_with_the_settings_that_name_them(tmp_path:
     [
         (["sign=key.pem"], "BND-003"),
         (["data.card=my/own.yaml"], "BND-003"),
+        (["data.card=my/own.yml"], "BND-003"),
         (["network=false"], "BND-005"),
         (["network=true"], "BND-007"),
     ],
@@ -275,6 +338,19 @@ def test_what_cannot_be_packed_is_a_sentence_and_leaves_nothing(
     with pytest.raises(BundleError, match=code):
         pack(recipe, tmp_path / "out.tar", print, wheels=code == "BND-005")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["out", "out.tar"])
+@pytest.mark.parametrize("name", ["a\\b.jsonl", "a\nb.jsonl"])
+def test_a_file_whose_name_can_be_read_in_two_ways_is_not_packed(
+    name: str, out: str, packed: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / name).write_text('{"prompt": "a", "completion": "b"}\n')
+    words = ["data=files", f"data.train_files=[{tmp_path / 'rows'}]", f"cache_dir={packed.parents[1] / 'cache'}"]
+    with pytest.raises(BundleError, match=r"BND-003 .* cannot be the name of a file in a bundle"):
+        pack(load_recipe(NAME, "scale=rehearsal", *words), tmp_path / out, print, wheels=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]
 
 
 def test_a_lock_that_the_index_does_not_serve_leaves_nothing(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune import guard
-from finetune.errors import FinetuneError, RecipeError, WeightsError
-from finetune.foreign import check_folder, configs, headers, kinds, rendering, syntax, templates
+from finetune.bundle.pack import _into_folder
+from finetune.bundle.verify import BundleError, verify
+from finetune.errors import WeightsError
+from finetune.foreign import check_folder, configs, headers, kinds, needed, rendering, syntax, templates
 from finetune.foreign.gguf import GgufError, check_gguf
 from finetune.source import base_folder
 from tests import toy
@@ -104,6 +107,13 @@ def test_each_key_that_would_load_code_is_refused(tmp_path: Path, key: str) -> N
     (tmp_path / "config.json").write_text(json.dumps({"deep": [{key: "org/repo"}]}))
     assert refused(tmp_path).startswith("FRN-003") and f"deep.{key}" in refused(tmp_path)
     assert (len(KEYS), len(NAMED)) == (len(configs.CODE_KEYS), len(configs.NAMED_CODE))
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '["architectures"]', ""])
+def test_settings_that_cannot_be_read_name_no_class(tmp_path: Path, text: str) -> None:
+    assert list(needed.needed_code(tmp_path)) == []
+    (tmp_path / "config.json").write_text(text)
+    assert list(needed.needed_code(tmp_path)) == []
 
 
 def test_settings_larger_than_any_are_not_searched_but_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,80 +328,60 @@ def test_the_process_of_a_trial_has_its_limits_and_cannot_take_them_back() -> No
         assert soft == hard and 0 <= soft <= most, done.stdout
 
 
-# --- secrets and settings -------------------------------------------------------------------------------------------
-
-NAMES = (
-    *("token", "password", "passwd", "passphrase", "secret", "credential", "credentials", "apikey"),
-    *("api_key", "access_key", "private_key", "auth_header", "secret_key"),
-)
+# --- bundles --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_each_name_of_a_secret_is_one(name: str) -> None:
-    assert guard.is_secret_name(f"my.{name.upper()}.x")
-    assert len(NAMES) == len(guard.SECRET_WORDS) + len(guard.SECRET_PAIRS)
-    assert guard.redact(f"my_{name}=hunter2hunter") == f"my_{name}=[hidden]"
-    assert not guard.is_secret_name(f"my{name}x")
+def header(name: str, **facts: Any) -> bytes:
+    """A member of a tar file, without its bytes."""
+    member = tarfile.TarInfo(name)
+    for key, value in facts.items():
+        setattr(member, key, value)
+    return member.tobuf(tarfile.PAX_FORMAT if "pax_headers" in facts else tarfile.GNU_FORMAT)
 
 
-FORMS = (
-    *("hf_abcdefgh1", "api_org_abcdefgh1", "AKIAABCDEFGHIJKL", "ASIAABCDEFGHIJKL", "sk-abcdefghijklmnop"),
-    *(
-        "sk_live_abcdefghijklmnop",
-        "rk_test_abcdefghijklmnop",
-        "gho_abcdefghijklmnop",
-        "github_pat_abcdefghijklmnopqrst",
-    ),
-    *("glpat-abcdefghijkl", "xoxp-abcdefghij", "AIza" + "b" * 30, "npm_" + "a" * 30, "pypi-abcdefghijklmnop"),
-    *("nvapi-abcdefghijklmnop", "eyJabcdefghij.abcdefghij.x", "-----BEGIN PRIVATE KEY-----x-----END PRIVATE KEY-----"),
-)
+TARS = {
+    "a map of holes that has no numbers": header("x", pax_headers={"GNU.sparse.map": "x"}),
+    "a size that no number of the system holds": header("x", type=b"L", size=2**80),
+    "a size that no memory holds": header("x", type=b"L", size=2**62),
+    "a size below nothing": header("x", size=-512),
+    "a name for a name, without an end": (header("x", type=b"L", size=1) + b"x" + bytes(511)) * 2000,
+    "no header": b"x" * 512,
+}
 
 
-@pytest.mark.parametrize("value", FORMS)
-def test_each_form_of_a_secret_is_hidden(value: str) -> None:
-    assert guard.redact(f"it is {value} here") == "it is [hidden] here"
-    assert guard.is_secret("note", value)
+@pytest.mark.parametrize("data", TARS.values(), ids=TARS.keys())
+def test_a_tar_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x.tar").write_bytes(data + bytes(1024))
+    with pytest.raises(BundleError, match=r"BND-001 .* is no tar file"):
+        verify(tmp_path / "x.tar")
 
 
-def test_an_error_hides_secrets_whoever_prints_it() -> None:
-    made = FinetuneError("RUN-001", "at hf_abcdefgh1", "for hf_abcdefgh2", "not hf_abcdefgh3")
-    assert str(made) == "RUN-001 at [hidden]: for [hidden]. Try: not [hidden]"
-    assert RecipeError(["CFG-003 hf_abcdefgh1: no"]).problems == ["CFG-003 [hidden]: no"]
+def test_a_file_of_a_tar_file_that_is_mostly_holes_is_not_read(tmp_path: Path) -> None:
+    holes = header("x", pax_headers={"GNU.sparse.map": "0,1", "GNU.sparse.size": str(2**20)}, size=1)
+    manifest = json.dumps({"files": {}}).encode()
+    data = holes + bytes(512) + header("bundle.json", size=len(manifest)) + manifest.ljust(512, b"\0")
+    (tmp_path / "x.tar").write_bytes(data + bytes(1024))
+    with pytest.raises(BundleError, match="x is no file"):
+        verify(tmp_path / "x.tar")
 
 
-def test_the_password_of_an_address_is_hidden_and_the_address_stays() -> None:
-    assert guard.redact("see https://ann:pw@example.org/x") == "see https://[hidden]@example.org/x"
+def test_a_bundle_that_is_not_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"BND-001 .* is not here"):
+        verify(tmp_path / "x.tar")
 
 
-def test_secrets_are_hidden_at_any_depth() -> None:
-    value = {"a": [{"b": "hf_abcdefgh1"}, ("hf_abcdefgh1", 3)], "c": None}
-    assert guard.redacted(value) == {"a": [{"b": "[hidden]"}, ["[hidden]", 3]], "c": None}
+def test_a_size_and_a_name_other_than_the_manifest_has_are_named(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"x")
+    facts = {"bytes": 2, "sha256": hashlib.sha256(b"x").hexdigest()}
+    (tmp_path / "bundle.json").write_text(json.dumps({"files": {"x": facts}}))
+    with pytest.raises(BundleError, match=r"x has other bytes \(1 bytes, packed were 2\)"):
+        verify(tmp_path)
+    (tmp_path / "bundle.json").write_text(json.dumps({"files": {"\ud800": facts}}))  # half a character
+    with pytest.raises(BundleError, match=r"BND-002(?s:.*) is missing"):
+        verify(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["_target_", "_partial_", "_args_", "_convert_", "_recursive_"])
-def test_each_key_that_names_a_class_is_refused(key: str) -> None:
-    found = guard.forbidden({"a": [{"b": {key: 1}}]})
-    assert list(found) == [f"a.b.{key}"] and found[f"a.b.{key}"].startswith("CFG-005")
-
-
-@pytest.mark.parametrize("key", sorted(guard.CODE_KEYS))
-def test_each_key_of_a_publishers_code_is_refused_in_settings(key: str) -> None:
-    assert guard.forbidden({"model": {"config": {key: "x"}}})[f"model.config.{key}"].startswith("CFG-005")
-    assert {"auto_map", "trust_remote_code", "_attn_implementation_internal", "custom_pipelines"} == guard.CODE_KEYS
-
-
-@pytest.mark.parametrize(
-    ("content", "why"),
-    [
-        ("a: " + "[" * 33 + "]" * 33, "nested more than 32 deep"),
-        ("a: !!python/name:os.system x", "tags are not allowed"),
-        ("a: &x 1", "anchors and aliases"),
-        ("- a", "holds no settings"),
-        ("# " + "x" * 200_000, "larger than 200000 bytes"),
-    ],
-)
-def test_each_rule_of_a_settings_file_is_kept(tmp_path: Path, content: str, why: str) -> None:
-    (tmp_path / "x.yaml").write_text(content)
-    assert why in guard.yaml_problem(tmp_path / "x.yaml")
-    (tmp_path / "x.yaml").write_text("a: [1]")
-    assert guard.yaml_problem(tmp_path / "x.yaml") == ""
+def test_no_file_of_a_bundle_is_written_over_another(tmp_path: Path) -> None:
+    (tmp_path / "LICENSE").write_text("x")
+    with pytest.raises(FileExistsError):  # as where a file system takes `licence` for `LICENCE`
+        _into_folder(tmp_path, "LICENSE", tmp_path / "LICENSE", lambda count: None)

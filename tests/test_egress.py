@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,6 +59,9 @@ CALLS = {
     "socket.sendto": "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.1', 53))",
     "socket.bind": "socket.socket().bind(('0.0.0.0', 0))",
     "socket.gethostbyname": "socket.gethostbyname('example.org')",
+    "socket.gethostbyaddr": "socket.gethostbyaddr('192.0.2.1')",
+    "socket.getnameinfo": "socket.getnameinfo(('192.0.2.1', 53), 0)",
+    "socket.sendmsg": "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendmsg([b'x'], [], 0, ('192.0.2.1', 53))",
 }
 
 
@@ -71,12 +75,43 @@ def test_the_guard_notes_and_refuses_whatever_is_not_this_machine(event: str, tm
     assert [entry["event"] for entry in egress.attempts(log)] == ["guarded", event]
 
 
+@pytest.mark.parametrize("kind", ["bytes", "bytearray"])
+def test_a_host_written_in_bytes_is_noted_as_any_other(kind: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = (
+        "import finetune, socket\n"
+        "def tried(call, *words):\n    try:\n        call(*words)\n    except PermissionError:\n        pass\n"
+        f"tried(socket.socket().connect, ({kind}(b'192.0.2.1'), 80))\ntried(socket.getaddrinfo, b'example.org', 80)\n"
+        f"with socket.create_server(('127.0.0.1', 0)) as one:\n"
+        f"    socket.socket().connect(({kind}(b'127.0.0.1'), one.getsockname()[1]))\n"
+    )
+    env = {**os.environ, egress.VARIABLE: str(log)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [entry["address"] for entry in egress.attempts(log)] == ["", "192.0.2.1:80", "example.org"]
+
+
+def test_a_child_adds_to_the_log_of_its_parent_which_is_for_one_user(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    call = "socket.socket().connect(('192.0.2.1', 80))"
+    code = f"import finetune, socket, subprocess, sys\nif sys.argv[1:]: {call}\n"
+    code += "subprocess.run([sys.executable, '-c', sys.orig_argv[2], 'x'], stderr=-3)\n" + call
+    env = {**os.environ, egress.VARIABLE: str(log)}
+    subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, cwd=ROOT)
+    noted = egress.attempts(log)
+    assert [entry["event"] for entry in noted] == ["guarded", "guarded", "socket.connect", "socket.connect"]
+    assert [noted[i]["process"] == noted[0]["process"] for i in range(4)] == [True, False, False, True]
+    assert log.stat().st_mode & 0o777 == 0o600
+    assert {len(entry["program"]) for entry in noted} == {200}, "a line is short enough to be written at once"
+
+
 def test_this_machine_itself_may_be_spoken_to(tmp_path: Path) -> None:
     log = tmp_path / "log"
     code = (
         "import finetune, socket\n"
         "with socket.create_server(('127.0.0.1', 0)) as one: socket.create_connection(one.getsockname()).close()\n"
-        "socket.getaddrinfo('localhost', 80); a, b = socket.socketpair(); a.send(b'x')\n"
+        "socket.getaddrinfo('localhost', 80); socket.getnameinfo(('127.0.0.1', 80), 3)\n"
+        "a, b = socket.socketpair(); a.send(b'x')\n"
         f"u = socket.socket(socket.AF_UNIX); u.bind({str(tmp_path / 'u')!r}); u.listen()\n"
         f"socket.socket(socket.AF_UNIX).connect({str(tmp_path / 'u')!r})\n"
     )
@@ -113,15 +148,48 @@ def test_to_listen_on_every_interface_is_not_to_stay_at_home() -> None:
         assert egress.outside("socket.sendmsg", (one, None)) == ""
 
 
+@pytest.mark.parametrize(("family", "address"), [("AF_INET6", ("2001:db8::1", 80, 0, 0)), ("AF_VSOCK", (2, 80))])
+def test_addresses_of_other_families_are_noted_too(family: str, address: tuple[Any, ...]) -> None:
+    one = SimpleNamespace(family=getattr(socket, family, -1))
+    assert egress.outside("socket.connect", (one, address)) == f"{address[0]}:80"
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "::"])
+def test_every_interface_is_home_for_who_connects_and_not_for_who_listens(host: str) -> None:
+    assert (egress.is_local(host), egress.is_local(host, listening=True)) == (True, False)
+
+
+def test_hosts_are_named_as_they_were_asked_for_and_a_line_that_was_cut_is_passed_over(tmp_path: Path) -> None:
+    name, address = (
+        json.dumps({"event": event, "address": address}) + "\n"
+        for event, address in (("socket.getaddrinfo", "example.org"), ("socket.connect", "192.0.2.1:80"))
+    )
+    (tmp_path / "log").write_text(name[:9] + "\n" + address)
+    assert egress.hosts(tmp_path / "log") == ["192.0.2.1:80"]
+    (tmp_path / "log").write_text(address + name)
+    assert egress.hosts(tmp_path / "log") == ["example.org"]
+
+
+SWITCHES = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+    "HF_EVALUATE_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+}
+"""Variable of a library's documentation -> the value with which it neither asks nor tells."""
+
+
 def test_the_switches_are_closed_whatever_the_environment_says() -> None:
-    code = "import os, finetune; print(all(os.environ[k] == v for k, v in finetune.OFFLINE.items()))"
-    opened = {name: "0" if value == "1" else "1" for name, value in OFFLINE.items()}
+    code = "import os, json, finetune; print(json.dumps(dict(os.environ)))"
+    opened = {name: "0" if value == "1" else "1" for name, value in SWITCHES.items()}
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | opened, capture_output=True, text=True, cwd=ROOT
     )
-    assert done.stdout.strip() == "True"
-    named = {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"}
-    assert named | {"HF_UPDATE_DOWNLOAD_COUNTS"} <= set(OFFLINE)
+    seen = json.loads(done.stdout)
+    assert {name: seen[name] for name in SWITCHES} == SWITCHES == OFFLINE
 
 
 # --- the check ------------------------------------------------------------------------------------------------------

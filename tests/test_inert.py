@@ -48,16 +48,16 @@ def recipe(tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch) -> Rec
     monkeypatch.setattr(templates, "try_out", lambda texts: [""] * len(texts))
     made = ready(tmp_path, model__code="ignore")
     base = Path(made.model.source)
-    (base / "config.json").write_text(json.dumps(CONFIG))
-    (base / "tokenizer_config.json").write_text(json.dumps(TOKENIZER))
-    (base / "generation_config.json").write_text('{"top_p":  0.95}')
-    (base / "LICENSE").write_text("Do as you like.")
-    (base / "logo.png").write_bytes(b"x")
+    texts = {"config.json": json.dumps(CONFIG), "tokenizer_config.json": json.dumps(TOKENIZER), MANIFEST: "{}"}
+    texts |= {"generation_config.json": '{"top_p":  0.95}', "LICENSE": "Do as you like.", "logo.png": "x"}
+    for name, text in texts.items():
+        (base / name).write_text(text)
     for name in ("modeling_x.py", "configuration_x.PY", "LICENSE.py"):
         (base / name).write_text(payload(canary))
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates" / "rag.jinja").write_text("{{ messages[0].content }}")
     (base / "additional_chat_templates" / "x.py").write_text(payload(canary))
+    (base / "additional_chat_templates" / "x.safetensors").write_bytes(WEIGHTS)
     return made
 
 
@@ -177,26 +177,33 @@ def test_a_folder_without_code_is_taken_as_it_is(tmp_path: Path) -> None:
     assert not (tmp_path / "cache" / "without-code").exists()
 
 
-def test_it_is_made_once_and_anew_for_other_settings(recipe: Recipe) -> None:
+def test_it_is_made_once_and_anew_for_other_settings_papers_and_places(recipe: Recipe, tmp_path: Path) -> None:
     made = base_folder(recipe)
     stamp = (made / MANIFEST).stat().st_mtime_ns
     assert base_folder(recipe) == made and (made / MANIFEST).stat().st_mtime_ns == stamp
     (Path(recipe.model.source) / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 8}))
     other = base_folder(recipe)
     assert other != made and read_json(other / "config.json") == KEPT | {"vocab_size": 8}
+    home = Path(recipe.model.source)
+    (home / "LICENSE").write_text("Ask first.")
+    other = base_folder(recipe)
+    assert (other / "LICENSE").read_text() == "Ask first."
+    recipe.model.source = str(shutil.copytree(home, tmp_path / "twin" / home.name))
+    for own, made in ((Path(recipe.model.source), base_folder(recipe)), (home, other)):
+        assert (made / "model.safetensors").readlink() == own / "model.safetensors"
 
 
-@pytest.mark.parametrize("damage", ["a file more", "another config", "another link", "no link", "no manifest", "cut"])
+@pytest.mark.parametrize("damage", ["more", "config", "link", "no link", "no manifest", "{", "{}", "[]", "other"])
 def test_it_is_made_again_when_it_is_not_as_it_was_made(
     recipe: Recipe, canary: Path, tmp_path: Path, damage: str
 ) -> None:
     made = base_folder(recipe)
     weights, manifest = made / "model.safetensors", (made / MANIFEST).read_bytes()
-    if damage == "a file more":
+    if damage == "more":
         (made / "modeling_x.py").write_text(payload(canary))
-    elif damage == "another config":
+    elif damage == "config":
         (made / "config.json").write_text(json.dumps(CONFIG))
-    elif damage == "another link":
+    elif damage == "link":
         (tmp_path / "model.safetensors").write_bytes(WEIGHTS)
         weights.unlink()
         weights.symlink_to(tmp_path / "model.safetensors")
@@ -205,7 +212,7 @@ def test_it_is_made_again_when_it_is_not_as_it_was_made(
     elif damage == "no manifest":
         (made / MANIFEST).unlink()
     else:
-        (made / MANIFEST).write_text("{")
+        (made / MANIFEST).write_text(damage if damage[0] in "{[" else json.dumps(json.loads(manifest) | {"ignored": 0}))
     assert base_folder(recipe) == made and (made / MANIFEST).read_bytes() == manifest
     assert read_json(made / "config.json") == KEPT and not (made / "modeling_x.py").exists()
     assert weights.readlink() == Path(recipe.model.source) / "model.safetensors"

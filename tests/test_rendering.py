@@ -7,6 +7,7 @@ import io
 import resource
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ PACKAGE = Path(finetune.__file__).parent
 LONG = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 DEEP = "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"
 LARGE = "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+HUGE = "{% set n = range(100001) %}"
 
 pytestmark = pytest.mark.timeout(300, method="thread")  # the other method takes the alarm that the limit needs
 
@@ -93,8 +95,10 @@ def test_the_words_of_a_modelfile_are_written_within_the_limits() -> None:
         shape_of(waiting(MARKS["assistant"]))
 
 
-@pytest.mark.parametrize(("harm", "told"), [(LARGE, "more than 256 MiB"), (DEEP, "calls itself without an end")])
-def test_memory_and_depth_are_limited_too(harm: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("harm", "told"), [(LARGE, "more than 256 MiB"), (DEEP, "calls itself without an end"), (HUGE, "Range")]
+)
+def test_memory_depth_and_ranges_are_limited_too(harm: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendering, "ROW_SECONDS", 60)  # on a busy machine time would come first
     with pytest.raises(WeightsError, match=f"FRN-009 .*{told}"):
         rendering.rendered(waiting("swordfish", harm), says("swordfish"))
@@ -120,6 +124,38 @@ def test_the_limits_are_taken_back() -> None:
         assert resource.getrlimit(resource.RLIMIT_AS) != before[1]
     assert (signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_AS)) == before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_limit_of_memory_that_was_there_is_lowered_and_never_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, lower = resource.getrlimit(resource.RLIMIT_AS), 2**42
+    resource.setrlimit(resource.RLIMIT_AS, (lower, before[1]))
+    try:
+        with rendering.limited():
+            assert resource.getrlimit(resource.RLIMIT_AS)[0] < lower
+        monkeypatch.setattr(rendering, "ROW_MEBIBYTES", 2**24)
+        with rendering.limited():
+            assert resource.getrlimit(resource.RLIMIT_AS)[0] == lower
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_an_alarm_of_somebody_else_is_left_alone() -> None:
+    def other(*_: object) -> None: ...
+
+    before = signal.signal(signal.SIGALRM, other)
+    signal.setitimer(signal.ITIMER_REAL, 500)
+    try:
+        with rendering.limited():
+            assert signal.getsignal(signal.SIGALRM) is other
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_another_thread_renders_too() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(rendering.rendered, toy.tokenizer(), says("yes")).result()
 
 
 def test_a_conversation_on_the_terminal_goes_on_after_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from finetune import __version__, sbom
 from finetune.bundle import wheels as pip
 from finetune.bundle.contents import Contents, contents, reads_back
 from finetune.bundle.install import install_text
-from finetune.bundle.verify import BLOCK, MANIFEST, SUMS, BundleError, unsafe
+from finetune.bundle.verify import BLOCK, MANIFEST, SUMS, BundleError, sums_text, unsafe
 from finetune.machine import existing_parent, room
 from finetune.recipe import Recipe
 from finetune.rundir import TEMPORARY, atomic_file, atomic_folder
@@ -103,7 +103,7 @@ def _papers(found: Contents, recipe: Recipe, locks: list[str], scratch: Path) ->
 
 def _write(found: Contents, recipe: Recipe, add: ADD) -> tuple[dict[str, Any], str]:
     """Writes every file, then the manifest and the sums."""
-    listed = {}
+    listed: dict[str, dict[str, Any]] = {}
     if odd := sorted(filter(unsafe, found.files)):
         raise BundleError("BND-003", f"{odd[0]!r} cannot be the name of a file in a bundle", "", "rename it")
     for name, path in sorted(found.files.items()):
@@ -124,8 +124,8 @@ def _write(found: Contents, recipe: Recipe, add: ADD) -> tuple[dict[str, Any], s
         path = Path(folder) / MANIFEST
         path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _, sha256 = add(MANIFEST, path)
-        sums = [f"{facts['sha256']}  {name}\n" for name, facts in listed.items()]
-        (Path(folder) / SUMS).write_text("".join([*sums, f"{sha256}  {MANIFEST}\n"]), encoding="utf-8")
+        sums = sums_text({name: facts["sha256"] for name, facts in listed.items()}, path.read_bytes())
+        (Path(folder) / SUMS).write_text(sums, encoding="utf-8")
         add(SUMS, Path(folder) / SUMS)
     return manifest, sha256
 

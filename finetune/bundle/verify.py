@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import stat
@@ -51,7 +52,8 @@ def verify(path: Path, say: Callable[[str], None] = lambda text: None) -> dict[s
     else:
         raise BundleError("BND-001", f"{path} is not here", "a folder or a tar file was expected", "bundle verify PATH")
     manifest = _manifest(path, seen)
-    found = [*seen.strange, *_differences(manifest["files"], seen.files)]
+    wanted = manifest["files"] | {SUMS: _sums(manifest, seen.manifest)}
+    found = [*seen.strange, *_differences(wanted, seen.files)]
     if found:
         shown = "\n".join(f"  {line}" for line in found[:50])
         more = f"\n  and {len(found) - 50} more" if len(found) > 50 else ""
@@ -63,8 +65,14 @@ def verify(path: Path, say: Callable[[str], None] = lambda text: None) -> dict[s
 def unsafe(name: str) -> bool:
     """Whether a name would lead outside, or is not written in the one way that names are."""
     path = PurePosixPath(name)
-    plain = bool(name) and not any(c in name for c in "\\\0\r\n") and str(path) == name
+    plain = not any(c in name for c in "\\\0\r\n") and str(path) == name
     return not plain or path.is_absolute() or ".." in path.parts or name == "."
+
+
+def sums_text(files: dict[str, str], manifest: bytes) -> str:
+    """What SHA256SUMS says of the files (name -> sha256), and of the manifest that lists them."""
+    every = files | {MANIFEST: hashlib.sha256(manifest).hexdigest()}
+    return "".join(f"{sha256}  {name}\n" for name, sha256 in every.items())
 
 
 def digest(handle: IO[bytes], said: Callable[[int], None] = lambda count: None) -> tuple[int, str]:
@@ -114,11 +122,13 @@ def _tar(path: Path, say: Callable[[str], None]) -> Seen:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 name = member.name
+                if member.size < 0:
+                    raise tarfile.ReadError("a member ends before it begins")  # it would be read again without an end
                 if unsafe(name):
                     seen.strange.append(f"{name!r} would be written outside, or is no plain name")
                 elif member.isdir():
                     continue
-                elif not member.isreg():
+                elif not member.isreg() or member.issparse():  # holes are few bytes of a file without an end
                     seen.strange.append(
                         f"{name} is a link" if member.issym() or member.islnk() else f"{name} is no file"
                     )
@@ -127,16 +137,15 @@ def _tar(path: Path, say: Callable[[str], None]) -> Seen:
                 else:
                     _read_member(archive, member, seen)
                     say(name)
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise BundleError("BND-001", f"{path} is no tar file, or it was cut", str(error), "copy it again") from None
     return seen
 
 
 def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, seen: Seen) -> None:
     file = archive.extractfile(member)
-    if file is None:
-        seen.strange.append(f"{member.name} is no file")
-    elif member.name == MANIFEST:
+    assert file is not None  # it is a plain file
+    if member.name == MANIFEST:
         seen.manifest = file.read(LARGEST_MANIFEST)
     else:
         seen.files[member.name] = digest(file)
@@ -146,15 +155,25 @@ def _manifest(path: Path, seen: Seen) -> dict[str, Any]:
     try:
         value: dict[str, Any] = json.loads(seen.manifest)
         files = value["files"]
-        wrong = [name for name, facts in files.items() if set(facts) != {"bytes", "sha256"} or unsafe(name)]
+        wrong = [name for name, facts in files.items() if unsafe(name) or not _are_facts(facts)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         what = f"{path} has no {MANIFEST} that can be read"
         raise BundleError("BND-001", what, "", "python -m finetune bundle recipe=NAME out=FOLDER makes one") from None
     if wrong:
-        raise BundleError(
-            "BND-001", f"{path}/{MANIFEST} names {wrong[0]!r}", "no file of a bundle can be called so", ""
-        )
+        why = "no file of a bundle can be called so, or it is without size and sha256"
+        raise BundleError("BND-001", f"{path}/{MANIFEST} names {wrong[0]!r}", why, "")
     return value
+
+
+def _are_facts(facts: dict[str, Any]) -> bool:
+    return set(facts) == {"bytes", "sha256"} and isinstance(facts["bytes"], int) and isinstance(facts["sha256"], str)
+
+
+def _sums(manifest: dict[str, Any], written: bytes) -> dict[str, Any]:
+    """Size and sha256 that SHA256SUMS has beside this manifest."""
+    text = sums_text({name: facts["sha256"] for name, facts in manifest["files"].items()}, written)
+    size, sha256 = digest(io.BytesIO(text.encode("utf-8", "replace")))  # a name in JSON may be half a character
+    return {"bytes": size, "sha256": sha256}
 
 
 def _differences(wanted: dict[str, dict[str, Any]], found: dict[str, tuple[int, str]]) -> Iterator[str]:
@@ -168,5 +187,5 @@ def _differences(wanted: dict[str, dict[str, Any]], found: dict[str, tuple[int, 
                 else ""
             )
             yield f"{name} has other bytes{size}"
-    for name in sorted(set(found) - set(wanted) - {SUMS}):
+    for name in sorted(set(found) - set(wanted)):
         yield f"{name} was added"
