@@ -60,7 +60,8 @@ offline() {
     "set PIP_INDEX_URL or PIP_FIND_LINKS to a mirror that you can reach, then run this again"
 }
 
-install() { "$venv/bin/python" -m pip install -q "$@" || offline; }
+# Modules are compiled at the end, by all processors; pip does it one after the other.
+install() { "$venv/bin/python" -m pip install -q --no-compile "$@" || offline; }
 
 locked() { install --require-hashes --no-deps --no-build-isolation -r "$1"; }
 
@@ -98,6 +99,8 @@ set_up() {
     install -c "$venv/constraints.txt" "torch==$TORCH"
     say "set-up: 4/4 finetune itself, from this checkout"
     install --no-deps --no-build-isolation -e "$root"
+    # Some packages carry files for other Pythons: these stay as they are.
+    "$venv/bin/python" -m compileall -q -j 0 "$venv"/lib/python*/site-packages >/dev/null 2>&1 || true
     "$venv/bin/python" -m pip check || fail "the installed packages do not fit together (see above)." "rm -rf $venv"
     fingerprint "$extra" >"$stamp"
     [ -z "$extra" ] || fingerprint >"$venv/.finished"

@@ -174,6 +174,7 @@ def test_every_number_among_the_settings_has_a_range() -> None:
     assert numbers == ruled
 
 
+@pytest.mark.slow
 def test_every_recipe_checks_at_full_scale_and_as_a_rehearsal() -> None:
     names = recipe_names()
     assert len(names) >= 8

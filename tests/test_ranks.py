@@ -29,6 +29,7 @@ def alone(tmp_path_factory):
     return run_dir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("distribution", "module"), [("ddp", "finetune"), ("fsdp2", "tests.fsdp_on_cpu")])
 def test_two_processes_with_the_same_rows_learn_what_one_does(tmp_path, alone, distribution, module, monkeypatch):
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")

@@ -70,6 +70,7 @@ def test_a_run_is_the_same_to_the_bit_with_and_without_a_rehearsal(rehearsed, wo
     assert told[1]["rehearsal"] == {}
 
 
+@pytest.mark.slow
 def test_what_trackers_get_is_the_same_with_and_without_a_rehearsal(rehearsed):
     """TRL adds up tokens and accuracies of every batch that it sees: those of the rehearsal must not be among them."""
     from tests.test_trackers import curves

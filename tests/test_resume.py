@@ -27,6 +27,7 @@ CASES = {
 STEPS = 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_forty_steps_killed_and_resumed_are_bit_identical(tmp_path, case, monkeypatch):
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")

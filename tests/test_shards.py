@@ -153,6 +153,7 @@ def test_a_stack_is_never_in_memory_as_a_whole(family, monkeypatch, tmp_path):
     assert max(most) <= 2 * rows * columns < experts * rows * columns
 
 
+@pytest.mark.slow
 def test_loading_grows_by_less_than_the_packed_size_and_two_groups(tmp_path):
     """Measured in a process of its own, on a model whose groups are large beside Python's own memory."""
     import subprocess
