@@ -222,6 +222,7 @@ PARSERS = [
         examples=[
             ({"config.json": b'{"auto_map": ' + b"[" * 9000 + b"]" * 9000 + b"}"}, "FRN-003"),
             ({"config.json": b'{"a": Infinity, "auto_map": {"AutoModel": "m.M"}}', "m.py": b"import os"}, ""),
+            ({"config.json": b'{"\\ud800": {"trust_remote_code": true}}'}, ""),
         ],
         parse=use_inert,
         seeds=lambda: [{"config.json": dumped(CODED), "m.py": b"raise SystemExit", "tokenizer_config.json": b"{}"}],

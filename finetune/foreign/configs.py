@@ -71,8 +71,9 @@ def read_settings(path: Path) -> Any:
 
 
 def find_code(value: Any) -> list[str]:
-    """Dotted names of all keys in nested settings that would load code."""
-    return [name for name, key, inner in _entries(value) if key in CODE_KEYS or (key in NAMED_CODE and _repo(inner))]
+    """Dotted names of all keys in nested settings that would load code, as texts that can be printed and written."""
+    found = (name for name, key, inner in _entries(value) if key in CODE_KEYS or (key in NAMED_CODE and _repo(inner)))
+    return [name.encode("utf-8", "backslashreplace").decode() for name in found]  # JSON may hold half a character
 
 
 def without_code(value: Any) -> Any:
