@@ -16,9 +16,6 @@ check() { # name, then the command: all of them run, so that one call shows ever
 }
 
 python=.venv/bin/python
-case "$*" in
-  "-m slurm") set -- -m slurm -n 2 --dist loadfile ;; # two clusters at once: their jobs mostly wait
-esac
 if [ $# -eq 0 ]; then
   check "lint" "$python" -m ruff check
   check "format" "$python" -m ruff format --check
