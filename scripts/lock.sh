@@ -70,7 +70,7 @@ say "lock: tests/atheris.lock"
 printf 'atheris==3.0.0\n' >"$temporary/atheris.in"
 compile tests/atheris.lock "$@" "$temporary/atheris.in"
 {
-  printf '# What scripts/fuzz_guided.py hunts with; .ci/run puts it beside .venv. Written by scripts/lock.sh.\n'
+  printf '# What scripts/fuzz_guided.py hunts with; its docstring says how it is installed. Written by scripts/lock.sh.\n'
   without none | sed 's|-r .*/atheris.in|scripts/lock.sh|'
 } >"$temporary/atheris.lock"
 mv -- "$temporary/atheris.lock" tests/atheris.lock
