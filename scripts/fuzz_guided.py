@@ -139,13 +139,7 @@ def hunted(names: list[str], share: float, options: argparse.Namespace, folder: 
 
 def begin(name: str, share: float, options: argparse.Namespace, place: Path) -> subprocess.Popen[bytes]:
     """Starts the hunt in one parser."""
-    words = [
-        f"-max_total_time={share:.0f}",
-        f"-seed={options.seed or 1}",
-        f"-max_len={LONGEST}",
-        "-print_final_stats=1",
-    ]
-    words += ["-rss_limit_mb=0", f"-artifact_prefix={place}/crash-"]
+    words = [f"-max_total_time={share:.0f}", f"-seed={options.seed or 1}", f"-max_len={LONGEST}", "-rss_limit_mb=0"]
     command = [sys.executable, str(Path(__file__).resolve()), f"--hunt={name}", f"--folder={place}", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "critical"}
     with (place / "log").open("wb") as log:
@@ -162,10 +156,11 @@ def told(name: str, code: int, place: Path) -> dict[str, Any]:
     if code or not begun:
         why = re.findall(r"^(?:tests\.fuzzing\.)?Crash: .*|^\w*Error: .*|^==\d+== ?ERROR.*", log, re.MULTILINE)
         crashes.append(f"{name}: {why[0] if why else f'the process ended with {code}: {log[-300:]}'}")
+        print(f"CRASH {crashes[-1]}", flush=True)
         for path in place.glob("crash-*"):
             kept = Path(tempfile.mkdtemp(prefix="fuzz-crash-")) / path.name
             kept.write_bytes(path.read_bytes())
-            print(f"CRASH {crashes[-1]}\n  its input is {kept}", flush=True)
+            print(f"  its input is {kept}", flush=True)
     return {
         "inputs": max((n for n, _, _ in events), default=0),
         "edges_of_seeds": begun[0] if begun else 0,

@@ -61,9 +61,10 @@ def job(tmp_path: Path, slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> Call
 
 
 def test_stages_run_one_after_the_other_and_training_on_every_node(slurm: Cluster, job) -> None:  # type: ignore[no-untyped-def]
-    run_dir, jobs = job()
-    with pytest.raises(RunError, match=f"SLM-005 .*(?:{jobs[0].job} \\(train|{jobs[1].job} \\(evaluate), "):
+    run_dir, jobs = job(f'[ "$STAGE" != train ] || until [ -e "$RUN/go" ]; do sleep 0.1; done\n{PLAIN}')
+    with pytest.raises(RunError, match=f"SLM-005 .*{jobs[0].job} \\(train, "):
         submit([run_dir], "evaluate", print)
+    (run_dir.path / "go").touch()
     assert [ends(j.job, log=j.log) for j in jobs] == ["COMPLETED", "COMPLETED"]
     ran = sorted((run_dir.path / "ran").read_text().splitlines())
     assert ran == [

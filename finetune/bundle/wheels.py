@@ -55,7 +55,7 @@ def fetch_torch(lock: Path, folder: Path) -> str:
 
 def build_program(folder: Path) -> Path:
     """The wheel of this checkout in `folder`. Raises BundleError BND-005."""
-    _pip(["wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)], folder)
+    _pip(["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(ROOT)], folder)
     return next(folder.glob("finetune-*.whl"))
 
 
