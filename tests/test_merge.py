@@ -1,8 +1,9 @@
 """Merging into the original files: every family, against the adapter and stock PEFT, and what must be refused."""
 
+import hashlib
 import json
 import shutil
-from concurrent.futures import Executor, Future
+from threading import Event
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from finetune.families import FAMILIES
 from finetune.merge import merge_folder, sentences, sums
 from finetune.merge.four_bit import FourBit
 from finetune.merge.plan import How, make_plan
-from finetune.merge.shard import sheets, write_sheet
+from finetune.merge.shard import Halted, sheets, write_sheet
 from finetune.merge.updates import Pair
 from finetune.recipe import Adapter
 from finetune.shards import weights_of
@@ -373,15 +374,6 @@ class Largest(TorchDispatchMode):
         return made
 
 
-class Here(Executor):
-    """Does at once and in this thread what it is given: a dispatch mode sees no other thread."""
-
-    def submit(self, function, /, *args, **kwargs):
-        done = Future()
-        done.set_result(function(*args, **kwargs))
-        return done
-
-
 @pytest.mark.parametrize(
     ("family", "how"), [("llama4", How()), ("gpt_oss", How()), ("mistral4", AGAIN), ("mistral4", How())]
 )
@@ -398,8 +390,59 @@ def test_no_stack_of_experts_is_ever_in_memory_as_a_whole(family, how, published
     assert most < max(4 * w.shape[0] * w.shape[1] * w.shape[2] for w in stacks)
     with Largest() as largest:
         for sheet in planned:
-            write_sheet(plan, sheet, tmp_path / sheet.name, Here())
+            write_sheet(plan, sheet, tmp_path / sheet.name)
     assert 0 < largest.bytes <= most
+
+
+@pytest.mark.parametrize(
+    ("family", "how"), [("mixtral", How()), ("gpt_oss", How()), ("mistral4", AGAIN), ("deepseek_v3", AGAIN)]
+)
+def test_the_hash_taken_while_a_file_is_written_is_that_of_the_file(family, how, published, adapter_of, tmp_path):
+    """Also where new scales are written behind values that come later in the file."""
+    plain = family == "mixtral"
+    folder, adapter = (checkpoint(family, True), adapter_of(family)[0]) if plain else published(family)[0:3:2]
+    plan = make_plan(folder, adapter, how)
+    for sheet in sheets(plan):
+        counted = []
+        _, digest = write_sheet(plan, sheet, tmp_path / sheet.name, counted.append)
+        assert digest == hashlib.sha256((tmp_path / sheet.name).read_bytes()).hexdigest()
+        assert sum(counted) == sheet.size
+
+
+def test_a_file_that_cannot_be_written_ends_the_others_and_keeps_what_is_finished(adapter_of, tmp_path, monkeypatch):
+    source, adapter = checkpoint("mixtral", True), adapter_of("mixtral")[0]
+    names = sorted(path.name for path in source.glob("*.safetensors"))
+    assert len(names) > 2
+    genuine, halted = write_sheet, []
+
+    def write(plan, sheet, path, advance, halt):
+        if sheet.name == names[1]:
+            raise OSError(28, "No space left on device")
+        if sheet.name == names[2]:
+            assert halt.wait(60)  # as one that is in the middle of its file when another breaks
+            halted.append(sheet.name)
+        return genuine(plan, sheet, path, advance, halt)
+
+    monkeypatch.setattr("finetune.merge.write_sheet", write)
+    with pytest.raises(OSError, match="No space left"):
+        merge_folder(source, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    kept = {path.name for path in (tmp_path / ".merging-merged").glob("[!.]*.safetensors")}
+    assert kept <= {names[0], *names[3:]}
+    monkeypatch.undo()
+    merge_folder(source, adapter, tmp_path / "merged")
+    merge_folder(source, adapter, tmp_path / "straight")
+    assert tensors(tmp_path / "merged").keys() == tensors(tmp_path / "straight").keys()
+    for path in (tmp_path / "straight").glob("*.safetensors"):
+        assert (tmp_path / "merged" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_file_that_is_halted_is_left(adapter_of, tmp_path):
+    plan = make_plan(checkpoint("mixtral", True), adapter_of("mixtral")[0], How())
+    halt = Event()
+    halt.set()
+    with pytest.raises(Halted):
+        write_sheet(plan, sheets(plan)[0], tmp_path / "part", halt=halt)
 
 
 def test_rounding_that_takes_most_of_an_update_is_measured_and_warned_of(adapter_of, tmp_path):
@@ -427,7 +470,7 @@ def test_rounding_that_takes_most_of_an_update_is_measured_and_warned_of(adapter
 
 
 def test_what_rounding_takes_is_told_from_a_part_of_a_large_matrix():
-    """From a fourth of its rows: within a few per cent of all of it, and the sums are the same to the bit."""
+    """From an eighth of its rows: within a few per cent of all of it, and the sums are the same to the bit."""
     generator = torch.Generator().manual_seed(5)
     rows, columns, rank = 2048, 1024, 4
     base = (torch.randn(rows, columns, generator=generator) * torch.linspace(0.5, 2, rows)[:, None]).bfloat16()
@@ -437,6 +480,9 @@ def test_what_rounding_takes_is_told_from_a_part_of_a_large_matrix():
         out, tally = torch.empty_like(base), sums.Tally()
         sums.add(base, Pair(left, right, scale, None), out, tally)
         exact = (left @ right) * scale + base.float()
-        assert torch.equal(out, exact.bfloat16())
+        other = out != exact.bfloat16()  # where the last bit of fp32 decides, which depends on the processor
+        assert other.float().mean() < 1e-4
+        bits = [values[other].view(torch.int16).int() for values in (out, exact.bfloat16())]
+        assert all((bits[0] - bits[1]).abs() == 1)
         assert tally.rounding == pytest.approx(float((exact - out.float()).square().sum()), rel=0.05)
         assert tally.update == pytest.approx(float(((left @ right) * scale).square().sum()), rel=1e-4)

@@ -3,7 +3,8 @@
 Sums are in fp32 and rounded once to each tensor's own type. Every other byte is copied, so that keys, order, files
 and tensors without an update come out as they were. A base in fp8 or fp4 comes out in bf16 under the keys of its
 unquantised twin, or in fp8 with new scales where the recipe says so. Memory: the adapter, and one matrix for each of up
-to eight threads. Then a fresh process proves what was written (`prove.py`); only a merge that passes gets its name.
+to eight files at a time. Then a fresh process proves what was written (`prove.py`); only a merge that passes gets its
+name.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
 from finetune.compose import read_recipe
@@ -84,9 +87,11 @@ def merging(base: Path, adapter: Path, target: Path, how: How, console: Console 
 
     Killed at any moment, the same merge goes on with the files that it had finished.
     """
-    plan = make_plan(base, adapter, how)
-    planned = sheets(plan)
-    with staging(target, identity(base, adapter, how)) as place:
+    with ThreadPoolExecutor(1, "identity") as aside:  # hashing the adapter takes as long as planning
+        what = aside.submit(identity, base, adapter, how)
+        plan = make_plan(base, adapter, how)
+        planned = sheets(plan)
+    with staging(target, what.result()) as place:
         _write_all(plan, planned, place, console)
         _write_small(plan, planned, place.folder)
         told = summary(plan, place)
@@ -198,10 +203,19 @@ def _write_all(plan: Plan, planned: list[Sheet], place: Staging, console: Consol
     if len(left) < len(planned):
         _say(console, f"going on with a merge that was stopped: {len(planned) - len(left)} of {len(planned)} files")
     require_room(place.folder, sum(sheet.size for sheet in left))
+    halt = Event()
     with Finisher(place) as finisher, _watched(console, left) as advance, lanes() as pool:
-        for sheet in left:
-            tally = write_sheet(plan, sheet, place.partial(sheet.name), pool, advance)
-            finisher.finish(sheet.name, tally)
+
+        def write(sheet: Sheet) -> None:
+            finisher.finish(sheet.name, *write_sheet(plan, sheet, place.partial(sheet.name), advance, halt))
+
+        begun = [pool.submit(write, sheet) for sheet in left]
+        try:
+            for future in as_completed(begun):
+                future.result()
+        finally:
+            halt.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def _write_small(plan: Plan, planned: list[Sheet], folder: Path) -> None:
@@ -229,21 +243,23 @@ def _write_small(plan: Plan, planned: list[Sheet], folder: Path) -> None:
 @contextmanager
 def _watched(console: Console | None, left: list[Sheet]) -> Iterator[Callable[[int], None]]:
     """A function that is told of written bytes: a bar on a terminal, a line every tenth of the work elsewhere."""
-    total, done = sum(sheet.size for sheet in left), 0
+    total, done, lock = sum(sheet.size for sheet in left), 0, Lock()
     if console is not None and console.is_terminal:
         from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
         columns = (BarColumn(None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with Progress("merging", *columns, console=console, expand=True) as bar:
             task = bar.add_task("merging", total=total)
-            yield lambda count: bar.advance(task, count)
+            yield lambda count: bar.advance(task, count)  # may be called by any thread
         return
 
     def advance(count: int) -> None:
         nonlocal done
-        before, done = done * 10 // max(total, 1), done + count
-        if total > QUIET_BYTES and done * 10 // total > before:
-            _say(console, f"merging: {done / 2**30:.1f} of {total / 2**30:.1f} GiB, {len(left)} files")
+        with lock:
+            before, done = done * 10 // max(total, 1), done + count
+            now = done
+        if total > QUIET_BYTES and now * 10 // total > before:
+            _say(console, f"merging: {now / 2**30:.1f} of {total / 2**30:.1f} GiB, {len(left)} files")
 
     yield advance
 

@@ -1,4 +1,4 @@
-"""Tensors of a merge side by side: one thread each, and no thread of torch's own."""
+"""Files of a merge side by side: one thread each, and no thread of torch's own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST = 8
 
 @contextmanager
 def lanes() -> Iterator[ThreadPoolExecutor]:
-    """Threads that merge a tensor each, as many as the process may use; hashing is beside them.
+    """Threads that write a file each, as many as the process may use.
 
     Each holds one matrix. Within them torch works in one thread: the pieces that are summed are so small that threads
     would wait for each other, and on a busy machine much longer than they work.

@@ -1,19 +1,19 @@
 """One file of the merged checkpoint: what it is made of (`sheets`), and writing it (`write_sheet`).
 
-Bytes without an update are copied within the kernel where it can. Tensors with one are read, summed and written one
-matrix at a time: of a stack no thread has more than one expert in memory.
+Bytes without an update are copied. Tensors with one are read, summed, written and hashed one matrix at a time: of a
+stack no thread has more than one expert in memory.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -31,8 +31,12 @@ TYPES = PLAIN_TYPES | {
 }
 """Types of safetensors that are read here."""
 
-PIECE = 16 * 2**20
-"""Bytes that are copied at a time."""
+PIECE = 2**20
+"""Bytes that are copied at a time: few enough to be hashed before they leave the processor's cache."""
+
+
+class Halted(Exception):
+    """Another file could not be written: this one is left as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,11 @@ class Place:
     scales: int | None = None
     """Where its new scales begin; None when it has none, or they are in another file."""
 
+    @property
+    def begin(self) -> int:
+        """Where the first of its bytes that are computed here begins."""
+        return (self.values if self.values is not None else self.scales) or 0
+
 
 @dataclass(slots=True)
 class Sheet:
@@ -81,24 +90,42 @@ class Sheet:
 
 def sheets(plan: Plan) -> list[Sheet]:
     """The files of a merged checkpoint, by name."""
-    files = sorted({entry.file for entry in plan.entries.values()})
-    made = [_same_layout(plan, file) if plan.keeps_layout else _plain_layout(plan, file) for file in files]
-    return [sheet for sheet in made if sheet.keys]
+    if not plan.keeps_layout:
+        return _plain_layouts(plan)
+    parts: dict[Path, Part] = {}
+    for key, entry in plan.entries.items():
+        parts.setdefault(entry.file, Part()).keys.append(key)
+    for change in plan.changes.values():
+        for file in dict.fromkeys(entry.file for entry in change.weight.entries):
+            parts[file].changes.append(change)
+    for extra in plan.extras:
+        parts[extra.weight.entries[0].file].extras.append(extra)
+    return [_same_layout(file, part) for file, part in sorted(parts.items())]
 
 
-def _same_layout(plan: Plan, file: Path) -> Sheet:
+@dataclass(slots=True)
+class Part:
+    """What one file of the base holds."""
+
+    keys: list[str] = field(default_factory=list)
+    """Its tensors."""
+    changes: list[Change] = field(default_factory=list)
+    """Those that change, with what of them is in other files too."""
+    extras: list[Change] = field(default_factory=list)
+    """Tensors that come into being beside them."""
+
+
+def _same_layout(file: Path, part: Part) -> Sheet:
     """The header of the base's file, and its bytes around those that change."""
-    entries = {key: entry for key, entry in plan.entries.items() if entry.file == file}
-    extras = [extra for extra in plan.extras if extra.weight.entries[0].file == file]
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         text = handle.read(length)
     end = size = file.stat().st_size
     header = length.to_bytes(8, "little") + text
-    if extras:
+    if part.extras:
         content = json.loads(text)
         place = end - len(header)
-        for extra in extras:
+        for extra in part.extras:
             old = extra.weight.entries[0]
             offsets = [place, place + old.bytes]
             content[extra.key] = {"dtype": old.dtype, "shape": list(old.shape), "data_offsets": offsets}
@@ -106,30 +133,35 @@ def _same_layout(plan: Plan, file: Path) -> Sheet:
         header = header_of(content)
         size = len(header) + place
     shift = len(header) - 8 - length
-    sheet = Sheet(file.name, header, size, [*entries, *(extra.key for extra in extras)])
+    sheet = Sheet(file.name, header, size, [*part.keys, *(extra.key for extra in part.extras)])
     spans = []
-    for change in plan.changes.values():
+    for change in part.changes:
         at = [entry.offset + shift if entry.file == file else None for entry in change.weight.entries]
-        if any(place is not None for place in at):
-            sheet.places.append(Place(change, at[0], at[1] if len(at) > 1 else None))
-            spans += [(e.offset, e.offset + e.bytes) for e in change.weight.entries if e.file == file]
+        sheet.places.append(Place(change, at[0], at[1] if len(at) > 1 else None))
+        spans += [(e.offset, e.offset + e.bytes) for e in change.weight.entries if e.file == file]
     begin = 8 + length
     for span_begin, span_end in [*sorted(spans), (end, end)]:
         if span_begin > begin:
             sheet.copies.append(Copy(file, begin, begin + shift, span_begin - begin))
         begin = span_end
-    for extra in extras:
+    for extra in part.extras:
         at_end = len(header) + content[extra.key]["data_offsets"][0]
         _place_plain(sheet, extra, at_end)
-    sheet.places.sort(key=lambda place: place.values or place.scales or 0)
+    sheet.places.sort(key=lambda place: place.begin)
     return sheet
 
 
-def _plain_layout(plan: Plan, file: Path) -> Sheet:
-    """The weights of one file of a quantised base in plain numbers, by key."""
+def _plain_layouts(plan: Plan) -> list[Sheet]:
+    """The weights of a quantised base in plain numbers, each in the file that its values were in."""
+    files: dict[Path, list[Change]] = {}
     own = [plan.changes.get(key, Change(key, weight)) for key, weight in plan.weights.items()]
-    tensors = [change for change in (*own, *plan.extras) if change.weight.entries[0].file == file]
-    tensors.sort(key=lambda change: change.key)
+    for change in (*own, *plan.extras):
+        files.setdefault(change.weight.entries[0].file, []).append(change)
+    return [_plain_layout(file, sorted(tensors, key=lambda t: t.key)) for file, tensors in sorted(files.items())]
+
+
+def _plain_layout(file: Path, tensors: list[Change]) -> Sheet:
+    """The weights of one file of a quantised base in plain numbers, by key."""
     content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for change in tensors:
@@ -172,44 +204,68 @@ def written_bytes(change: Change) -> int:
 
 
 def write_sheet(
-    plan: Plan, sheet: Sheet, path: Path, pool: ThreadPoolExecutor, advance: Callable[[int], None] = lambda _: None
-) -> Tally:
-    """Writes one file; the sums of squares of what was added and lost. `advance` is told of bytes that are written.
+    plan: Plan, sheet: Sheet, path: Path, advance: Callable[[int], None] = lambda _: None, halt: Event | None = None
+) -> tuple[Tally, str]:
+    """Writes one file from its first byte to its last: sums of squares of what was added and lost, and its sha256.
 
-    The threads of `pool` take a tensor each. Sums are added up in the order of the file, whoever was first.
+    `advance` is told of bytes that are written. Raises Halted when `halt` is set before the file is whole.
     """
-    total, lock = Tally(), threading.Lock()
-
-    def told(count: int) -> None:
-        with lock:
-            advance(count)
-
-    with path.open("wb", buffering=0) as file:
+    tally = Tally()
+    with path.open("w+b", buffering=0) as file:
         target = file.fileno()
         os.ftruncate(target, sheet.size)
-        write_at(target, sheet.header, 0)
-        begun = [pool.submit(_write_place, plan, place, target, told) for place in sheet.places]
-        try:
-            for copy in sheet.copies:
-                with copy.source.open("rb", buffering=0) as source:
-                    copy_range(source.fileno(), target, copy)
-                told(copy.length)
-            for future in begun:
-                total.add(future.result())
-        finally:
-            for future in begun:
-                future.cancel()
-            wait(begun)  # none may write into a file that is closed
-    return total
+        digest = Digest()
+        for offset, data in _pieces(plan, sheet, tally):
+            if halt is not None and halt.is_set():
+                raise Halted
+            write_at(target, data, offset)
+            digest.update(data, offset)
+            advance(len(data))
+        return tally, digest.finish(target)
 
 
-def _write_place(plan: Plan, place: Place, target: int, advance: Callable[[int], None]) -> Tally:
-    tally = Tally()
-    for offset, tensor in outputs(plan, place, tally):
-        data = bytes_of(tensor)
-        write_at(target, data, offset)
-        advance(data.nbytes)
-    return tally
+def _pieces(plan: Plan, sheet: Sheet, tally: Tally) -> Iterator[tuple[int, memoryview]]:
+    """(offset, bytes) of a whole file, in its order as far as values and scales of a tensor are not apart."""
+    yield 0, memoryview(sheet.header)
+    work: list[Copy | Place] = [*sheet.copies, *sheet.places]
+    for item in sorted(work, key=lambda item: item.to if isinstance(item, Copy) else item.begin):
+        if isinstance(item, Copy):
+            yield from _copied(item)
+            continue
+        for offset, tensor in outputs(plan, item, tally):
+            yield offset, bytes_of(tensor)
+
+
+def _copied(copy: Copy) -> Iterator[tuple[int, memoryview]]:
+    """(offset in the new file, bytes) of a copy, piece by piece, each in the same memory."""
+    buffer = memoryview(bytearray(min(copy.length, PIECE)))
+    with copy.source.open("rb", buffering=0) as source:
+        for done in range(0, copy.length, PIECE):
+            piece = buffer[: min(PIECE, copy.length - done)]
+            read_at(source.fileno(), piece, copy.begin + done)
+            yield copy.to + done, piece
+
+
+class Digest:
+    """The sha256 of a file, taken while it is written: what has just been in the processor need not be read again."""
+
+    def __init__(self) -> None:
+        self._sum = hashlib.sha256()
+        self._done = 0
+
+    def update(self, data: memoryview, offset: int) -> None:
+        """Takes bytes that were written at `offset`; those behind a gap are left for `finish`."""
+        if offset == self._done:
+            self._sum.update(data)
+            self._done += len(data)
+
+    def finish(self, file: int) -> str:
+        """The hex digest of the whole file, of which the part behind the first gap is read again."""
+        buffer = memoryview(bytearray(PIECE))
+        while count := os.preadv(file, [buffer], self._done):
+            self._sum.update(buffer[:count])
+            self._done += count
+        return self._sum.hexdigest()
 
 
 def outputs(plan: Plan, place: Place, tally: Tally, *, updated: bool = True) -> Iterator[tuple[int, torch.Tensor]]:
@@ -305,23 +361,3 @@ def write_at(file: int, data: bytes | memoryview, offset: int) -> None:
     view, done = memoryview(data), 0
     while done < len(view):
         done += os.pwrite(file, view[done:], offset + done)
-
-
-def copy_range(source: int, target: int, copy: Copy) -> None:
-    """Copies bytes from file to file: within the kernel (or by sharing blocks) where it can, else in pieces."""
-    begin, to, left = copy.begin, copy.to, copy.length
-    try:
-        while left > 0 and hasattr(os, "copy_file_range"):
-            count = os.copy_file_range(source, target, min(left, 64 * PIECE), begin, to)
-            if count == 0:
-                break
-            begin, to, left = begin + count, to + count, left - count
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
-            raise
-    buffer = memoryview(bytearray(min(left, PIECE)))
-    while left > 0:
-        piece = buffer[: min(left, PIECE)]
-        read_at(source, piece, begin)
-        write_at(target, piece, to)
-        begin, to, left = begin + len(piece), to + len(piece), left - len(piece)

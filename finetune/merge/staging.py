@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import threading
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ PROGRESS = ".progress.json"
 """The file that says what is finished."""
 
 WAITING = 4
-"""Files that may be written and not yet hashed and on the disk."""
+"""Files that may be written and not yet on the disk."""
 
 
 def identity(base: Path, adapter: Path, how: How) -> dict[str, Any]:
@@ -95,10 +94,10 @@ class Staging:
         """Where a file is written before it is finished."""
         return self.folder / f"{TEMPORARY}{name}"
 
-    def finish(self, name: str, tally: Tally) -> None:
-        """Hashes a file, makes the disk hold it, gives it its name and notes it."""
+    def finish(self, name: str, tally: Tally, sha256: str) -> None:
+        """Makes the disk hold a file, gives it its name and notes it."""
         path = self.partial(name)
-        entry = {"bytes": path.stat().st_size, "sha256": sha256_file(path), "sums": asdict(tally)}
+        entry = {"bytes": path.stat().st_size, "sha256": sha256, "sums": asdict(tally)}
         fsync(path)
         with self.lock:
             path.rename(self.folder / name)
@@ -157,7 +156,7 @@ def require_room(folder: Path, need: int) -> None:
 
 
 class Finisher:
-    """Finishes files in two threads: one hashes while the other waits for the disk, and more files are written.
+    """Makes the disk hold files in threads of its own, while further ones are written.
 
     At most WAITING files are written and not finished: they would be written again by a merge that was killed.
     """
@@ -165,23 +164,24 @@ class Finisher:
     def __init__(self, staging: Staging) -> None:
         self.staging = staging
         self._threads = ThreadPoolExecutor(2, "finish")
-        self._begun: deque[Future[None]] = deque()
+        self._room = threading.BoundedSemaphore(WAITING)
+        self._begun: list[Future[None]] = []
 
     def __enter__(self) -> Finisher:
         return self
 
-    def finish(self, name: str, tally: Tally) -> None:
-        """Begins with a file, and waits while too many are begun. Raises what an earlier one raised."""
-        self._wait(WAITING - 1)
-        self._begun.append(self._threads.submit(self.staging.finish, name, tally))
-
-    def _wait(self, most: int) -> None:
-        while len(self._begun) > most:
-            self._begun.popleft().result()
+    def finish(self, name: str, tally: Tally, sha256: str) -> None:
+        """Begins with a file, and waits while too many are begun. Raises what an earlier one raised. Any thread."""
+        self._room.acquire()
+        future = self._threads.submit(self.staging.finish, name, tally, sha256)
+        future.add_done_callback(lambda _: self._room.release())
+        self._begun.append(future)
+        for begun in self._begun:
+            if begun.done():
+                begun.result()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._wait(0)
-        finally:
-            self._threads.shutdown(wait=True)
+        self._threads.shutdown(wait=True)
+        if kind is None:
+            for future in self._begun:
+                future.result()

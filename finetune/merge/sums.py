@@ -6,15 +6,16 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
 from finetune.merge.updates import New, Pair
 
-VALUES = 2**17
+VALUES = 2**18
 """Values of a matrix that are summed at a time: small enough for the processor's cache."""
 
-SAMPLE = 4
+SAMPLE = 8
 """Of the rows of such a piece one in so many tells what rounding takes: looking at all costs as much as the sums."""
 
 
@@ -62,46 +63,59 @@ class Tally:
 def add(base_OI: torch.Tensor, pair: Pair | New | None, out_OI: torch.Tensor, tally: Tally) -> None:
     """Writes base + update into `out`, which may be the base itself; sums are in fp32 and rounded once to its type.
 
-    Every value is the sum of the matrix product, times the scale, and the base's value, in this order: as PEFT does it.
-    What rounding takes of a matrix of several pieces is told from a fourth of the rows, in the middle of each.
+    In fp32 every value is the sum of the matrix product, times the scale, and the base's value, in this order: as PEFT
+    does it. What rounding takes of a matrix of several pieces is told from an eighth of the rows, in the middle of each.
     """
     if base_OI.dim() != 2:  # a vector, a convolution
         base_OI, out_OI = (tensor.view(len(tensor) if tensor.dim() > 2 else 1, -1) for tensor in (base_OI, out_OI))
-    rows = max(1, VALUES // base_OI.shape[1])
-    exact_, plain_ = _SCRATCH.take(min(rows, len(base_OI)), base_OI.shape[1])
-    left_Or, scale = (pair.left_Or, pair.scale) if isinstance(pair, Pair) else (None, 1.0)
-    if left_Or is not None and abs(math.frexp(scale)[0]) == 0.5:
-        left_Or, scale = left_Or * scale, 1.0  # a power of two: no bit of the product changes
-    lost, seen = 0.0, 0
+    rows, columns = max(1, VALUES // base_OI.shape[1]), base_OI.shape[1]
     if isinstance(pair, Pair) and pair.lengths_O is None:
         tally.update += pair.squares()
+    sum_ = _one_pass if out_OI.dtype != torch.float32 and _is_product(pair) else _in_order
     told = rows if len(base_OI) <= rows else max(1, rows // SAMPLE)
-    for begin in range(0, len(base_OI), rows):
-        part = slice(begin, begin + rows)
-        exact, plain = exact_[: len(base_OI) - begin], plain_[: len(base_OI) - begin]
-        plain.copy_(base_OI[part])  # a sum of two types is slower than this and a sum of one
-        if pair is None:
-            exact.copy_(plain)
-        elif isinstance(pair, New):
-            exact.copy_(pair.values.reshape(base_OI.shape)[part])
-            tally.update += squares(exact - plain)
-        else:
-            assert left_Or is not None
-            torch.mm(left_Or[part], pair.right_rI, out=exact)
-            if scale != 1:
-                exact *= scale
-            exact += plain
-            if pair.lengths_O is not None:
-                exact *= (pair.lengths_O[part] / exact.norm(dim=1))[:, None]
-                tally.update += squares(exact - plain)
-        out_OI[part] = exact
-        if out_OI.dtype != torch.float32:
+    exact_, spare_ = _SCRATCH.take(min(rows, len(base_OI)), columns)
+    lost, seen = 0.0, 0
+    for number, (base, out) in enumerate(zip(base_OI.split(rows), out_OI.split(rows), strict=True)):
+        exact, spare = (exact_, spare_) if len(base) == len(exact_) else (exact_[: len(base)], spare_[: len(base)])
+        sum_(base, pair, slice(number * rows, number * rows + len(base)), exact, spare, tally)
+        out.copy_(exact)
+        if out.dtype != torch.float32:
             at = max(0, len(exact) - told) // 2
-            some, stored = exact[at : at + told], plain[at : at + told]
-            lost += squares(some.sub_(stored.copy_(out_OI[part][at : at + told])))
-            seen += some.numel()
+            lost += squares(spare[:told].copy_(out[at : at + told]).sub_(exact[at : at + told]))
+            seen += min(told, len(exact))
     if seen:
-        tally.rounding += lost * (base_OI.numel() / seen)
+        tally.rounding += lost * (len(base_OI) / seen)
+
+
+def _is_product(pair: Pair | New | None) -> bool:
+    return isinstance(pair, Pair) and pair.lengths_O is None
+
+
+def _one_pass(
+    base: torch.Tensor, pair: Any, part: slice, exact: torch.Tensor, spare: torch.Tensor, tally: Tally
+) -> None:
+    """base + scale * left right, the sum taken within the product: what a 16-bit type holds of it is the same."""
+    exact.copy_(base).addmm_(pair.left_Or[part], pair.right_rI, alpha=pair.scale)
+
+
+def _in_order(
+    base: torch.Tensor, pair: Pair | New | None, part: slice, exact: torch.Tensor, spare: torch.Tensor, tally: Tally
+) -> None:
+    """The sum of some rows in `exact`, by one operation after the other; `spare` has any values afterwards."""
+    plain = spare.copy_(base)  # a sum of two types is slower than this and a sum of one
+    if pair is None:
+        exact.copy_(plain)
+    elif isinstance(pair, New):
+        exact.copy_(pair.values.view(-1, base.shape[1])[part])
+        tally.update += squares(exact - plain)
+    else:
+        torch.mm(pair.left_Or[part], pair.right_rI, out=exact)
+        if pair.scale != 1:
+            exact *= pair.scale
+        exact += plain
+        if pair.lengths_O is not None:
+            exact *= (pair.lengths_O[part] / exact.norm(dim=1))[:, None]
+            tally.update += squares(exact - plain)
 
 
 def squares(values: torch.Tensor) -> float:
