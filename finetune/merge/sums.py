@@ -64,7 +64,8 @@ def add(base_OI: torch.Tensor, pair: Pair | New | None, out_OI: torch.Tensor, ta
     """Writes base + update into `out`, which may be the base itself; sums are in fp32 and rounded once to its type.
 
     In fp32 every value is the sum of the matrix product, times the scale, and the base's value, in this order: as PEFT
-    does it. What rounding takes of a matrix of several pieces is told from an eighth of the rows, in the middle of each.
+    does it. What rounding takes of a matrix of several pieces is told from an eighth of its rows, in the middle of each
+    piece.
     """
     if base_OI.dim() != 2:  # a vector, a convolution
         base_OI, out_OI = (tensor.view(len(tensor) if tensor.dim() > 2 else 1, -1) for tensor in (base_OI, out_OI))
