@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import sys
 from threading import Event
 
 import pytest
@@ -19,7 +20,7 @@ from finetune.families import FAMILIES
 from finetune.merge import merge_folder, sentences, sums
 from finetune.merge.four_bit import FourBit
 from finetune.merge.plan import How, make_plan
-from finetune.merge.shard import Halted, sheets, write_sheet
+from finetune.merge.shard import PIECE, Digest, Halted, sheets, write_at, write_sheet
 from finetune.merge.updates import Pair
 from finetune.recipe import Adapter
 from finetune.shards import weights_of
@@ -398,7 +399,6 @@ def test_no_stack_of_experts_is_ever_in_memory_as_a_whole(family, how, published
     ("family", "how"), [("mixtral", How()), ("gpt_oss", How()), ("mistral4", AGAIN), ("deepseek_v3", AGAIN)]
 )
 def test_the_hash_taken_while_a_file_is_written_is_that_of_the_file(family, how, published, adapter_of, tmp_path):
-    """Also where new scales are written behind values that come later in the file."""
     plain = family == "mixtral"
     folder, adapter = (checkpoint(family, True), adapter_of(family)[0]) if plain else published(family)[0:3:2]
     plan = make_plan(folder, adapter, how)
@@ -413,28 +413,43 @@ def test_a_file_that_cannot_be_written_ends_the_others_and_keeps_what_is_finishe
     source, adapter = checkpoint("mixtral", True), adapter_of("mixtral")[0]
     names = sorted(path.name for path in source.glob("*.safetensors"))
     assert len(names) > 2
-    genuine, halted = write_sheet, []
+    genuine, begun, halted = write_sheet, Event(), []
 
     def write(plan, sheet, path, advance, halt):
         if sheet.name == names[1]:
+            assert begun.wait(60)
             raise OSError(28, "No space left on device")
-        if sheet.name == names[2]:
-            assert halt.wait(60)  # as one that is in the middle of its file when another breaks
-            halted.append(sheet.name)
+        if sheet.name == names[2]:  # is in the middle of its file when another breaks
+            begun.set()
+            halted.append(halt.wait(60))
         return genuine(plan, sheet, path, advance, halt)
 
+    monkeypatch.setattr(sys.modules["finetune.merge.lanes"], "processors", lambda: 2)
     monkeypatch.setattr("finetune.merge.write_sheet", write)
     with pytest.raises(OSError, match="No space left"):
         merge_folder(source, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     kept = {path.name for path in (tmp_path / ".merging-merged").glob("[!.]*.safetensors")}
-    assert kept <= {names[0], *names[3:]}
+    assert kept == {names[0]}
+    assert halted == [True]
     monkeypatch.undo()
     merge_folder(source, adapter, tmp_path / "merged")
     merge_folder(source, adapter, tmp_path / "straight")
     assert tensors(tmp_path / "merged").keys() == tensors(tmp_path / "straight").keys()
     for path in (tmp_path / "straight").glob("*.safetensors"):
         assert (tmp_path / "merged" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3), (3, 2, 1, 0)])
+def test_a_file_written_in_any_order_has_the_hash_of_its_bytes(order, tmp_path):
+    pieces = [bytes([number]) * (PIECE + number) for number in range(4)]
+    places = [sum(map(len, pieces[:number])) for number in range(4)]
+    with (tmp_path / "file").open("w+b", buffering=0) as file:
+        digest = Digest()
+        for number in order:
+            write_at(file.fileno(), pieces[number], places[number])
+            digest.update(memoryview(pieces[number]), places[number])
+        assert digest.finish(file.fileno()) == hashlib.sha256(b"".join(pieces)).hexdigest()
 
 
 def test_a_file_that_is_halted_is_left(adapter_of, tmp_path):

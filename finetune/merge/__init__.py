@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock
@@ -28,7 +28,7 @@ from finetune.machine import available_gib
 from finetune.merge.four_bit import FourBit
 from finetune.merge.lanes import lanes
 from finetune.merge.plan import How, Plan, make_plan
-from finetune.merge.shard import Sheet, sheets, write_sheet
+from finetune.merge.shard import Halted, Sheet, sheets, write_sheet
 from finetune.merge.staging import Finisher, Staging, identity, require_room, staging
 from finetune.parity import FP32_LIMIT_GIB, Parity, refuse
 from finetune.recipe import Recipe
@@ -207,15 +207,22 @@ def _write_all(plan: Plan, planned: list[Sheet], place: Staging, console: Consol
     with Finisher(place) as finisher, _watched(console, left) as advance, lanes() as pool:
 
         def write(sheet: Sheet) -> None:
-            finisher.finish(sheet.name, *write_sheet(plan, sheet, place.partial(sheet.name), advance, halt))
+            try:
+                finisher.finish(sheet.name, *write_sheet(plan, sheet, place.partial(sheet.name), advance, halt))
+            except BaseException:
+                halt.set()  # what the others write would be of no use before this is mended
+                raise
 
         begun = [pool.submit(write, sheet) for sheet in left]
         try:
-            for future in as_completed(begun):
-                future.result()
+            wait(begun, return_when=FIRST_EXCEPTION)
         finally:
             halt.set()
             pool.shutdown(cancel_futures=True)
+        for future in begun:
+            error = None if future.cancelled() else future.exception()
+            if error is not None and not isinstance(error, Halted):
+                raise error
 
 
 def _write_small(plan: Plan, planned: list[Sheet], folder: Path) -> None:
