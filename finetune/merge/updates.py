@@ -33,8 +33,8 @@ class Pair:
 
     def squares(self) -> float:
         """The sum of squares of the update, from its factors: of L R it is that of (L^T L) * (R R^T)."""
-        left, right = self.left_Or.double(), self.right_rI.double()
-        return float(((left.mT @ left) * (right @ right.mT)).sum()) * self.scale**2
+        left, right = self.left_Or.mT @ self.left_Or, self.right_rI @ self.right_rI.mT
+        return float((left.double() * right.double()).sum()) * self.scale**2
 
 
 @dataclass(frozen=True, slots=True)
