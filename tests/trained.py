@@ -10,12 +10,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from finetune.compose import load_recipe
+from finetune.machine import deepspeed_absent
 from finetune.run import carry_on, start
 from finetune.rundir import RunDir, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTER = "adapter_model.safetensors"
+
+needs_deepspeed = pytest.mark.skipif(bool(deepspeed_absent()), reason=f"the extra [deepspeed]: {deepspeed_absent()}")
 
 
 def prepared(folder: Path, *words: str, recipe: str = "legal_quickstart") -> RunDir:
