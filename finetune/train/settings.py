@@ -73,7 +73,7 @@ def trainer_settings(
         warmup_steps=round(steps * settings.warmup_fraction),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        bf16=settings.precision == "bf16",
+        bf16=settings.precision == "bf16" and not divided,  # DeepSpeed would make the whole model bf16, scales included
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         router_aux_loss_coef=settings.router_aux_loss_coef,

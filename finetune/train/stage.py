@@ -133,6 +133,7 @@ def prepare(
         trainer = Trainer(
             keeping=keeping,
             ranks=ranks,
+            in_bf16=recipe.train.precision == "bf16" and (is_sharded(recipe) or is_divided(recipe)),
             order=Order(len(rows), recipe.seed, lengths, per_update),
             model=model,
             args=args,

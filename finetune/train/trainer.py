@@ -72,8 +72,8 @@ class Trainer(SFTTrainer):
     `_load_from_checkpoint`, `_load_optimizer_and_scheduler`, `_load_rng_state`. None of transformers' own files remain.
     """
 
-    def __init__(self, *, keeping: Keeping, ranks: Ranks, order: Order, **kwargs: Any) -> None:
-        self.keeping, self.ranks, self.order = keeping, ranks, order
+    def __init__(self, *, keeping: Keeping, ranks: Ranks, order: Order, in_bf16: bool = False, **kwargs: Any) -> None:
+        self.keeping, self.ranks, self.order, self.in_bf16 = keeping, ranks, order, in_bf16
         self.update: list[dict[str, torch.Tensor]] = []
         """Numbers and digests of the batches since the last update."""
         self.zero: Any = None
@@ -125,7 +125,7 @@ class Trainer(SFTTrainer):
     def compute_loss_context_manager(self) -> Any:
         """Under FSDP2 and DeepSpeed Accelerate (1.15.0) leaves autocast out, which it applies in every other case."""
         stack = super().compute_loss_context_manager()
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.args.bf16:
+        if self.in_bf16:
             stack.enter_context(torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=False))
         return stack
 

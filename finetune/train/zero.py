@@ -7,19 +7,17 @@ compiled operations are not used.
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 from accelerate.utils import DeepSpeedEngineWrapper
 
 from finetune.errors import RunError
 from finetune.machine import deepspeed_absent
+from finetune.memory import BUCKET
 from finetune.progress import require_gradients
 from finetune.recipe import Train
 from finetune.train import state as states
-
-BUCKET = 50_000_000
-"""Gradients that travel together."""
-
 
 def start(on_gpu: bool) -> Any:
     """Accelerate's state of processes that DeepSpeed has joined. Raises RunError (LCH-013) when it is not installed."""
@@ -30,6 +28,8 @@ def start(on_gpu: bool) -> Any:
 
     os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"  # else it looks for one, and says what it found
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    # Said by torch 2.13.0 about DeepSpeed 0.19.8. Remove with a release that calls all_gather_single.
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor`", FutureWarning)
     if not on_gpu:
         _compile_nothing()
     return PartialState() if on_gpu else PartialState(backend="gloo")
