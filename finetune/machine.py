@@ -67,8 +67,8 @@ def deepspeed_absent() -> str:
         return ""
     what = f"deepspeed {version} is installed, and its insides differ" if version else "the package deepspeed is missing"
     return (
-        f"LCH-011 launch.distribution=deepspeed: {what}. Type: DS_BUILD_OPS=0 pip install --no-build-isolation "
-        f"'finetune[deepspeed]', which is deepspeed {DEEPSPEED}, or set launch.distribution=ddp."
+        f"LCH-011 launch.distribution=deepspeed: {what}. Type: pip install 'finetune[deepspeed]', which is deepspeed "
+        f"{DEEPSPEED}, or set launch.distribution=ddp."
     )
 
 
