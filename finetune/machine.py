@@ -65,7 +65,7 @@ def deepspeed_absent() -> str:
         version = ""
     if version == DEEPSPEED and importlib.util.find_spec("deepspeed"):
         return ""
-    what = f"deepspeed {version} is installed, and its insides differ" if version else "the package deepspeed is missing"
+    what = f"deepspeed {version} is here, and its insides differ" if version else "the package deepspeed is missing"
     return (
         f"LCH-011 launch.distribution=deepspeed: {what}. Type: pip install 'finetune[deepspeed]', which is deepspeed "
         f"{DEEPSPEED}, or set launch.distribution=ddp."

@@ -70,10 +70,11 @@ def _sharded(recipe: Recipe) -> Iterator[str]:
 def _divided(recipe: Recipe) -> Iterator[str]:
     """What does not go with optimizer states that are divided among devices wherever a device's share ends."""
     launch, optimizer = recipe.launch, recipe.train.optimizer
-    if launch.distribution == "deepspeed" and launch.nodes * launch.devices > 1 and optimizer not in ("adamw", "lion"):
+    divided = launch.distribution == "deepspeed" and launch.nodes * launch.devices > 1
+    if divided and optimizer not in ("adamw", "lion"):
         yield (
-            f"OPT-002 train.optimizer={optimizer} with launch.distribution=deepspeed: its state is one of whole rows or "
-            "blocks of weights, and ZeRO cuts through them. Set train.optimizer=adamw."
+            f"OPT-002 train.optimizer={optimizer} with launch.distribution=deepspeed: its state is one of whole rows "
+            "or blocks, and ZeRO cuts through them; paged ones are untried. Set train.optimizer=adamw."
         )
 
 

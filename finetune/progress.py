@@ -190,4 +190,5 @@ def require_gradients(model: Any, gradient: Callable[[Any], Any] = attrgetter("g
             heard[kind] = heard.get(kind, False) or (found is not None and bool(found.any()))
     silent = sorted(kind for kind, any_gradient in heard.items() if not any_gradient)
     if silent or not heard:
-        raise NumbersError("TRN-001", f"no gradient reaches {silent or 'any weight'}", "", "report this with the recipe")
+        what = f"no gradient reaches {silent or 'any weight'}"
+        raise NumbersError("TRN-001", what, "", "report this with the recipe")

@@ -1,6 +1,7 @@
-"""`python -m tests.zero_fault train RUN`: a process of a training in which $ZERO_FAULT spoils gradients of the query maps.
+"""`python -m tests.zero_fault train RUN`: a process of a training in which $ZERO_FAULT spoils some gradients.
 
-`silent` makes them zero in every process; `infinite` makes those of the last process so from the third update on.
+`silent` makes those of the query maps zero in every process; `infinite` makes them so in the last process, from the
+third update on.
 """
 
 from __future__ import annotations

@@ -54,7 +54,8 @@ def changes(then: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> di
     if cut and "deepspeed" in (then["distribution"], now["distribution"]):
         what = "; ".join(f"{name}: {found[name]}" for name in cut)
         why = "with DeepSpeed each process keeps its own part of the optimizer's state, which no other one can take up"
-        raise RunError("CKP-005", f"this run cannot go on as it was begun: {what}", why, "the same launch=, or a new run")
+        what = f"this run cannot go on as it was begun: {what}"
+        raise RunError("CKP-005", what, why, "the same launch=, or a new run")
     return found
 
 

@@ -1,7 +1,7 @@
 """ZeRO by DeepSpeed: gradients and optimizer states of what is trained, divided among the processes; the base is not.
 
-The only file that imports DeepSpeed (0.19.8). Its launcher, its own checkpoints, which are pickles, its monitors and its
-compiled operations are not used.
+The only file that imports DeepSpeed (0.19.8). Its launcher, its own checkpoints, which are pickles, its monitors and
+its compiled operations are not used.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from finetune.memory import BUCKET
 from finetune.progress import require_gradients
 from finetune.recipe import Train
 from finetune.train import state as states
+
 
 def start(on_gpu: bool) -> Any:
     """Accelerate's state of processes that DeepSpeed has joined. Raises RunError (LCH-013) when it is not installed."""
