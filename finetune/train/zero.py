@@ -10,7 +10,7 @@ import os
 import warnings
 from typing import Any
 
-from accelerate.utils import DeepSpeedEngineWrapper
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 
 from finetune.errors import RunError
 from finetune.machine import deepspeed_absent
