@@ -25,6 +25,7 @@ if "FINETUNE_EGRESS_LOG" in os.environ:  # scripts/egress_check.sh: before anyth
     egress.guard(os.environ["FINETUNE_EGRESS_LOG"])
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional kernel of a hub is absent
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")  # it says: there is no GPU
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "compare", "load_recipe", "open_run", "open_sweep", "plan", "run", "run_sweep"]

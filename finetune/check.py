@@ -307,11 +307,6 @@ def _trackers(recipe: Recipe) -> Iterator[str]:
 
 def _launch(recipe: Recipe) -> Iterator[str]:
     yield from sbatch.problems(recipe)
-    if recipe.launch.distribution == "deepspeed":
-        yield (
-            "LCH-011 launch.distribution=deepspeed is not offered: its own engine keeps states that our checkpoints "
-            "cannot hold, and FSDP2 shares the same weights. Set launch.distribution=fsdp2."
-        )
     if recipe.launch.nodes > 1 and recipe.launch.kind == "local":
         yield (
             f"LCH-009 launch.nodes={recipe.launch.nodes}: launch.kind=local starts processes on this machine only. "

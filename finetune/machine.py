@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -25,6 +26,9 @@ from finetune.shards import PACKED_TYPES, check_shards, quantisation_of, read_he
 from finetune.signing import signing_problems
 from finetune.tasks import tasks_absent
 
+DEEPSPEED = "0.19.8"
+"""The release that `train/zero.py` is written for, as in the extra [deepspeed] of pyproject.toml."""
+
 
 def fit_problems(recipe: Recipe) -> list[str]:
     """A sentence for everything that this recipe asks of this machine in vain."""
@@ -39,6 +43,8 @@ def launch_problems(recipe: Recipe) -> list[str]:
     if launch.kind != "local":
         return []
     found = list(engine_absent(gpus)) if recipe.engine == "unsloth" else []
+    if launch.distribution == "deepspeed" and launch.devices > 1 and (missing := deepspeed_absent()):
+        found.append(missing)
     if launch.distribution == "fsdp2" and launch.devices > 1 and not gpus and not on_cpu:
         found.append(
             "LCH-007 launch.distribution=fsdp2 needs NVIDIA GPUs, and there are none: Accelerate would hold the whole "
@@ -49,6 +55,21 @@ def launch_problems(recipe: Recipe) -> list[str]:
             f"LCH-008 launch.devices={launch.devices} is more than the {gpus} GPUs here. Set launch.devices={gpus}."
         )
     return found
+
+
+def deepspeed_absent() -> str:
+    """The sentence (LCH-011) that says which DeepSpeed is to be installed; empty when it is. Does not import it."""
+    try:
+        version = metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        version = ""
+    if version == DEEPSPEED and importlib.util.find_spec("deepspeed"):
+        return ""
+    what = f"deepspeed {version} is here, and its insides differ" if version else "the package deepspeed is missing"
+    return (
+        f"LCH-011 launch.distribution=deepspeed: {what}. Type: pip install 'finetune[deepspeed]', which is deepspeed "
+        f"{DEEPSPEED}, or set launch.distribution=ddp."
+    )
 
 
 def gpu_count() -> int:

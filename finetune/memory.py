@@ -28,6 +28,8 @@ ADAPTER, TRAINED_WEIGHTS, GRADIENTS, OPTIMIZER = "adapter weights", "trained wei
 """Names of the parts that are trained: `trained weights` takes the adapter's place where the base itself is trained."""
 AT_REST = ("expert stacks, 4-bit", "other linear maps, 4-bit", "scales (absmax)", "weights kept in", "frozen weights")
 """Beginnings of the names of the parts that are the frozen base."""
+BUCKET = 2**24
+"""Gradients that DeepSpeed is told to send together (`train/zero.py`)."""
 LOGIT_BYTES = 2 + 4 + 4
 """Bytes per logit: as computed (bf16), as fp32 for the loss, and its gradient."""
 RESERVE_GIB = 1.5
@@ -69,7 +71,7 @@ def memory(recipe: Recipe) -> list[Figure]:
     scratch = float(max(stacked, max((m.rows * m.columns for m in packed), default=0)) * plain)
     if whole:  # the largest stack as it is multiplied with, and its gradient on the way to fp32
         scratch = 2.0 * plain * max(m.rows * m.columns * max(m.experts, 1) for m in maps)
-    share = shards(recipe)
+    share, among = shards(recipe), divides(recipe)
     beside = packed_bytes - 0.5  # maxima of linear maps stay whole in every process
     if share > 1:
         scratch += 2 * stacked * packed_bytes + vocabulary * hidden * plain
@@ -82,6 +84,7 @@ def memory(recipe: Recipe) -> list[Figure]:
 
     state = STATE_BYTES[train.optimizer]
     split = f" / {share} devices" if share > 1 else ""
+    divided = f" / {among} devices" if among > 1 else ""
     gathered = "; two layers as they come from the other devices" if share > 1 else ""
     shape = f"{train.batch_size} rows x {recipe.data.max_length:,} tokens"
     maxima = stacks * beside / share + linear * beside
@@ -93,10 +96,18 @@ def memory(recipe: Recipe) -> list[Figure]:
         part("scales (absmax)", maxima, f"{stacks + linear:,} x {beside:.4g} B: one maximum per 64{of_values}{spread}"),
         part("frozen weights" if whole else f"weights kept in {train.precision}", kept_bytes / share, kept_how + split),
         part(TRAINED_WEIGHTS if whole else ADAPTER, trainable * 4 / share, f"{trainable:,} x 4 B{split}"),
-        part(GRADIENTS, trainable * 4 / share, f"{trainable:,} x 4 B{split}"),
-        part(OPTIMIZER, trainable * state / share, f"{trainable:,} x {state:.3g} B, {train.optimizer}{split}"),
     ]
-    if copies(recipe) > 1 and share == 1:
+    if among > share:
+        own, copied = trainable * 4 / among, f"{trainable:,} x 4 B{divided}"
+        parts.append(part(f"{parts[-1].name}, a copy of its part", own, f"{copied}: what DeepSpeed updates"))
+        parts.append(part(GRADIENTS, own * 2, f"{copied}, twice while weights are updated"))
+        parts.append(part("gradients on their way", BUCKET * 4, f"{BUCKET:,} x 4 B: DeepSpeed's bucket"))
+    else:
+        parts.append(part(GRADIENTS, trainable * 4 / share, f"{trainable:,} x 4 B{split}"))
+    parts.append(
+        part(OPTIMIZER, trainable * state / among, f"{trainable:,} x {state:.3g} B, {train.optimizer}{divided}")
+    )
+    if copies(recipe) > 1 and among == 1:
         parts.append(part("gradients on their way", trainable * 4, f"{trainable:,} x 4 B: DDP's buckets"))
     return [
         *parts,
@@ -137,6 +148,11 @@ def shards(recipe: Recipe) -> int:
     """How many devices share the weights of the base."""
     launch = recipe.launch
     return launch.nodes * launch.devices if launch.distribution == "fsdp2" else 1
+
+
+def divides(recipe: Recipe) -> int:
+    """How many devices share the optimizer's state: those that share the weights, or with DeepSpeed all of them."""
+    return copies(recipe) if recipe.launch.distribution == "deepspeed" else shards(recipe)
 
 
 def devices_that_fit(recipe: Recipe) -> int:

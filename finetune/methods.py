@@ -29,6 +29,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
         return  # said elsewhere
     yield from _full(recipe)
     yield from _sharded(recipe)
+    yield from _divided(recipe)
     if recipe.adapter.method == "full":
         yield from _targets(recipe, family)
         yield from _balance(recipe, family)
@@ -63,6 +64,17 @@ def _sharded(recipe: Recipe) -> Iterator[str]:
         yield (
             f"ADP-008 adapter.init={init} with launch.distribution=fsdp2: no process has the whole weights to begin "
             "from. Set adapter.init=default, or launch.distribution=ddp."
+        )
+
+
+def _divided(recipe: Recipe) -> Iterator[str]:
+    """What does not go with optimizer states that are divided among devices wherever a device's share ends."""
+    launch, optimizer = recipe.launch, recipe.train.optimizer
+    divided = launch.distribution == "deepspeed" and launch.nodes * launch.devices > 1
+    if divided and optimizer not in ("adamw", "lion"):
+        yield (
+            f"OPT-002 train.optimizer={optimizer} with launch.distribution=deepspeed: its state is one of whole rows "
+            "or blocks, and ZeRO cuts through them; paged ones are untried. Set train.optimizer=adamw."
         )
 
 

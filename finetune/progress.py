@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from rich.console import Console
@@ -169,17 +171,24 @@ class Guard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raises NumbersError (TRN-001) naming the kinds of weights without a gradient at step 1."""
-        if state.global_step > 0:
-            return
-        heard: dict[str, bool] = {}
-        trained = {name: p for name, p in kwargs["model"].named_parameters() if p.requires_grad}
-        adapted = any(".lora_" in name for name in trained)
-        for name, parameter in trained.items():
-            if ".lora_B." in name or not adapted:  # A's gradient is zero while B is zero
-                kind = ".".join(part for part in name.partition(".lora_B.")[0].split(".") if not part.isdigit())
-                heard[kind] = heard.get(kind, False) or (parameter.grad is not None and bool(parameter.grad.any()))
-        silent = sorted(kind for kind, any_gradient in heard.items() if not any_gradient)
-        if silent or not heard:
-            raise NumbersError(
-                "TRN-001", f"no gradient reaches {silent or 'any weight'}", "", "report this with the recipe"
-            )
+        if state.global_step == 0:
+            require_gradients(kwargs["model"])
+
+
+def require_gradients(model: Any, gradient: Callable[[Any], Any] = attrgetter("grad")) -> None:
+    """Nothing, or NumbersError (TRN-001) naming the kinds of trained weights whose `gradient(weight)` is none or zero.
+
+    It is asked for every weight, in the same order in every process: it may gather what several of them hold.
+    """
+    heard: dict[str, bool] = {}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    adapted = any(".lora_" in name for name in trained)
+    for name, parameter in trained.items():
+        if ".lora_B." in name or not adapted:  # A's gradient is zero while B is zero
+            kind = ".".join(part for part in name.partition(".lora_B.")[0].split(".") if not part.isdigit())
+            found = gradient(parameter)
+            heard[kind] = heard.get(kind, False) or (found is not None and bool(found.any()))
+    silent = sorted(kind for kind, any_gradient in heard.items() if not any_gradient)
+    if silent or not heard:
+        what = f"no gradient reaches {silent or 'any weight'}"
+        raise NumbersError("TRN-001", what, "", "report this with the recipe")

@@ -247,7 +247,8 @@ class Launch:
     """Processes per machine that train together, one per device."""
     distribution: str = one_of("ddp", "fsdp2", "deepspeed")
     """With several devices: `ddp` gives each the whole base and its share of the rows; `fsdp2` also splits the base's
-    weights among them (GPUs only). `deepspeed` is refused, with the reason."""
+    weights among them (GPUs only); `deepspeed` gives each the whole base too and divides gradients and optimizer states
+    (ZeRO stage 2; the extra [deepspeed])."""
     cpu_threads: int = 0
     """Threads for CPU arithmetic; 0 means one per core."""
     gpus: bool = True

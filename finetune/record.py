@@ -62,7 +62,7 @@ def content(run_dir: RunDir, recipe: Recipe, base: Path) -> dict[str, Any]:
         **derived(run_dir, recipe, base),
         "inputs": hashed_inputs(run_dir, recipe, base),
         "outputs": hashes(run_dir.path, output_names(run_dir)),
-        "versions": versions(recipe.engine),
+        "versions": versions(recipe.engine, recipe.launch.distribution),
         "packages": installed(),
         "platform": {
             "system": platform.platform(),
@@ -256,10 +256,11 @@ def read(path: Path) -> Any:
     return read_json(path) if path.is_file() else None
 
 
-def versions(engine: str = "finetune") -> dict[str, str]:
-    """Package -> version, of those that are installed; with those of the engine that trains."""
+def versions(engine: str = "finetune", distribution: str = "ddp") -> dict[str, str]:
+    """Package -> version, of those that are installed; with those of the engine that trains, and DeepSpeed's."""
     found = {}
-    for package in (*PACKAGES, *(UNSLOTH if engine == "unsloth" else ())):
+    more = [*(UNSLOTH if engine == "unsloth" else ()), *(["deepspeed"] if distribution == "deepspeed" else [])]
+    for package in (*PACKAGES, *more):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes the six locks anew from pyproject.toml. Versions stay as they are where they still fit; `--upgrade` or
+# Writes the seven locks anew from pyproject.toml. Versions stay as they are where they still fit; `--upgrade` or
 # `--upgrade-package NAME` moves them. Extra words go to pip-compile.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_venv.sh"
@@ -74,6 +74,17 @@ compile tests/atheris.lock "$@" "$temporary/atheris.in"
   without none | sed 's|-r .*/atheris.in|scripts/lock.sh|'
 } >"$temporary/atheris.lock"
 mv -- "$temporary/atheris.lock" tests/atheris.lock
+
+say "lock: tests/deepspeed.lock"
+printf '%s\n' "$(sed -n 's/^deepspeed = \["\(.*\)"\]/\1/p' pyproject.toml)" "torch==$TORCH" >"$temporary/deepspeed.in"
+compile tests/deepspeed.lock "$@" -c requirements.lock -c scripts/build.lock -c tests/requirements.lock \
+  "$temporary/deepspeed.in"
+{
+  printf '# DeepSpeed for the tests of launch=deepspeed, on top of the other locks: .ci/run puts it beside .venv. Written by scripts/lock.sh.\n'
+  without "$(names requirements.lock scripts/build.lock tests/requirements.lock)|$cuda" | sed 's|-r .*/deepspeed.in|scripts/lock.sh|'
+} >"$temporary/deepspeed.lock"
+mv -- "$temporary/deepspeed.lock" tests/deepspeed.lock
+rm "$temporary/out.lock"
 
 # Last and longest: vLLM asks for torch and its companions, of which every file is hashed and none is kept.
 say "lock: tests/serving.lock"

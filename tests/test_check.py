@@ -58,7 +58,6 @@ def test_a_good_recipe_has_no_problems() -> None:
         ("launch__kind", "slurm", "SLM-011 runs_dir='runs' must be an absolute path"),
         ("launch__partition", "gpu", "SLM-015 launch.partition has no effect with launch.kind=local"),
         ("launch__nodes", 2, "LCH-009 launch.nodes=2: launch.kind=local starts processes on this machine only"),
-        ("launch__distribution", "deepspeed", "LCH-011 launch.distribution=deepspeed is not offered"),
         ("train__adapter_of", "best", "TRN-007 train.adapter_of=best needs held-out losses"),
         ("train__allow_changed", ["seed", "sed"], "LCH-003 train.allow_changed: sed is none of base, data, world_size"),
         ("export__formats", ["hf", "onnx"], "EXP-001 export.formats=[hf,onnx]"),

@@ -15,7 +15,7 @@ from finetune.errors import RunError
 from finetune.launch import free_port, together
 from finetune.rundir import read_json
 from tests.job import good
-from tests.trained import ADAPTER, ROOT, begun, ended, prepared, told
+from tests.trained import ADAPTER, ROOT, begun, ended, prepared, told, with_deepspeed
 
 SAME = ("train.precision=fp32", "train.max_steps=6", "train.save_steps=6")
 TWO = ("launch.devices=2", "train.batch_size=2")
@@ -30,7 +30,14 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("distribution", "module"), [("ddp", "finetune"), ("fsdp2", "tests.fsdp_on_cpu")])
+@pytest.mark.parametrize(
+    ("distribution", "module"),
+    [
+        ("ddp", "finetune"),
+        ("fsdp2", "tests.fsdp_on_cpu"),
+        pytest.param("deepspeed", "finetune", marks=with_deepspeed),
+    ],
+)
 def test_two_processes_with_the_same_rows_learn_what_one_does(tmp_path, alone, distribution, module, monkeypatch):
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
     run_dir = prepared(tmp_path, *SAME, *TWO, f"launch.distribution={distribution}")
@@ -45,7 +52,10 @@ def test_two_processes_with_the_same_rows_learn_what_one_does(tmp_path, alone, d
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
     written = read_json(run_dir.train)
     assert (written["processes"], written["distribution"]) == (2, distribution)
-    assert written["expert_rows_with_a_gradient"] == read_json(alone.train)["expert_rows_with_a_gradient"]
+    whole = read_json(alone.train)
+    assert written["expert_rows_with_a_gradient"] == whole["expert_rows_with_a_gradient"]
+    if distribution == "deepspeed":
+        assert written["optimizer_gib"] == pytest.approx(whole["optimizer_gib"] / 2, rel=0.01)
 
 
 def test_fsdp2_gives_each_process_half_of_the_4_bit_weights(tmp_path, monkeypatch):

@@ -200,8 +200,9 @@ def test_a_disk_without_room_for_what_is_saved_is_refused(tmp_path, monkeypatch)
 def test_the_optimizer_is_imitated_until_it_has_a_state_of_its_own():
     model = torch.nn.Linear(3, 5)
     model.bias.requires_grad_(False)
-    assert [tuple(tensor.shape) for tensor in moments(model, SimpleNamespace(state={}))] == [(5, 3), (5, 3)]
-    assert moments(model, SimpleNamespace(state={0: "resumed"})) == []
+    fresh, resumed = (SimpleNamespace(state=s, param_groups=[{"params": [model.weight]}]) for s in ({}, {0: "resumed"}))
+    assert [tuple(tensor.shape) for tensor in moments(model, fresh)] == [(5, 3), (5, 3)]
+    assert moments(model, resumed) == []
 
 
 def test_every_set_that_is_evaluated_while_training_is_rehearsed():

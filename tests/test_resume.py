@@ -13,7 +13,7 @@ from finetune.checkpoints import newest
 from finetune.launch import handed_on
 from finetune.rundir import read_json
 from finetune.stop import SIGNALS, asked_to_stop
-from tests.trained import ADAPTER, begun, ended, kill_after, prepared, told, wait_for
+from tests.trained import ADAPTER, begun, ended, kill_after, prepared, told, wait_for, with_deepspeed
 
 LORA = ("adapter=lora", "adapter.targets=attention", "adapter.dropout=0.1", "data.packing=true", "train.precision=fp32")
 TWICE = ("launch.devices=2", "train.batch_size=1")
@@ -23,12 +23,13 @@ CASES = {
     "ddp": (TWICE, "finetune", 2),
     "full": (("adapter=full", "adapter.embeddings=true", "train.optimizer=adamw_8bit"), "finetune", 1),
     "fsdp2": ((*TWICE, "launch.distribution=fsdp2"), "tests.fsdp_on_cpu", 2),
+    "deepspeed": ((*TWICE, "train.accumulation=2", "launch.distribution=deepspeed"), "finetune", 2),
 }
 STEPS = 40
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*list(CASES)[:-1], pytest.param("deepspeed", marks=with_deepspeed)])
 def test_forty_steps_killed_and_resumed_are_bit_identical(tmp_path, case, monkeypatch):
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
     words, module, processes = CASES[case]

@@ -10,12 +10,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from finetune.compose import load_recipe
+from finetune.machine import deepspeed_absent
 from finetune.run import carry_on, start
 from finetune.rundir import RunDir, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTER = "adapter_model.safetensors"
+
+with_deepspeed = (
+    pytest.mark.deepspeed,
+    pytest.mark.skipif(bool(deepspeed_absent()), reason=f"the extra [deepspeed]: {deepspeed_absent()}"),
+)
+"""Marks of a test that trains with DeepSpeed: a tier of its own, for an environment that has it."""
 
 
 def prepared(folder: Path, *words: str, recipe: str = "legal_quickstart") -> RunDir:
@@ -32,7 +41,8 @@ def begun(run_dir: RunDir, module: str = "finetune", processes: int = 1, more: S
     if module != "finetune":
         command = [sys.executable, "-m", module, "train", str(run_dir.path)]
         code = [sys.executable, "-c", f"from finetune.launch import together; together({command!r}, {processes})"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": path.rstrip(":")}
     return subprocess.Popen(
         code, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

@@ -52,7 +52,7 @@ def gather(run_dir: RunDir) -> Facts:
         "energy": energy.used(happened),
         "inputs": inputs(run_dir),
         "merged": read(run_dir.merged / "merge.json"),
-        "versions": train["versions"] if train else record.versions(recipe.engine),
+        "versions": train["versions"] if train else record.versions(recipe.engine, recipe.launch.distribution),
         "program": __version__,
         "commit": record.git_commit(),
         **licences(run_dir, recipe),

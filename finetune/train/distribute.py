@@ -30,7 +30,12 @@ def join(recipe: Recipe) -> Ranks:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    state = PartialState(cpu=not on_gpu and not is_sharded(recipe))
+    if is_divided(recipe):
+        from finetune.train.zero import start
+
+        state = start(on_gpu)
+    else:
+        state = PartialState(cpu=not on_gpu and not is_sharded(recipe))
     if state.num_processes != world or (is_sharded(recipe) and state.distributed_type != DistributedType.MULTI_GPU):
         raise _apart(world, (world, state.num_processes), state.distributed_type)
     return Ranks.here()
@@ -39,6 +44,11 @@ def join(recipe: Recipe) -> Ranks:
 def is_sharded(recipe: Recipe) -> bool:
     """Whether the base's weights are split among the processes."""
     return recipe.launch.distribution == "fsdp2" and recipe.launch.nodes * recipe.launch.devices > 1
+
+
+def is_divided(recipe: Recipe) -> bool:
+    """Whether gradients and optimizer states are divided among the processes (ZeRO), which all hold the whole base."""
+    return recipe.launch.distribution == "deepspeed" and recipe.launch.nodes * recipe.launch.devices > 1
 
 
 def sharding(family: Family) -> dict[str, Any]:
@@ -73,6 +83,7 @@ def require_ranks(trainer: Any, recipe: Recipe, ranks: Ranks) -> None:
     together = {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
     plain = together if ranks.world > 1 else {DistributedType.NO}
     wanted = {DistributedType.FSDP} if is_sharded(recipe) else plain
+    wanted = {DistributedType.DEEPSPEED} if is_divided(recipe) else wanted
     kind = trainer.accelerator.distributed_type
     if set(seen) != {ranks.world} or kind not in wanted:
         raise _apart(ranks.world, seen, kind)

@@ -31,12 +31,15 @@ def identity(recipe: Recipe, run_dir: RunDir, base: Path, world: int) -> dict[st
         "precision": recipe.train.precision,
         "seed": recipe.seed,
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
-        "versions": versions(recipe.engine),
+        "versions": versions(recipe.engine, recipe.launch.distribution),
     }
 
 
 def changes(then: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> dict[str, str]:
-    """Name -> what is different, of the allowed changes. Raises RunError (CKP-002) naming those that are not."""
+    """Name -> what is different, of the allowed changes.
+
+    Raises RunError: CKP-002 naming those that are not, CKP-005 where DeepSpeed's parts would be cut otherwise.
+    """
     found = {name: _difference(then[name], now[name]) for name in CHANGEABLE if then[name] != now[name]}
     refused = [name for name in found if name not in allowed]
     if refused:
@@ -47,6 +50,12 @@ def changes(then: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> di
             "its numbers would not be those of one run",
             f"train.allow_changed=[{','.join(refused)}] beside run=, which the record keeps; or a new run",
         )
+    cut = sorted(found.keys() & {"distribution", "world_size"})
+    if cut and "deepspeed" in (then["distribution"], now["distribution"]):
+        what = "; ".join(f"{name}: {found[name]}" for name in cut)
+        why = "with DeepSpeed each process keeps its own part of the optimizer's state, which no other one can take up"
+        what = f"this run cannot go on as it was begun: {what}"
+        raise RunError("CKP-005", what, why, "the same launch=, or a new run")
     return found
 
 

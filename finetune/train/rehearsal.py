@@ -47,7 +47,7 @@ class Rehearsal(TrainerCallback):
             return
         started = time.monotonic()
         check_disk(self.run_dir, kwargs["model"])
-        with no_trace(self.trainer, kwargs["model"]):
+        with no_trace(self.trainer, kwargs["model"]), self.trainer.without_updates():
             self.measured = self._rehearse(kwargs["model"])
         seconds = time.monotonic() - started
         self.measured["seconds"] = round(seconds, 2)
@@ -222,6 +222,8 @@ def moments(model: Any, optimizer: Any) -> list[Any]:
     if optimizer is not None and optimizer.state:
         return []
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if optimizer is not None:  # its parameters may be parts of them
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return [torch.ones_like(parameter) for parameter in trained for _ in range(MOMENTS)]
 
 

@@ -25,7 +25,8 @@ from finetune.whole import save
 def finish(job: Job) -> None:
     """Looks at what was learnt and writes adapter/ (or tuned/) and train.json; only the first process writes."""
     trainer, rows, recipe, run_dir = job.trainer, job.rows, job.recipe, job.run_dir
-    weights = {name: states.whole(p.detach()).cpu() for name, p in states.trainable(trainer.model).items()}
+    trained = states.trainable(trainer.model)
+    weights = {name: states.own(states.whole(p.detach()).cpu()) for name, p in trained.items()}
     counts = {name: count.tolist() for name, count in job.heard.memory().items()}
     others = job.ranks.gather(counts)[1:]
     if not job.ranks.first:
@@ -78,7 +79,7 @@ def finish(job: Job) -> None:
             "processes": job.ranks.world,
             "distribution": recipe.launch.distribution if job.ranks.world > 1 else "none",
             "resumed": job.resumed.memory(),
-            "versions": versions(recipe.engine),
+            "versions": versions(recipe.engine, recipe.launch.distribution),
             "seed": recipe.seed,
             "device": str(torch.get_default_device())
             if not torch.cuda.is_available()

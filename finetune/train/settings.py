@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.families import Family
 from finetune.recipe import Recipe, Train
-from finetune.train.distribute import is_sharded, sharding
+from finetune.train.distribute import is_divided, is_sharded, sharding
 
 
 def planned_steps(settings: Train, rows: int, devices: int = 1) -> int:
@@ -56,6 +56,12 @@ def trainer_settings(
 
     settings = recipe.train
     on_gpu, sharded = torch.cuda.is_available(), is_sharded(recipe)
+    divided: dict[str, Any] = {}
+    if is_divided(recipe):
+        from finetune.train.zero import settings as zero_settings
+
+        # The state is that of `distribute.join`: Accelerate alone would join no processes on a CPU.
+        divided = {"deepspeed": zero_settings(settings), "accelerator_config": {"use_configured_state": True}}
     return SFTConfig(
         output_dir=output_dir,
         max_steps=steps,
@@ -67,7 +73,7 @@ def trainer_settings(
         warmup_steps=round(steps * settings.warmup_fraction),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        bf16=settings.precision == "bf16",
+        bf16=settings.precision == "bf16" and not divided,  # DeepSpeed would make the whole model bf16, scales included
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         router_aux_loss_coef=settings.router_aux_loss_coef,
@@ -98,4 +104,5 @@ def trainer_settings(
         dataloader_pin_memory=on_gpu,
         seed=recipe.seed,
         data_seed=recipe.seed,
+        **divided,
     )

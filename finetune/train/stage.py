@@ -78,7 +78,7 @@ def prepare(
     from finetune.recompute import Recompute
     from finetune.source import base_folder
     from finetune.train.beginning import beginning
-    from finetune.train.distribute import as_stored, is_sharded, require_ranks
+    from finetune.train.distribute import as_stored, is_divided, is_sharded, require_ranks
     from finetune.train.optimizer import loraplus
     from finetune.train.order import Order
     from finetune.train.parts import Parts
@@ -127,11 +127,13 @@ def prepare(
     told, loss = (for_trainer(recipe), "nll") if unsloth else (recipe, loss_type(base.model))  # it has a loss in pieces
     args = trainer_settings(told, scratch, name, steps, every, loss, base.family)
     # In this order: what is rehearsed is not counted, and trackers log what the others have measured.
-    callbacks = [boundary, Guard(), Recompute(recipe, base.family.block_class, console), rehearsal, router, progress]
+    guard = [] if is_divided(recipe) else [Guard()]  # ZeRO's own handle looks at gradients: they are gone afterwards
+    callbacks = [boundary, *guard, Recompute(recipe, base.family.block_class, console), rehearsal, router, progress]
     with keeping_fp32(model):  # TRL casts the adapter of a 4-bit model to bf16
         trainer = Trainer(
             keeping=keeping,
             ranks=ranks,
+            in_bf16=recipe.train.precision == "bf16" and (is_sharded(recipe) or is_divided(recipe)),
             order=Order(len(rows), recipe.seed, lengths, per_update),
             model=model,
             args=args,

@@ -95,6 +95,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return full
 
 
+def own(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor, or a copy of one that is a piece of a larger one, as DeepSpeed makes of weights."""
+    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if alone else tensor.clone()
+
+
 def like(value: torch.Tensor, parameter: Any) -> torch.Tensor:
     """`value` in the type, place and distribution of a parameter of the same shape."""
     if not hasattr(parameter, "device_mesh"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,15 +72,44 @@ class Trainer(SFTTrainer):
     `_load_from_checkpoint`, `_load_optimizer_and_scheduler`, `_load_rng_state`. None of transformers' own files remain.
     """
 
-    def __init__(self, *, keeping: Keeping, ranks: Ranks, order: Order, **kwargs: Any) -> None:
-        self.keeping, self.ranks, self.order = keeping, ranks, order
+    def __init__(self, *, keeping: Keeping, ranks: Ranks, order: Order, in_bf16: bool = False, **kwargs: Any) -> None:
+        self.keeping, self.ranks, self.order, self.in_bf16 = keeping, ranks, order, in_bf16
         self.update: list[dict[str, torch.Tensor]] = []
         """Numbers and digests of the batches since the last update."""
+        self.zero: Any = None
+        """`zero.Zero` while DeepSpeed's engine trains."""
         super().__init__(**kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         """Rows in an order that a resumed run finds again."""
         return self.order
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """Wraps model and optimizer; with DeepSpeed takes up the checkpoint here, which transformers would unpickle."""
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        from finetune.train.zero import Zero
+
+        made = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.zero = Zero(self.model_wrapped, self.model, begun=bool(resume_from_checkpoint))
+        self.accelerator.deepspeed_engine_wrapped = self.zero
+        if resume_from_checkpoint:
+            self._load_from_checkpoint(resume_from_checkpoint)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return made
+
+    @contextmanager
+    def without_updates(self) -> Iterator[None]:
+        """In the block a backward pass leaves gradients alone, which DeepSpeed would follow by an update."""
+        if self.zero is None:
+            yield
+            return
+        self.zero.rehearsing = True
+        try:
+            yield
+        finally:
+            self.zero.rehearsing = False
+            self.zero.forget()
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass; notes which rows it is of."""
@@ -93,9 +123,9 @@ class Trainer(SFTTrainer):
         return super().prediction_step(model, plain, *args, **kwargs)
 
     def compute_loss_context_manager(self) -> Any:
-        """Under FSDP2 Accelerate (1.15.0) leaves autocast out, which it applies in every other case."""
+        """Under FSDP2 and DeepSpeed Accelerate (1.15.0) leaves autocast out, which it applies in every other case."""
         stack = super().compute_loss_context_manager()
-        if self.is_fsdp_enabled and self.args.bf16:
+        if self.in_bf16:
             stack.enter_context(torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=False))
         return stack
 
@@ -104,15 +134,16 @@ class Trainer(SFTTrainer):
         self.store_flos()
         parameters = states.trainable(self.model)
         weights = {name: states.whole(p.detach()) for name, p in parameters.items()}
-        optimizer = states.optimizer_state(self.optimizer)
+        optimizer = None if self.zero else states.optimizer_state(self.optimizer)
         need = sum(t.numel() * t.element_size() for t in weights.values()) * 3
         staging = self._together(lambda: checkpoints.stage(self.keeping.root, self.state.global_step, need))
         counts = {name: counted.memory() for name, counted in self.keeping.counted.items()}
         mine = {"random": states.drawn(), "counts": counts}
+        mine |= {"optimizer": self.zero.memory()} if self.zero else {}
         files: dict[str, Any] = {rank_file(self.ranks.rank): mine}
         if self.ranks.first:
             memory = {name: kept.memory() for name, kept in self.keeping.kept.items()}
-            files |= {WEIGHTS: weights, "optimizer.safetensors": optimizer}
+            files |= {WEIGHTS: weights} | ({"optimizer.safetensors": optimizer} if optimizer else {})
             files |= {"trainer_state.json": dataclasses.asdict(self.state), "memory.json": memory}
             files["scheduler.json"] = self.lr_scheduler.state_dict()
         entries, error = [], None
@@ -174,7 +205,10 @@ class Trainer(SFTTrainer):
         """Puts a checkpoint's state into optimizer and schedule."""
         if checkpoint is None:
             return
-        states.restore_optimizer(self.optimizer, states.from_file(Path(checkpoint) / "optimizer.safetensors"))
+        if self.zero:
+            self.zero.remember(states.from_file(Path(checkpoint) / rank_file(self.ranks.rank))["optimizer"])
+        else:
+            states.restore_optimizer(self.optimizer, states.from_file(Path(checkpoint) / "optimizer.safetensors"))
         schedule = json.loads((Path(checkpoint) / "scheduler.json").read_text(encoding="utf-8"))
         self.lr_scheduler.load_state_dict(schedule)
 
