@@ -249,6 +249,8 @@ class Launch:
     """With several devices: `ddp` gives each the whole base and its share of the rows; `fsdp2` also splits the base's
     weights among them (GPUs only); `deepspeed` gives each the whole base too and divides gradients and optimizer states
     (ZeRO stage 2; the extra [deepspeed])."""
+    context_parallel: int = 1
+    """Devices that share a sequence. Only 1 is offered: `check` says why, and what makes long rows fit."""
     cpu_threads: int = 0
     """Threads for CPU arithmetic; 0 means one per core."""
     gpus: bool = True

@@ -21,7 +21,7 @@ from finetune.train import state as states
 
 
 def start(on_gpu: bool) -> Any:
-    """Accelerate's state of processes that DeepSpeed has joined. Raises RunError (LCH-013) when it is not installed."""
+    """Accelerate's state of processes that DeepSpeed has joined. Raises RunError (LCH-011) when it is not installed."""
     if missing := deepspeed_absent():
         code, _, sentence = missing.partition(" ")
         raise RunError(code, sentence)
