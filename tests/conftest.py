@@ -41,6 +41,15 @@ def merged_run(tmp_path_factory: Any) -> Any:
     return done, said.getvalue()
 
 
+@pytest.fixture(scope="module")
+def forked_proofs() -> Any:
+    """The process that proves a merge is a fork of one that has imported what it needs (`tests/warm.py`)."""
+    from tests.warm import proofs_are_forks
+
+    with proofs_are_forks():
+        yield
+
+
 @pytest.fixture
 def canary(tmp_path: Path) -> Any:
     """A file that must not be there when the test ends."""

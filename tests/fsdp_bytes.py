@@ -11,7 +11,8 @@ from finetune.compose import read_recipe
 from finetune.rundir import RunDir
 
 
-def main(run: str, out: str) -> None:
+def main(words: list[str]) -> int:
+    run, out = words
     import torch
     from rich.console import Console
 
@@ -35,6 +36,7 @@ def main(run: str, out: str) -> None:
     held = {"mine": sum(after), "whole": sum(whole), "experts_mine": after[0], "experts_whole": whole[0]}
     Path(f"{out}-{expected()[0]}").write_text(json.dumps(held))
     torch.distributed.destroy_process_group()
+    return 0
 
 
 def _bytes(model, *, whole):
@@ -57,4 +59,4 @@ def _bytes(model, *, whole):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    sys.exit(main(sys.argv[1:]))

@@ -14,6 +14,8 @@ os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 import transformers.training_args
 from accelerate import state
 
+from finetune.worker import main
+
 
 def _prepare_backend(self, cpu=False, sagemaker_dp=False, backend=None):
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -25,6 +27,4 @@ state.PartialState._prepare_backend = _prepare_backend
 transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
 if __name__ == "__main__":
-    from finetune.worker import main
-
     sys.exit(main(sys.argv[1:]))

@@ -6,6 +6,8 @@ is for the real one.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import re
@@ -31,6 +33,7 @@ from finetune.train import with_unsloth
 from finetune.train.learnt import unlearnt
 from finetune.train.state import trainable
 from tests.job import good, ready
+from tests.warm import Forked, proofs_are_forks, ranks_are_forks
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ("engine=unsloth", "adapter.double_quantisation=true", "train.precision=bf16", "scale=rehearsal")
@@ -254,6 +257,11 @@ def test_only_one_file_imports_it():
 # --- a run with something in its place ------------------------------------------------------------------------------
 
 
+def forked_training():
+    """A context in which training is a fork of a process that has imported torch, and not what Unsloth changes."""
+    return ranks_are_forks(functools.partial(Forked, outputs=(1, 2), imported="torch"))
+
+
 class Site:
     """A folder on the path of this process and of those it starts, with the stand-in and its metadata; runs with it."""
 
@@ -275,10 +283,14 @@ class Site:
             info.mkdir()
             (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
-    def run(self, *words, until="train", engine=HERE):
-        """A rehearsal up to a stage; the prepared rows and the tiny base are shared by all."""
+    def run(self, *words, until="train", engine=HERE, typed=False):
+        """A rehearsal up to a stage; the prepared rows and the tiny base are shared by all.
+
+        The process of its training is a fork, or with `typed` the command itself.
+        """
         places = (f"runs_dir={self.root / 'runs'}", f"cache_dir={self.root / 'cache'}")
-        return run(load_recipe("legal_quickstart", *engine, *places, *words), until=until)
+        with contextlib.nullcontext() if typed else forked_training(), proofs_are_forks():
+            return run(load_recipe("legal_quickstart", *engine, *places, *words), until=until)
 
     def given(self):
         """What the stand-in wrote down, by call, of the last run."""
@@ -307,7 +319,7 @@ def whole(site):
     here.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        done = site.run(*PLAIN, "train.save_steps=2", until="export")
+        done = site.run(*PLAIN, "train.save_steps=2", until="export", typed=True)
     return done, site.given(), list(here.iterdir())
 
 
@@ -361,7 +373,8 @@ def test_it_goes_on_from_a_checkpoint_as_if_nothing_had_happened(whole, tmp_path
     shutil.rmtree(again.adapter)
     again.train.unlink()
     shutil.rmtree(again.checkpoints / "step-000004")
-    again = carry_on(again, until="train")
+    with forked_training():
+        again = carry_on(again, until="train")
     assert [entry["after_step"] for entry in read_json(again.train)["resumed"]] == [2]
     assert (again.adapter / ADAPTER).read_bytes() == wanted
 

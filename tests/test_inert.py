@@ -351,7 +351,7 @@ def test_loading_such_a_base_is_refused_by_default(shipped: Path, tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def done(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def done(shipped: Path, tmp_path_factory: pytest.TempPathFactory, forked_proofs: None) -> RunDir:
     """A finished run on it."""
     return run(job(shipped, tmp_path_factory.mktemp("done"), "ignore"))
 

@@ -260,7 +260,9 @@ def test_the_stage_proves_in_a_fresh_process_and_leaves_the_proof_beside_the_wei
     assert not list(run_dir.path.glob(RESUMED + "*"))
 
 
-def test_a_merge_that_fails_its_proof_is_not_published_and_the_adapter_stays(merged_run, tmp_path, monkeypatch):
+def test_a_merge_that_fails_its_proof_is_not_published_and_the_adapter_stays(
+    merged_run, forked_proofs, tmp_path, monkeypatch
+):
     copy = RunDir(tmp_path / "run")
     shutil.copytree(merged_run[0].path, copy.path)
     shutil.rmtree(copy.merged)

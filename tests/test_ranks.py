@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +14,8 @@ from finetune.errors import RunError
 from finetune.launch import free_port, together
 from finetune.rundir import read_json
 from tests.job import good
-from tests.trained import ADAPTER, ROOT, begun, ended, prepared, told, with_deepspeed
+from tests.trained import ADAPTER, begun, ended, prepared, told, with_deepspeed
+from tests.warm import Forked
 
 SAME = ("train.precision=fp32", "train.max_steps=6", "train.save_steps=6")
 TWO = ("launch.devices=2", "train.batch_size=2")
@@ -41,7 +41,7 @@ def alone(tmp_path_factory):
 def test_two_processes_with_the_same_rows_learn_what_one_does(tmp_path, alone, distribution, module, monkeypatch):
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
     run_dir = prepared(tmp_path, *SAME, *TWO, f"launch.distribution={distribution}")
-    code, said = ended(begun(run_dir, module, 2))
+    code, said = ended(begun(run_dir, module, 2, typed=distribution == "deepspeed"))
     assert code == 0, said
     assert "2 devices x 2 rows x 1 accumulated = 4 rows per update" in said
     for a, b in zip(told(run_dir), told(alone), strict=True):
@@ -62,9 +62,8 @@ def test_fsdp2_gives_each_process_half_of_the_4_bit_weights(tmp_path, monkeypatc
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
     run_dir = prepared(tmp_path, *SAME, *TWO, "launch.distribution=fsdp2", recipe="qwen3_30b_legal")
     out = tmp_path / "bytes"
-    command = [sys.executable, "-m", "tests.fsdp_bytes", str(run_dir.path), str(out)]
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    together(command, 2, 1)
+    code, said = ended(Forked("tests.trained", ["tests.fsdp_bytes", "2", str(run_dir.path), str(out)]))
+    assert code == 0, said
     for rank in (0, 1):
         held = json.loads((out.parent / f"bytes-{rank}").read_text())
         assert held["whole"] > 0
@@ -117,12 +116,9 @@ dist.destroy_process_group()
 
 def test_one_process_where_two_were_planned_is_refused(tmp_path):
     run_dir = prepared(tmp_path, *SAME, *TWO)
-    done = subprocess.run(
-        [sys.executable, "-m", "finetune.worker", "train", str(run_dir.path)],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 3
-    assert "LCH-004 1 processes were started, launch.nodes x launch.devices is 2" in done.stderr
+    code, said = ended(Forked("finetune.worker", ["train", str(run_dir.path)]))
+    assert code == 3
+    assert "LCH-004 1 processes were started, launch.nodes x launch.devices is 2" in said
 
 
 def test_processes_that_accelerate_does_not_distribute_are_refused(tmp_path):

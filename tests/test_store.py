@@ -19,17 +19,17 @@ from finetune.data.part import Maker
 from finetune.data.prepare import prepared, store_of
 from finetune.data.store import explain
 from finetune.errors import DataError
-from finetune.recipe import Data, Recipe
+from finetune.recipe import Recipe
+from tests import preparing
 from tests.test_data import jsonl, qa
+from tests.warm import ROOT, Forked
 
 ROWS = 6000
 """Enough for several blocks, so that worker processes are started."""
 
 
 def recipe(tmp_path: Path, path: Path, **settings: Any) -> Recipe:
-    usual = {"max_length": 512, "privacy": "off", "quality": "off", "near_duplicates": "off", "workers": 2}
-    data = Data(train_files=[str(path)], **{**usual, **settings})
-    return Recipe(name="test", cache_dir=str(tmp_path / "cache"), data=data)
+    return preparing.recipe(tmp_path / "cache", path, **settings)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -40,6 +40,12 @@ def content(folder: Path) -> dict[str, bytes]:
 def rows(tmp_path_factory: Any) -> Path:
     path: Path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     return jsonl(path, *(qa(f"question {i}", f"answer {i}", group=i % 50) for i in range(ROWS)))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: Any, base: Path, rows: Path) -> dict[str, bytes]:
+    """What undisturbed processes make of the rows."""
+    return content(prepared(recipe(tmp_path_factory.mktemp("whole"), rows), base))
 
 
 def test_the_same_content_is_prepared_once_wherever_it_lies(
@@ -102,8 +108,10 @@ def test_a_set_that_lost_a_byte_is_made_again(tmp_path: Path, base: Path) -> Non
     assert content(prepared(recipe(tmp_path, path), base)) == before
 
 
-def test_one_process_and_several_give_the_same_bytes(tmp_path: Path, base: Path, rows: Path) -> None:
-    several = content(prepared(recipe(tmp_path / "several", rows), base))
+def test_one_process_and_several_give_the_same_bytes(
+    tmp_path: Path, base: Path, rows: Path, whole: dict[str, bytes]
+) -> None:
+    several = whole
     alone = content(prepared(recipe(tmp_path / "alone", rows, workers=1), base))
     assert several.keys() >= {"train.arrow", "heldout.arrow", "ledger.jsonl", "report.json", "mask.txt"}
     for name in several.keys() - {"seal.json", "report.json"}:
@@ -114,37 +122,24 @@ def test_one_process_and_several_give_the_same_bytes(tmp_path: Path, base: Path,
     assert reports[0] == reports[1]
 
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from finetune.data.prepare import prepared
-from finetune.recipe import Data, Recipe
-if __name__ == "__main__":
-    rows, base, cache = sys.argv[1:]
-    data = Data(train_files=[rows], max_length=512, privacy="off", quality="off", near_duplicates="off", workers=2)
-    print(prepared(Recipe(name="test", cache_dir=cache, data=data), Path(base)))
-"""
-
-
-def start(tmp_path: Path, rows: Path, base: Path, cache: str) -> subprocess.Popen[str]:
-    script = tmp_path / "prepare.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, str(script), str(rows), str(base), str(tmp_path / cache)]
+def start(tmp_path: Path, rows: Path, base: Path, how: str) -> Any:
+    """A process that prepares the rows; its workers are forks, and so is it, or both are as the product has them."""
+    words = [str(rows), str(base), str(tmp_path / "cache"), how]
+    if how == "fork":
+        return Forked("tests.preparing", words)
+    command = [sys.executable, "-m", "tests.preparing", *words]
     return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
 
 
 @pytest.mark.slow
-def test_killed_preparation_goes_on_and_gives_the_same_bytes(tmp_path: Path, base: Path, rows: Path) -> None:
-    whole = content(prepared(recipe(tmp_path / "whole", rows), base))
+def test_killed_preparation_goes_on_and_gives_the_same_bytes(
+    tmp_path: Path, base: Path, rows: Path, whole: dict[str, bytes]
+) -> None:
     killed = 0
     for _ in range(3):
-        process = start(tmp_path, rows, base, "cache")
+        process = start(tmp_path, rows, base, "fork")
         parts = tmp_path / "cache" / "prepared"
         had = len(list(parts.glob(".parts-*/*.facts")))
         deadline = time.monotonic() + 120
@@ -157,10 +152,10 @@ def test_killed_preparation_goes_on_and_gives_the_same_bytes(tmp_path: Path, bas
             killed += 1
         process.communicate()
     assert killed >= 2
-    done = start(tmp_path, rows, base, "cache")
-    out, err = done.communicate(timeout=300)
-    assert done.returncode == 0, err
-    assert content(Path(out.strip())) == whole
+    done = start(tmp_path, rows, base, "spawn")
+    said, _ = done.communicate(timeout=300)
+    assert done.returncode == 0, said
+    assert content(Path(said.splitlines()[-1])) == whole
     assert not list((tmp_path / "cache" / "prepared").glob(".parts-*"))
 
 
@@ -201,11 +196,13 @@ def test_parts_of_rows_that_are_refused_do_not_stay(tmp_path: Path, base: Path) 
 
 
 @pytest.mark.slow
-def test_two_processes_that_prepare_the_same_do_not_harm_each_other(tmp_path: Path, base: Path, rows: Path) -> None:
-    both = [start(tmp_path, rows, base, "cache") for _ in range(2)]
-    answers = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], answers
-    assert answers[0][0] == answers[1][0]
-    assert sum("another process prepares the same rows" in err for _, err in answers) <= 1
-    whole = content(prepared(recipe(tmp_path / "whole", rows), base))
-    assert content(Path(answers[0][0].strip())) == whole
+def test_two_processes_that_prepare_the_same_do_not_harm_each_other(
+    tmp_path: Path, base: Path, rows: Path, whole: dict[str, bytes]
+) -> None:
+    both = [start(tmp_path, rows, base, "fork") for _ in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    folders = {Path(words.splitlines()[-1]) for words in said}
+    assert len(folders) == 1
+    assert sum("another process prepares the same rows" in words for words in said) <= 1
+    assert content(folders.pop()) == whole

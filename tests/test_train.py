@@ -183,7 +183,7 @@ def test_only_a_class_whose_backbone_is_itself_computes_all_logits_at_once():
     ],
     ids=lambda words: " ".join(words),
 )
-def test_each_way_to_tune_goes_the_whole_way_to_an_export(words, tmp_path):
+def test_each_way_to_tune_goes_the_whole_way_to_an_export(words, tmp_path, forked_proofs):
     recipe = load_recipe(
         "qwen3_30b_legal", "scale=rehearsal", f"runs_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}", *words
     )

@@ -110,16 +110,16 @@ def test_two_processes_stop_together_and_go_on_and_leave_no_pickle(tmp_path, mon
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
     words = (*ZERO, "train.max_steps=24", "train.save_steps=3")
     straight, stopped = prepared(tmp_path, *words), prepared(tmp_path, *words)
-    code, said = ended(begun(straight))
+    code, said = ended(begun(straight, typed=True))
     assert code == 0, said
-    process = begun(stopped)
+    process = begun(stopped, typed=True)
     wait_for(process, stopped, 3)
     os.kill(process.pid, signal.SIGTERM)
     code, said = ended(process)
     assert code == 75, said
     step = newest(stopped.checkpoints).checkpoint.step
     assert f"stopped by SIGTERM after step {step} of 24" in said
-    code, said = ended(begun(stopped))
+    code, said = ended(begun(stopped, typed=True))
     assert code == 0, said
     assert told(stopped) == told(straight)
     folder = next(straight.checkpoints.glob("step-*"))
@@ -141,7 +141,7 @@ def test_two_processes_stop_together_and_go_on_and_leave_no_pickle(tmp_path, mon
 def test_gradients_that_are_missing_or_infinite_end_all_processes(tmp_path, monkeypatch, fault, said):
     monkeypatch.setenv("ZERO_FAULT", fault)
     run_dir = prepared(tmp_path, *ZERO, "train.max_steps=6", "train.save_steps=1")
-    code, words = ended(begun(run_dir, "tests.zero_fault", 2))
+    code, words = ended(begun(run_dir, "tests.zero_fault", 2, typed=True))
     assert code != 0
     assert len(re.findall(said, words)) == 2, words
     kept = newest(run_dir.checkpoints).checkpoint

@@ -9,13 +9,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune.compose import load_recipe
+from finetune.launch import together
 from finetune.machine import deepspeed_absent
 from finetune.run import carry_on, start
 from finetune.rundir import RunDir, read_json
+from tests.warm import Forked
 
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTER = "adapter_model.safetensors"
@@ -34,27 +37,45 @@ def prepared(folder: Path, *words: str, recipe: str = "legal_quickstart") -> Run
     return carry_on(run_dir, until="data")
 
 
-def begun(run_dir: RunDir, module: str = "finetune", processes: int = 1, more: Sequence[str] = ()) -> subprocess.Popen:
-    """The training of a run in a process of its own; `module` other than finetune is started as a launcher would."""
+def begun(
+    run_dir: RunDir,
+    module: str = "finetune",
+    processes: int = 1,
+    more: Sequence[str] = (),
+    *,
+    typed: bool = False,
+) -> Any:
+    """The training of a run in a process of its own; `module` other than finetune is started as a launcher would.
+
+    It is a fork (`tests/warm.py`); with `typed` the command itself, as a user types it.
+    """
     words = ["train", f"run={run_dir.path}", *more]
-    code = [sys.executable, "-m", module, *words]
     if module != "finetune":
-        command = [sys.executable, "-m", module, "train", str(run_dir.path)]
-        code = [sys.executable, "-c", f"from finetune.launch import together; together({command!r}, {processes})"]
+        words, module = [module, str(processes), "train", str(run_dir.path)], "tests.trained"
     path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": path.rstrip(":")}
+    if not typed:
+        return Forked(module, words, environment)
+    code = [sys.executable, "-m", module, *words]
     return subprocess.Popen(
         code, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
-def ended(process: subprocess.Popen) -> tuple[int, str]:
+def main(words: Sequence[str]) -> int:
+    """`python -m tests.trained MODULE PROCESSES WORDS`: the launcher of a module with words."""
+    module, processes, *rest = words
+    together([sys.executable, "-m", module, *rest], int(processes))
+    return 0
+
+
+def ended(process: Any) -> tuple[int, str]:
     """(exit code, everything it printed)."""
     words, _ = process.communicate(timeout=300)
     return process.returncode, words
 
 
-def kill_after(process: subprocess.Popen, run_dir: RunDir, step: int, more_seconds: float = 0.0) -> None:
+def kill_after(process: Any, run_dir: RunDir, step: int, more_seconds: float = 0.0) -> None:
     """Kills the process group with -9 some time after the checkpoint of `step` or a later one is there."""
     wait_for(process, run_dir, step)
     time.sleep(more_seconds)
@@ -62,7 +83,7 @@ def kill_after(process: subprocess.Popen, run_dir: RunDir, step: int, more_secon
     process.communicate()
 
 
-def wait_for(process: subprocess.Popen, run_dir: RunDir, step: int) -> None:
+def wait_for(process: Any, run_dir: RunDir, step: int) -> None:
     """Waits until the checkpoint of `step` or a later one is there."""
     until = time.monotonic() + 240
     while not any(int(p.name[5:]) >= step for p in run_dir.checkpoints.glob("step-*")):
@@ -75,3 +96,7 @@ def told(run_dir: RunDir) -> list[tuple]:
     """What must be bit-identical: loss, gradient norm, learning rate and batch digest of every step."""
     steps = read_json(run_dir.train)["steps"]
     return [(s["step"], s["loss"], s["grad_norm"], s["lr"], s["batch"]) for s in steps]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
