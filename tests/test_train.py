@@ -30,6 +30,12 @@ def trained(tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="module")
+def plain(trained):
+    """The run without a word more."""
+    return trained()
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(trained):
     first, again, other = trained("seed=3"), trained("seed=3"), trained("seed=4")
     file = "adapter_model.safetensors"
@@ -47,19 +53,18 @@ def test_accumulating_two_halves_equals_one_batch_in_fp32(trained):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
 
 
-def test_gradient_checkpointing_changes_no_loss(trained):
-    plain, recomputed = trained(), trained("train.gradient_checkpointing=true")
+def test_gradient_checkpointing_changes_no_loss(trained, plain):
+    recomputed = trained("train.gradient_checkpointing=true")
     a, b = (read_json(r.train)["steps"] for r in (plain, recomputed))
     assert [s["loss"] for s in a] == pytest.approx([s["loss"] for s in b], abs=1e-6)
 
 
-def test_the_saved_adapter_is_fp32_and_names_its_base(trained):
-    done = trained()
-    assert {t.dtype for t in load_file(done.adapter / "adapter_model.safetensors").values()} == {torch.float32}
-    config = read_json(done.adapter / "adapter_config.json")
+def test_the_saved_adapter_is_fp32_and_names_its_base(plain):
+    assert {t.dtype for t in load_file(plain.adapter / "adapter_model.safetensors").values()} == {torch.float32}
+    config = read_json(plain.adapter / "adapter_config.json")
     assert config["target_parameters"] == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
     assert "all-linear" not in str(config["target_modules"])
-    assert str(done.path.parent) not in str(config)  # no path of this machine
+    assert str(plain.path.parent) not in str(config)  # no path of this machine
 
 
 def test_a_learning_rate_that_blows_up_stops_the_run_and_leaves_no_adapter(trained):
@@ -146,10 +151,10 @@ def test_the_best_state_is_kept_and_becomes_the_adapter_and_measuring_it_changes
     assert [s["loss"] for s in plain["steps"]] == [s["loss"] for s in told["steps"]]
 
 
-def test_recomputing_fewer_layers_changes_no_loss_and_says_how_many(trained, capsys):
-    all_kept, some = trained(), trained("train.gradient_checkpointing=true", "train.checkpointed_layers=1")
+def test_recomputing_fewer_layers_changes_no_loss_and_says_how_many(trained, plain, capsys):
+    some = trained("train.gradient_checkpointing=true", "train.checkpointed_layers=1")
     assert "recomputing activations in 1 of 2 layers: train.checkpointed_layers" in capsys.readouterr().out
-    a, b = (read_json(r.train)["steps"] for r in (all_kept, some))
+    a, b = (read_json(r.train)["steps"] for r in (plain, some))
     assert [s["loss"] for s in a] == pytest.approx([s["loss"] for s in b], abs=1e-6)
 
 

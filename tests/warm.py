@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,7 +131,8 @@ def _become(module: str, words: Sequence[str], environment: Mapping[str, str], o
     sys.path[:0] = [place for place in environment.get("PYTHONPATH", "").split(":") if place and place not in sys.path]
     sys.argv = [module, *words]
     found = importlib.import_module("finetune.__main__" if module == "finetune" else module)
-    with ranks_are_forks(Child), proofs_are_forks(Child):
+    merging = proofs_are_forks(Child) if "finetune.merge" in sys.modules else nullcontext()
+    with ranks_are_forks(Child), merging:
         code = found.main(list(words))
     return int(code or 0)
 
