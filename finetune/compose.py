@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 import itertools
 import math
 import re
@@ -103,6 +105,13 @@ def from_config(config: Any) -> Recipe:
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a frozen recipe.yaml. Raises RecipeError when it is not one; imports no Hydra."""
+    small = path.stat().st_size <= guard.MAX_YAML_BYTES
+    return copy.deepcopy(_read(path, path.read_bytes() if small else b""))
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: Path, content: bytes) -> Recipe:
+    """What `read_recipe` gives, kept by the bytes that the file has: a job reads its own fifteen times."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
