@@ -133,7 +133,7 @@ def test_processes_of_a_killed_training_do_not_live_on(tmp_path):
     wait_for(process, run_dir, 2)
     ranks = _children(process.pid)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.wait()  # not for the end of what is printed: that they would hold open
     for _ in range(100):
         if not any(_alive(pid) for pid in ranks):
             break
