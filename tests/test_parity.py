@@ -20,6 +20,7 @@ from finetune.recipe import Adapter, Evaluate, Export, Merge, Recipe
 from finetune.rundir import RESUMED, RunDir, read_json
 from tests.quantised import quantised
 from tests.tiny_models import adapted, checkpoint, tensors
+from tests.warm import proofs_are_forks
 
 ALL = Adapter(targets="all", rank=4, alpha=8.0, expert_rank=3, expert_alpha=5.0, load_in_4bit=False)
 RECIPE = Recipe(adapter=ALL, evaluate=Evaluate(max_new_tokens=4))
@@ -260,9 +261,7 @@ def test_the_stage_proves_in_a_fresh_process_and_leaves_the_proof_beside_the_wei
     assert not list(run_dir.path.glob(RESUMED + "*"))
 
 
-def test_a_merge_that_fails_its_proof_is_not_published_and_the_adapter_stays(
-    merged_run, forked_proofs, tmp_path, monkeypatch
-):
+def test_a_merge_that_fails_its_proof_is_not_published_and_the_adapter_stays(merged_run, tmp_path, monkeypatch):
     copy = RunDir(tmp_path / "run")
     shutil.copytree(merged_run[0].path, copy.path)
     shutil.rmtree(copy.merged)
@@ -276,7 +275,8 @@ def test_a_merge_that_fails_its_proof_is_not_published_and_the_adapter_stays(
         proved(run_dir, folder, say)
 
     monkeypatch.setattr(merging, "prove_apart", damaged)
-    with pytest.raises(GateError, match=r"MRG-012 1 tensors .*the adapter is unharmed") as caught:
+    refused = pytest.raises(GateError, match=r"MRG-012 1 tensors .*the adapter is unharmed")
+    with proofs_are_forks(), refused as caught:
         merging.merge(copy)
     assert caught.value.exit_code == 4
     assert copy.adapter.exists() and not copy.merged.exists() and not list(copy.path.glob(RESUMED + "*"))
