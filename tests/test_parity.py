@@ -12,6 +12,7 @@ from finetune import merge as merging
 from finetune.data import load_splits
 from finetune.errors import GateError, RunError
 from finetune.gpus import Gpu
+from finetune.merge import prove
 from finetune.merge.changed import compare
 from finetune.merge.plan import How, make_plan
 from finetune.merge.prove import compared, kl
@@ -51,6 +52,17 @@ def some_rows(tokenizer):
 def changed(job, folder=None, how=None):
     base, adapter, merged, _ = job
     return compare(make_plan(base, adapter, how or How()), folder or merged)
+
+
+@pytest.mark.parametrize(("four_bit", "total"), [(False, 6), (True, 8)])
+def test_a_long_proof_says_how_far_it_is(four_bit, total, job, monkeypatch, capsys):
+    base, adapter, merged, rows = job
+    monkeypatch.setattr(prove, "SECONDS", 0)
+    recipe = replace(RECIPE, adapter=replace(ALL, load_in_4bit=four_bit))
+    compared(base, adapter, merged, rows, recipe, compare(make_plan(base, adapter, How()), merged))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("proof: ")]
+    assert [line.split()[1] for line in said] == [str(n + 1) for n in range(total)]
+    assert said[-1] == f"proof: {total} of {total} answers, of adapter, base and merged files"
 
 
 def test_the_proof_counts_every_tensor_and_keeps_the_answers_of_base_and_tuned(job):

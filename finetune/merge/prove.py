@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ from finetune.whole import load_trained
 
 TOKENS = 128
 """Answer tokens of a prompt that are compared, at most."""
+
+SECONDS = 10
+"""Between two sentences about how far the proof is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +96,13 @@ def compared(
     four_bit: Side | None = None
     prompts: list[Prompt] = []
     tuned_logs: list[list[float]] = []
+    tick = _ticker(len(rows) * (4 if recipe.adapter.load_in_4bit else 3))
     if recipe.adapter.load_in_4bit:
-        with _adapted(base, adapter, precision, recipe) as (model, tokenizer, say):
+        with _adapted(base, adapter, precision, recipe, tick) as (model, tokenizer, say):
             prompts = [prompt_of(row, tokenizer) for row in rows]
             four_bit = say(model, prompts, length if from_4bit else 0)
             tuned_logs = [_chosen(model, p.ids, ids) for p, ids in zip(prompts, four_bit.answers, strict=False)]
-    with _adapted(base, adapter, precision, None) as (model, tokenizer, say):
+    with _adapted(base, adapter, precision, None, tick) as (model, tokenizer, say):
         prompts = prompts or [prompt_of(row, tokenizer) for row in rows]
         original = say(model, prompts, 0 if from_4bit else length)
         reference = four_bit if from_4bit and four_bit is not None else original
@@ -108,7 +113,7 @@ def compared(
         if not from_4bit:
             tuned_logs = [_chosen(model, p.ids, ids) for p, ids in zip(prompts, original.answers, strict=True)]
     loaded_by = "finetune" if told["quantised"] == "requantise" else "transformers"
-    with _stock(merged, precision, loaded_by) as (model, say):
+    with _stock(merged, precision, loaded_by, tick) as (model, say):
         stored = say(model, prompts, length)
     kl = divergences(reference, stored)
     agree = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(reference.logs, stored.logs, strict=True)])
@@ -182,13 +187,29 @@ Say = Callable[[Any, Sequence[Prompt], int], Side]
 """(model, prompts, longest answer in tokens or 0 for none) -> what it says."""
 
 
+def _ticker(total: int) -> Callable[[], None]:
+    """A function that is told of every prompt that was answered, and says now and then how many there are."""
+    done, said = 0, time.monotonic()
+
+    def tick() -> None:
+        nonlocal done, said
+        done += 1
+        if time.monotonic() - said >= SECONDS:
+            said = time.monotonic()
+            print(f"proof: {done} of {total} answers, of adapter, base and merged files", file=sys.stderr, flush=True)
+
+    return tick
+
+
 @contextmanager
-def _adapted(base: Path, adapter: Path, precision: str, recipe: Recipe | None) -> Iterator[tuple[Any, Any, Say]]:
+def _adapted(
+    base: Path, adapter: Path, precision: str, recipe: Recipe | None, tick: Callable[[], None]
+) -> Iterator[tuple[Any, Any, Say]]:
     """(model, tokenizer, how to ask it) of the adapter beside its base: the original, or with a recipe in 4 bits."""
     double = recipe is not None and recipe.adapter.double_quantisation
     loaded = load_base(base, load_in_4bit=recipe is not None, precision=precision, double_quantisation=double)
     model = load_trained(loaded, adapter).eval()
-    say = _asker(_stops(model, loaded.tokenizer), loaded.tokenizer, use_cache=not loaded.family.routing_table)
+    say = _asker(_stops(model, loaded.tokenizer), loaded.tokenizer, tick, use_cache=not loaded.family.routing_table)
     try:
         with loaded.arithmetic(), torch.inference_mode():
             yield model, loaded.tokenizer, say
@@ -198,7 +219,7 @@ def _adapted(base: Path, adapter: Path, precision: str, recipe: Recipe | None) -
 
 
 @contextmanager
-def _stock(folder: Path, precision: str, loaded_by: str) -> Iterator[tuple[Any, Say]]:
+def _stock(folder: Path, precision: str, loaded_by: str, tick: Callable[[], None]) -> Iterator[tuple[Any, Say]]:
     """(model, how to ask it) of a merged folder as anyone would load it: nothing of ours where transformers can."""
     import transformers
 
@@ -211,19 +232,22 @@ def _stock(folder: Path, precision: str, loaded_by: str) -> Iterator[tuple[Any, 
         kind = getattr(transformers, family.auto_class)
         model = kind.from_pretrained(folder, dtype=dtype, local_files_only=True)
         model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    say = _asker(_stops(model, tokenizer), tokenizer, use_cache=not family.routing_table)
+    say = _asker(_stops(model, tokenizer), tokenizer, tick, use_cache=not family.routing_table)
     mixed = family.mixed_dtypes and precision == "bf16"
     with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
         yield model, say
 
 
-def _asker(stops: list[int], tokenizer: Any, *, use_cache: bool) -> Say:
+def _asker(stops: list[int], tokenizer: Any, tick: Callable[[], None], *, use_cache: bool) -> Say:
     from transformers import GenerationConfig
 
     def say(model: Any, prompts: Sequence[Prompt], longest: int) -> Side:
-        logs = [_log_probs(model, prompt.row, prompt.places) for prompt in prompts]
-        answers = []
-        for prompt in prompts if longest else ():
+        logs, answers = [], []
+        for prompt in prompts:
+            logs.append(_log_probs(model, prompt.row, prompt.places))
+            if not longest:
+                tick()
+                continue
             ids = torch.tensor([prompt.ids], device=model.device)
             settings = GenerationConfig(
                 do_sample=False,
@@ -241,6 +265,7 @@ def _asker(stops: list[int], tokenizer: Any, *, use_cache: bool) -> Say:
                 generation_config=settings,
             )
             answers.append(out[0, ids.shape[1] :].tolist())
+            tick()
         return Side(logs, answers)
 
     return say
