@@ -60,6 +60,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.router_aux_loss_coef": (0, math.inf),
     "train.neftune_alpha": (0, 1000),
     "launch.nodes": (1, 100_000),
+    "launch.context_parallel": (1, 100_000),
     "launch.devices": (1, 1024),
     "launch.cpu_threads": (0, 4096),
     "launch.cpus_per_task": (0, 4096),
@@ -312,7 +313,7 @@ def _launch(recipe: Recipe) -> Iterator[str]:
             f"LCH-009 launch.nodes={recipe.launch.nodes}: launch.kind=local starts processes on this machine only. "
             "Set launch=slurm, or launch.nodes=1."
         )
-    if (shared := recipe.launch.context_parallel) != 1:
+    if (shared := recipe.launch.context_parallel) > 1:
         yield (
             f"LCH-013 launch.context_parallel={shared} is not offered: Accelerate splits sequences on GPUs only, and "
             "losses, digests of batches and counts per expert here are of whole rows. Set launch.context_parallel=1; "
