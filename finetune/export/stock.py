@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.asking import TOP, Answer
+from finetune.stop import end_with_parent
 
 
 def stock_answers(folder: Path, answers: dict[str, Any], adapter: Path | None = None) -> list[Answer]:
@@ -79,4 +80,5 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.exit(main(sys.argv[1:]))
