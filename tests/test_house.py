@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tokenize
+from collections import Counter
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -492,3 +493,10 @@ print(hub.HF_HUB_OFFLINE, hub.HF_HUB_DISABLE_TELEMETRY, data.HF_DATASETS_OFFLINE
 """
     assert python(code, HF_HUB_OFFLINE="0", HF_DATASETS_OFFLINE="0", HF_HUB_DISABLE_TELEMETRY="0") == "True True True"
     assert python(code.replace("sys, finetune", "sys")) != "True True True", "the switches are not what does it"
+
+
+def test_no_heading_and_no_table_stands_twice_in_the_readme():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    found = [line for line in lines if line.startswith("## ") or (line.startswith("| ") and len(line) > 30)]
+    assert len(found) > 50
+    assert [line for line, count in Counter(found).items() if count > 1] == []
