@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,29 +56,36 @@ def test_killed_twice_at_any_write_it_goes_on_and_ends_with_the_same_bytes(job, 
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(lines) == len(points)
     assert all(finished == sorted(finished) for finished, _ in lines)
-    assert len({finished[0] for finished, _ in lines}) >= 4 and any(len(finished) == 2 for finished, _ in lines)
+    assert len({finished[0] for finished, _ in lines}) >= 3 and any(len(finished) == 2 for finished, _ in lines)
     assert all(left == whole for _, left in lines)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
 def stopped(job, tmp_path, monkeypatch):
-    """(target, staging folder) of a merge that ran out of disk at its third file."""
+    """(target, staging folder) of a merge that ran out of disk when two of its files were finished."""
     base, adapter, _ = job
-    real, calls = shard_module.write_at, []
+    real, begun = shard_module.write_at, []
+    folder = tmp_path / (RESUMED + "merged")
+
+    def finished():
+        return len(read_json(folder / ".progress.json")["files"])
 
     def full(file, data, offset):
-        calls.append(offset == 0)
-        if sum(calls) == 3:
-            raise OSError(28, "No space left on device")
+        if offset == 0:
+            begun.append(file)
+            if len(begun) > 2:  # files are written side by side: the first two may not be whole yet
+                deadline = time.monotonic() + 60
+                while finished() < 2 and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                raise OSError(28, "No space left on device")
         real(file, data, offset)
 
     monkeypatch.setattr(shard_module, "write_at", full)
     with pytest.raises(OSError, match="No space"):
         merge_folder(base, adapter, tmp_path / "merged")
     monkeypatch.undo()
-    folder = tmp_path / (RESUMED + "merged")
-    assert len(read_json(folder / ".progress.json")["files"]) == 2
+    assert finished() == 2
     assert not (tmp_path / "merged").exists()
     return tmp_path / "merged", folder
 
