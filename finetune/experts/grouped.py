@@ -156,7 +156,7 @@ class Routed(torch.autograd.Function):
         with torch.autocast(device_type=hidden_TH.device.type, enabled=False):
             weight_P1 = spread(weights_TK, routing, wide)
             grad_PH = grad_TH.to(wide)[routing.token_P]
-            tally(module, second, routing, grad_PH, weight_P1)
+            tally(module, second, routing, grad_TH, weight_P1)
             with torch.enable_grad():
                 middle = middle_PM.detach().requires_grad_()
                 gated = module._apply_gate(middle)
@@ -254,14 +254,14 @@ def fitted(gradient: torch.Tensor | None, factor: torch.Tensor | None) -> torch.
     return gradient[:, : factor.shape[1], : factor.shape[2]].to(factor.dtype)
 
 
-def tally(module: Any, name: str, routing: Routing, grad_PH: torch.Tensor, weight_P1: torch.Tensor) -> None:
+def tally(module: Any, name: str, routing: Routing, grad_TH: torch.Tensor, weight_P1: torch.Tensor) -> None:
     """Counts, on the module, rows with a gradient per expert: `finetune_heard` (E,), once per backward pass.
 
     An expert whose count is zero has learnt nothing and may keep an update of zero; any other may not.
     """
-    heard_P = (grad_PH != 0).any(1) & (weight_P1 != 0).squeeze(1)
+    heard_P = (grad_TH != 0).any(1)[routing.token_P] & (weight_P1 != 0).squeeze(1)
     experts = layout_of(module).shapes[name][0]
-    heard_E = torch.zeros(experts + 1, dtype=torch.long, device=grad_PH.device)
+    heard_E = torch.zeros(experts + 1, dtype=torch.long, device=grad_TH.device)
     heard_E.index_add_(0, routing.expert_P, heard_P.long())
     before = getattr(module, "finetune_heard", None)
     module.finetune_heard = heard_E[:-1] if before is None else before + heard_E[:-1]
