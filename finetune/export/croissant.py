@@ -80,7 +80,7 @@ def croissant(name: str, run_dir: RunDir, recipe: Recipe, facts: Node, inputs: d
     ends = [event for event in events.events(run_dir) if event["what"] == "finished"]
     told = {
         "url": next((file.pop("url") for file in files if "url" in file), ""),
-        "datePublished": next((event["when"] for event in ends if event["stage"] == "data"), ""),
+        "datePublished": next((event["when"] for event in reversed(ends) if event["stage"] == "data"), ""),
         "creditText": source["attribution"],
         "citeAs": source["attribution"],
         "inLanguage": recipe.data.languages,
