@@ -120,7 +120,7 @@ def test_the_types_are_those_that_the_data_stage_writes() -> None:
         assert of.is_list(found) == many
         value = found.value_type if many else found
         assert kind == ("" if of.is_struct(value) else "sc:Text" if of.is_string(value) else "sc:Integer")
-    assert PARTS == tuple(part.name for part in schema.field("messages").type.value_type)
+    assert tuple(part.name for part in schema.field("messages").type.value_type) == PARTS
 
 
 def test_no_word_of_a_row_and_no_folder_stands_in_it(done: RunDir) -> None:
@@ -256,6 +256,14 @@ def test_rows_of_a_card_give_it_nothing_to_warn_of(done: RunDir, no_network: Non
     found = read_officially(again(done, kind="package", files={"evals 3.0.1.post1": "ab" * 32}, **source))
     assert found.metadata.issues.errors == found.metadata.issues.warnings == set()
     assert found.metadata.url == "https://pypi.org/project/evals/3.0.1.post1/"
+
+
+@pytest.mark.croissant
+def test_names_of_files_may_be_any(done: RunDir, no_network: None) -> None:
+    names = ["a b/ü#1.jsonl", "x{y}|z.csv", "q?&.parquet", "<i>%20.txt.gz", "back\\slash.md", "no suffix"]
+    found = read_officially(again(done, files=dict.fromkeys(names, "ab" * 32)))
+    assert found.metadata.issues.errors == set()
+    assert [file.name for file in found.metadata.file_objects][-len(names) :] == names
 
 
 def without_hash(told: Any) -> None:
