@@ -46,12 +46,16 @@ def finished(folder: Path, base: Path, **changes: Any) -> RunDir:
     """A run of 24 rows of the user's own, three of them with an address and two the same, with its record."""
     rows = folder / "secret place" / "my rows.jsonl"
     rows.parent.mkdir(parents=True)
-    asked = [f"{SECRET} number {i - (i == 23)}?" for i in range(24)]
-    said = [f"it is {i - (i == 23)}, {SECRET}" + (f", ask ann{i}@example.org" if i < 3 else "") for i in range(24)]
-    chats = [
-        [{"role": "user", "content": a}, {"role": "assistant", "content": s}] for a, s in zip(asked, said, strict=True)
-    ]
-    rows.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    lines = []
+    for i in range(24):
+        asked = f"{SECRET} number {min(i, 22)}?" + (f" ann{i}@example.org" if i < 3 else "")
+        chat = [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": f"{SECRET} {('no', 'yes')[i % 2]}"},
+        ]
+        lines.append({"messages": chat, "choices": [f"{SECRET} no", f"{SECRET} yes"], "group": f"{SECRET} {i}"})
+    lines[23] = lines[22]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     own = {"data__card": "", "data__train_files": [str(rows)], "data__workers": 1, "export__croissant": True}
     recipe = ready(folder, **(own | changes))
     shutil.copytree(base, folder / "base", dirs_exist_ok=True)
@@ -125,7 +129,9 @@ def test_the_types_are_those_that_the_data_stage_writes() -> None:
 
 def test_no_word_of_a_row_and_no_folder_stands_in_it(done: RunDir) -> None:
     text = (done.export / "croissant.json").read_text(encoding="utf-8")
+    classes = read_json(done.data / "report.json")["splits"]["train"]["classes"]
     assert SECRET in (done.data / "train.arrow").read_bytes().decode("utf-8", "replace")
+    assert len(classes) == 2 and all(SECRET in answer for answer in classes)  # answers stand in the report
     assert [word for word in (SECRET, "example.org", "secret place", str(done.path.parents[2])) if word in text] == []
 
 
