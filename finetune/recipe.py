@@ -308,6 +308,8 @@ class Export:
     """Load every export by its client and compare its answers with the adapter's own. Off where nothing can hold it."""
     name: str = ""
     """Name of the exported model; empty means `<recipe>-<run>`. Some licences prescribe how it must begin."""
+    croissant: bool = False
+    """Write croissant.json too: the rows by file, hash, column and split, for data catalogues; none of their words."""
     parity_prompts: int = 8
     """Held-out rows on which merged and adapter are compared before the merge counts as done; their answers are what
     exports and servers are compared with."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes the seven locks anew from pyproject.toml. Versions stay as they are where they still fit; `--upgrade` or
+# Writes the eight locks anew from pyproject.toml. Versions stay as they are where they still fit; `--upgrade` or
 # `--upgrade-package NAME` moves them. Extra words go to pip-compile.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_venv.sh"
@@ -84,6 +84,17 @@ compile tests/deepspeed.lock "$@" -c requirements.lock -c scripts/build.lock -c 
   without "$(names requirements.lock scripts/build.lock tests/requirements.lock)|$cuda" | sed 's|-r .*/deepspeed.in|scripts/lock.sh|'
 } >"$temporary/deepspeed.lock"
 mv -- "$temporary/deepspeed.lock" tests/deepspeed.lock
+rm "$temporary/out.lock"
+
+say "lock: tests/croissant.lock"
+printf 'mlcroissant==1.1.1\n' >"$temporary/croissant.in"
+compile tests/croissant.lock "$@" -c requirements.lock -c scripts/build.lock -c tests/requirements.lock \
+  "$temporary/croissant.in"
+{
+  printf '# What croissant.json is validated with, on top of the other locks: .ci/run puts it beside .venv. Written by scripts/lock.sh.\n'
+  without "$(names requirements.lock scripts/build.lock tests/requirements.lock)|$cuda" | sed 's|-r .*/croissant.in|scripts/lock.sh|'
+} >"$temporary/croissant.lock"
+mv -- "$temporary/croissant.lock" tests/croissant.lock
 rm "$temporary/out.lock"
 
 # Last and longest: vLLM asks for torch and its companions, of which every file is hashed and none is kept.

@@ -65,7 +65,7 @@ def read_lock(name: str) -> dict[str, tuple[str, int]]:
 LOCKS = ["requirements.lock", "scripts/build.lock", "tests/requirements.lock"]
 
 
-@pytest.mark.parametrize("name", [*LOCKS, "tests/deepspeed.lock"])
+@pytest.mark.parametrize("name", [*LOCKS, "tests/deepspeed.lock", "tests/croissant.lock"])
 def test_a_lock_has_hashes_for_every_version_and_names_no_place(name: str) -> None:
     assert all(hashes > 0 for _, hashes in read_lock(name).values())
     text = (ROOT / name).read_text(encoding="utf-8")

@@ -22,7 +22,9 @@ def card(name: str, recipe: Recipe, facts: Facts) -> str:
     """README.md of an export, as Markdown with the metadata block that model hubs read."""
     from huggingface_hub import ModelCard
 
-    text = "\n".join([*_what(name, recipe, facts), *_result(facts), *_proof(facts), *_licence(facts), *_start(recipe)])
+    text = "\n".join(
+        [*_what(name, recipe, facts), *_result(facts), *_proof(facts), *_licence(recipe, facts), *_start(recipe)]
+    )
     return str(ModelCard(f"---\n{metadata(name, recipe, facts).to_yaml()}\n---\n\n{text}")).rstrip() + "\n"
 
 
@@ -136,7 +138,7 @@ def _proof(facts: Facts) -> list[str]:
     return ["", "## Is it what was trained?", "", f"{said}."]
 
 
-def _licence(facts: Facts) -> list[str]:
+def _licence(recipe: Recipe, facts: Facts) -> list[str]:
     told, rows = facts["licences"], facts["licences"]["rows"]
     lines = ["", "## Licence", ""]
     if told["applies"]:
@@ -146,7 +148,9 @@ def _licence(facts: Facts) -> list[str]:
     if "licence" in rows:
         lines.append(f"- rows: {rows['licence']}. {rows['attribution']}".rstrip())
     lines += [f"- {duty}" for duty in told["duties"]]
-    return [*lines, "", "NOTICE has all of it, `bom.cdx.json` every file by hash. Information, not legal advice."]
+    rows_too = ", `croissant.json` the rows without their words" if recipe.export.croissant else ""
+    last = f"NOTICE has all of it, `bom.cdx.json` every file by hash{rows_too}. Information, not legal advice."
+    return [*lines, "", last]
 
 
 def _start(recipe: Recipe) -> list[str]:

@@ -1,4 +1,7 @@
-"""What an export must carry besides weights: README.md, LICENSE, NOTICE and bom.cdx.json. `write_papers(...)`."""
+"""What an export must carry besides weights: README.md, LICENSE, NOTICE, bom.cdx.json. `write_papers(...)`.
+
+With export.croissant=true also croissant.json.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from finetune import __version__, permits, record, terms
 from finetune.errors import RecipeError
 from finetune.export.bom import bom
 from finetune.export.card import card, export_name, method_name
+from finetune.export.croissant import croissant
 from finetune.licences import Licence, find_licence, standard_text
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir, write_json, write_text
@@ -32,8 +36,10 @@ def write_papers(run_dir: RunDir, recipe: Recipe, base: Path, folder: Path) -> N
         for paper in [*carried, "NOTICE"]:
             (part / paper).unlink(missing_ok=True)  # may share its bytes with merged/
             shutil.copyfile(folder / paper, part / paper)
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     inputs = record.hashed_inputs(run_dir, recipe, base)
+    if recipe.export.croissant:
+        write_json(folder / "croissant.json", croissant(name, run_dir, recipe, facts, inputs))
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     write_json(folder / "bom.cdx.json", bom(name, recipe, facts, (base, inputs), record.hashes(folder, files)))
     write_text(folder / "README.md", card(name, recipe, facts))
 
