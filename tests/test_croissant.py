@@ -158,7 +158,7 @@ def test_what_was_done_about_personal_data_is_what_was_asked(policy: str, end: s
     assert told["license"] == "the user's own"
 
 
-def test_rows_of_a_card_have_its_package_page_licence_and_authors(done: RunDir) -> None:
+def test_rows_of_a_card_have_its_package_licence_and_authors(done: RunDir) -> None:
     told = again(
         done,
         kind="package",
@@ -170,7 +170,7 @@ def test_rows_of_a_card_have_its_package_page_licence_and_authors(done: RunDir) 
     )
     package = {file["name"]: file for file in told["distribution"]}["evals 3.0.1.post1"]
     assert package["contentUrl"] == "pkg:pypi/evals@3.0.1.post1" and package["sha256"] == "ab" * 32
-    assert told["url"] == "https://pypi.org/project/evals/3.0.1.post1/" and "url" not in package
+    assert told["url"] == package["contentUrl"]
     assert told["creditText"] == told["citeAs"] == "Contributors of Evals"
     assert told["name"] == "Some-model: Audit questions" and "Thirty rows." in told["rai:dataLimitations"]
 
@@ -261,7 +261,7 @@ def test_rows_of_a_card_give_it_nothing_to_warn_of(done: RunDir, no_network: Non
     source = {"title": "Audit questions", "licence": "MIT", "attribution": "Contributors of Evals", "note": "Thirty."}
     found = read_officially(again(done, kind="package", files={"evals 3.0.1.post1": "ab" * 32}, **source))
     assert found.metadata.issues.errors == found.metadata.issues.warnings == set()
-    assert found.metadata.url == "https://pypi.org/project/evals/3.0.1.post1/"
+    assert found.metadata.url == "pkg:pypi/evals@3.0.1.post1"
 
 
 @pytest.mark.croissant

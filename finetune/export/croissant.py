@@ -79,7 +79,7 @@ def croissant(name: str, run_dir: RunDir, recipe: Recipe, facts: Node, inputs: d
     files = [*_prepared(run_dir), *_read(recipe, source, inputs)]
     ends = [event for event in events.events(run_dir) if event["what"] == "finished"]
     told = {
-        "url": next((file.pop("url") for file in files if "url" in file), ""),
+        "url": next((where for file in files if (where := file["contentUrl"]).startswith("pkg:")), ""),
         "datePublished": next((event["when"] for event in reversed(ends) if event["stage"] == "data"), ""),
         "creditText": source["attribution"],
         "citeAs": source["attribution"],
@@ -122,8 +122,7 @@ def _read(recipe: Recipe, source: Node, inputs: dict[str, str]) -> Iterator[Node
         if package and Path(name).suffix not in MEDIA:
             project, version = package.groups()
             where = {"contentUrl": f"pkg:pypi/{project}@{version}", "encodingFormat": "application/zip"}
-            page = {"url": f"https://pypi.org/project/{project}/{version}/"}
-            yield _file(f"read/{project}-{version}", name, sha256) | where | page
+            yield _file(f"read/{project}-{version}", name, sha256) | where
             continue
         path = own[name] if name in own else card_folder() / name
         now = inputs[str(path)] if str(path) in inputs else sha256_file(path) if path.is_file() else ""
