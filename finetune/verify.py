@@ -6,6 +6,7 @@ its limits, the licences' rules, and the signatures when there is a key to check
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -124,9 +125,23 @@ def _derived(run_dir: RunDir, recipe: Recipe, read: dict[str, Any]) -> Iterator[
         what = f"cannot be compared with its files ({type(error).__name__})"
         yield Finding(about="record", name="run.json:", what=what)
         return
+    now["recipe"] = _as_then(now["recipe"], read["recipe"], json.loads(json.dumps(dataclasses.asdict(Recipe()))))
     for part, value in now.items():
         if part != "events" and value != read[part]:  # events are compared in words
             yield Finding(about="record", name=f"run.json: {part}", what="is not what the files of the run say")
+
+
+def _as_then(now: dict[str, Any], then: dict[str, Any], unset: dict[str, Any]) -> dict[str, Any]:
+    """Settings, less those at their default that the record does not name: it was made before there were such."""
+    kept: dict[str, Any] = {}
+    for name, value in now.items():
+        if name not in then:
+            kept |= {} if name in unset and value == unset[name] else {name: value}
+        elif all(isinstance(part, dict) for part in (value, then[name], unset.get(name))):
+            kept[name] = _as_then(value, then[name], unset[name])
+        else:
+            kept[name] = value
+    return kept
 
 
 def _parity(recipe: Recipe, read: dict[str, Any]) -> Iterator[Finding]:

@@ -145,6 +145,18 @@ def test_a_number_of_the_record_that_its_files_contradict_is_named(
     assert forged(done, *keys, value=value) == [f"run.json: {part} is not what the files of the run say"]
 
 
+def test_a_record_from_before_there_was_a_setting_verifies_as_long_as_nobody_has_set_it(done: RunDir) -> None:
+    read = read_json(done.record)
+    assert read["recipe"]["export"]["croissant"] is False and read["recipe"]["data"]["heldout_fraction"] == 0.5
+    for section, name in (("export", "croissant"), ("launch", "context_parallel")):
+        del read["recipe"][section][name]
+    write_json(done.record, read)
+    assert differences(done) == []
+    del read["recipe"]["data"]["heldout_fraction"]  # set by the recipe: without it the record says another job
+    write_json(done.record, read)
+    assert differences(done) == ["run.json: recipe is not what the files of the run say"]
+
+
 def test_missing_and_new_files_are_named_all_at_once(done: RunDir) -> None:
     (done.merged / "model.safetensors").unlink()
     (done.export / "extra.bin").write_bytes(b"?")
