@@ -29,8 +29,8 @@ def arithmetic(settings: Train, rows: int, steps: int, devices: int = 1, sharing
     seen, plural = steps * per_update, "s" if devices > 1 else ""
     shared = f" / {sharing} that share a row" if sharing > 1 else ""
     return (
-        f"{devices} device{plural}{shared} x {settings.batch_size} rows x {settings.accumulation} accumulated = {per_update} "
-        f"rows per update; {steps} updates x {per_update} = {seen} rows, {seen / rows:.2f} x {rows}"
+        f"{devices} device{plural}{shared} x {settings.batch_size} rows x {settings.accumulation} accumulated = "
+        f"{per_update} rows per update; {steps} updates x {per_update} = {seen} rows, {seen / rows:.2f} x {rows}"
     )
 
 

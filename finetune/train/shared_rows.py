@@ -41,7 +41,8 @@ class SharedRows:
 
         self.ranks, self.number = ranks, ranks.rank % ranks.sharing
         self._group = _own_group(ranks)
-        self._divided, self._mask = False, None
+        self._divided = False
+        self._mask: torch.Tensor | None = None
         AttentionInterface.register(ATTENTION, self._attend)
         AttentionMaskInterface.register(ATTENTION, self._no_mask)
         model.set_attn_implementation(ATTENTION)
@@ -114,7 +115,7 @@ class SharedRows:
         rows, heads, piece, width = states.shape
         sharing = self.ranks.sharing
         apart = states.reshape(rows, sharing, heads // sharing, piece, width).movedim(1, 0)
-        whole: torch.Tensor = Exchange.apply(apart, self._group).permute(1, 2, 0, 3, 4)  # type: ignore[no-untyped-call]
+        whole: torch.Tensor = Exchange.apply(apart, self._group).permute(1, 2, 0, 3, 4)
         return whole.reshape(rows, heads // sharing, sharing * piece, width)
 
     def _all_heads(self, states: torch.Tensor) -> torch.Tensor:
@@ -122,7 +123,7 @@ class SharedRows:
         rows, length, heads, width = states.shape
         sharing = self.ranks.sharing
         apart = states.reshape(rows, sharing, length // sharing, heads, width).movedim(1, 0)
-        whole: torch.Tensor = Exchange.apply(apart, self._group).permute(1, 2, 0, 3, 4)  # type: ignore[no-untyped-call]
+        whole: torch.Tensor = Exchange.apply(apart, self._group).permute(1, 2, 0, 3, 4)
         return whole.reshape(rows, length // sharing, sharing * heads, width)
 
 
@@ -140,7 +141,7 @@ class Exchange(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Gradients go back the way that pieces came."""
-        return Exchange.apply(gradients[0], context.group), None  # type: ignore[no-untyped-call]
+        return Exchange.apply(gradients[0], context.group), None
 
 
 def require_shareable(folder: Path, ranks: Ranks) -> None:
