@@ -105,7 +105,7 @@ def test_packed_rows_that_are_killed_and_stopped_go_on_bit_for_bit(tmp_path):
     words = (*words, "train.batch_size=2", "train.gradient_checkpointing=true")
     one, straight, broken = (prepared(tmp_path, *words, *more) for more in ((), SHARED, SHARED))
     for run_dir in (one, straight):
-        code, said = ended(begun(run_dir, typed=run_dir is straight))
+        code, said = ended(begun(run_dir))
         assert code == 0, said
     agree(straight, one)
     kill_after(begun(broken), broken, 3)
