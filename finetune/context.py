@@ -34,7 +34,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     except RecipeError:
         return  # said elsewhere
     if why := undivided(family, config, sharing):
-        yield f"LCH-013 launch.context_parallel={sharing}: {why}. {instead(config, sharing)}"
+        yield f"LCH-013 launch.context_parallel={sharing}: {why}. Set {instead(config, sharing)}."
     if train.router_aux_loss_coef > 0:
         yield (
             f"LCH-014 train.router_aux_loss_coef={train.router_aux_loss_coef:g} with launch.context_parallel="
@@ -75,6 +75,6 @@ def instead(config: Mapping[str, Any], sharing: int) -> str:
     fits = max(n for n in range(1, sharing) if heads % n == 0 and keys % n == 0)
     other = f"{fits}, or 1" if fits > 1 and (heads % sharing or keys % sharing) else "1"
     return (
-        f"Set launch.context_parallel={other}; long rows fit by train.gradient_checkpointing=true, train.batch_size=1 "
-        "and launch=fsdp2 too."
+        f"launch.context_parallel={other}; long rows fit by train.gradient_checkpointing=true, train.batch_size=1 and "
+        "launch=fsdp2 too"
     )

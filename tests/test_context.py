@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from finetune import memory, work
-from finetune.check import problems
+from finetune.check import CHANGEABLE, problems
 from finetune.checkpoints import newest
 from finetune.compose import load_recipe
 from finetune.context import undivided
@@ -17,6 +17,7 @@ from finetune.errors import RunError
 from finetune.families import FAMILIES
 from finetune.ranks import Ranks
 from finetune.rundir import read_json
+from finetune.train.identity import changes
 from tests.job import good
 from tests.trained import ADAPTER, begun, ended, kill_after, prepared, told, wait_for, with_deepspeed
 from tests.warm import Forked
@@ -24,6 +25,81 @@ from tests.warm import Forked
 SAME = ("train.precision=fp32", "train.max_steps=4", "train.save_steps=4", "train.accumulation=2")
 SHARED = ("launch.devices=2", "launch.context_parallel=2")
 HELD_OUT = ("train.evaluate_steps=2", "evaluate.batch_size=8")
+
+
+TINY = dict(FAMILIES["mixtral"].tiny)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"devices": 3}, "LCH-013 launch.context_parallel=2 with launch.devices=3: .* Set launch.devices=4, "),
+        ({"context_parallel": 4, "devices": 4}, "LCH-013 .*4 heads of queries and 2 of keys .* by 4. .*=2, or 1; "),
+        ({"context_parallel": 0}, "CHK-002 launch.context_parallel=0 must be at least 1"),
+        ({"train__router_aux_loss_coef": 0.01}, "LCH-014 train.router_aux_loss_coef=0.01 .* Set .*_coef=0."),
+        ({"train__neftune_alpha": 5.0}, "LCH-014 train.neftune_alpha=5 .* Set train.neftune_alpha=0."),
+        ({"config": {"sliding_window": 4096}}, "LCH-013 .*looks back over a window of 4,096 tokens .*=1; long rows"),
+        ({"config": {"rope_scaling": {"type": "dynamic"}}}, r"LCH-013 .*depend on the length of the row \(rope_type="),
+        ({"family": "llama4"}, "LCH-013 .*llama4 cannot be divided along a row: some of its layers look back within"),
+        ({"family": "gpt_oss"}, "LCH-013 .*gpt_oss cannot be divided along a row"),
+        ({"family": "qwen3_5_moe"}, "LCH-013 .*qwen3_5_moe cannot be divided along a row"),
+        ({"family": "deepseek_v32"}, "LCH-013 .*deepseek_v32 cannot be divided along a row"),
+        ({"family": "deepseek_v4"}, "LCH-013 .*deepseek_v4 cannot be divided along a row"),
+    ],
+)
+def test_what_cannot_share_a_row_is_refused_with_what_to_type(other, said):
+    config = TINY | other.pop("config", {})
+    if family := other.pop("family", ""):
+        other |= {"model__family": family, "adapter__targets": "attention"}
+        config = dict(FAMILIES[family].tiny)
+    launch = {"devices": 2, "context_parallel": 2}
+    launch |= {name: other.pop(name) for name in list(other) if name in launch}
+    recipe = good(model__config=config, **{f"launch__{name}": value for name, value in launch.items()}, **other)
+    (found,) = problems(recipe)
+    assert re.match(said, found), found
+    recipe.launch.context_parallel = 1
+    assert problems(recipe) == []
+
+
+def test_what_can_share_a_row_is_not_refused():
+    assert problems(good(launch__devices=4, launch__context_parallel=2)) == []
+    assert problems(good(launch__devices=2, launch__context_parallel=2, data__packing=True)) == []
+    unused = TINY | {"sliding_window": 4096, "use_sliding_window": False}
+    assert undivided(FAMILIES["mixtral"], unused, 2) == ""
+
+
+def test_a_folder_that_the_card_does_not_describe_is_refused_before_it_is_loaded(tmp_path):
+    from finetune.train.shared_rows import require_shareable
+
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"sliding_window": 64}))
+    require_shareable(tmp_path, Ranks())
+    with pytest.raises(RunError, match=r"LCH-013 launch.context_parallel=2: .*a window of 64 tokens"):
+        require_shareable(tmp_path, Ranks(0, 2, None, 2))
+
+
+def test_who_shares_what():
+    ranks = [Ranks(rank, 4, None, 2) for rank in range(4)]
+    assert [(one.reader, one.readers) for one in ranks] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+
+
+def test_the_plan_counts_rows_once_and_parts_of_rows():
+    words = ("qwen3_30b_legal", "launch=ddp", "launch.devices=4")
+    apart, shared = load_recipe(*words), load_recipe(*words, "launch.context_parallel=4")
+    parts = [{part.name: part.value for part in memory.memory(recipe)} for recipe in (apart, shared)]
+    for name, value in parts[0].items():
+        share = 1 / 4 if name in ("activations", "logits") else 1
+        assert parts[1][name] == pytest.approx(value * share), name
+    rows = [{part.name: part for part in work.work(recipe, None)}["rows per update"] for recipe in (apart, shared)]
+    assert rows[1].value * 4 == rows[0].value
+    assert rows[1].how.startswith("4 devices / 4 that share a row x ")
+
+
+def test_rows_shared_otherwise_are_another_run():
+    then = dict.fromkeys(CHANGEABLE, "x") | {"distribution": "ddp"}
+    now = then | {"distribution": "ddp, 2 to a row"}
+    with pytest.raises(RunError, match=r"CKP-002 .*distribution: ddp is now ddp, 2 to a row"):
+        changes(then, now, [])
+    assert changes(then, now, ["distribution"]) == {"distribution": "ddp is now ddp, 2 to a row"}
 
 
 @pytest.mark.slow

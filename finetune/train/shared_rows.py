@@ -47,7 +47,8 @@ class SharedRows:
         AttentionMaskInterface.register(ATTENTION, self._no_mask)
         model.set_attn_implementation(ATTENTION)
         if model.config.get_text_config()._attn_implementation != ATTENTION:
-            raise _refused(f"{type(model).__name__} takes no attention from transformers' registry")
+            why = f"{type(model).__name__} takes no attention from transformers' registry"
+            raise RunError("LCH-013", f"launch.context_parallel={ranks.sharing}", why, "launch.context_parallel=1")
 
     def read_by_groups(self, loader: Any) -> Any:
         """The data loader that Accelerate has prepared, with the same batches for all processes of a group."""
@@ -151,11 +152,7 @@ def require_shareable(folder: Path, ranks: Ranks) -> None:
     family, config = read_config(folder)
     text = config.get_text_config().to_dict()
     if why := undivided(family, text, ranks.sharing):
-        raise _refused(why, instead(text, ranks.sharing))
-
-
-def _refused(why: str, fix: str = "launch.context_parallel=1") -> RunError:
-    return RunError("LCH-013", "launch.context_parallel", why, fix)
+        raise RunError("LCH-013", f"launch.context_parallel={ranks.sharing}", why, instead(text, ranks.sharing))
 
 
 def _own_group(ranks: Ranks) -> Any:
