@@ -1,7 +1,7 @@
 """`python -m tests.shared_rows OUT`: one of two processes that share rows, on tiny models of every family that can.
 
 It writes what it found into OUT-RANK: for every family the largest difference to what one process computes of the whole
-rows, and how long the hidden states of a row were in the layers.
+rows, how long the hidden states of a row were in the layers, and how much was kept for the backward pass beside weights.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def compare(base, ranks):
         layer.register_forward_hook(lambda layer, given, made: lengths.add(given[0].shape[1]))
     found = {}
     for name, batch in batches.items():
-        logits, gradient = divided(model, embeddings, shared, batch, trained(batch))
+        logits, gradient, kept = divided(model, embeddings, shared, batch, trained(batch))
+        found[f"{name} kept"] = kept / one[name][2]
         begin = shared.number * logits.shape[1]
         mine = one[name][0][:, begin : begin + logits.shape[1]]
         real = batch.get("attention_mask", torch.ones(1, LENGTH))[:, begin : begin + logits.shape[1]].bool()
@@ -60,14 +61,14 @@ def compare(base, ranks):
         found[f"{name} gradient"] = (gradient - one[name][1]).abs().max().item()
     found["lengths"] = sorted(lengths)
     batch = packed()
-    before, _ = divided(model, embeddings, shared, batch, 1)
+    before, *_ = divided(model, embeddings, shared, batch, 1)
     batch["input_ids"][:, :SPLIT] += 1
-    after, _ = divided(model, embeddings, shared, batch, 1)
+    after, *_ = divided(model, embeddings, shared, batch, 1)
     changed = (after - before).abs().amax((0, 2))
     place = torch.arange(len(changed)) + shared.number * len(changed)
     found["second document"] = changed[(place >= SPLIT) & (place < LENGTH)].max().item()
     found["first document"] = changed[place < SPLIT].sum().item()
-    again, _ = step(model, embeddings, whole(batches["padded"]), trained(batches["padded"]))
+    again, *_ = step(model, embeddings, whole(batches["padded"]), trained(batches["padded"]))
     found["whole"] = (again - one["padded"][0]).abs().max().item()
     return found
 
@@ -107,13 +108,23 @@ def divided(model, embeddings, shared, batch, count):
 
 
 def step(model, embeddings, batch, count):
-    """(logits, gradient of the embeddings) of the sum of the losses of a batch over `count`."""
+    """(logits, gradient of the embeddings, bytes kept) of the sum of the losses of a batch over `count`."""
     embeddings.grad = None
     given = {name: value for name, value in batch.items() if name != "shift_labels"}
-    logits = model(**given, use_cache=False).logits
-    loss = cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten(), ignore_index=-100, reduction="sum")
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        logits = model(**given, use_cache=False).logits
+        loss = cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten(), ignore_index=-100, reduction="sum")
     (loss / count).backward()
-    return logits.detach(), embeddings.grad.clone()
+    return logits.detach(), embeddings.grad.clone(), sum(kept.values())
 
 
 if __name__ == "__main__":
