@@ -1,7 +1,7 @@
 """`python -m tests.shared_rows OUT`: one of two processes that share rows, on tiny models of every family that can.
 
 It writes what it found into OUT-RANK: for every family the largest difference to what one process computes of the whole
-rows, how long the hidden states of a row were in the layers, and how much was kept for the backward pass beside weights.
+rows, how long the hidden states of a row were in the layers, and the bytes kept for the backward pass beside weights.
 """
 
 from __future__ import annotations
