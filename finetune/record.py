@@ -124,17 +124,9 @@ def training(train: dict[str, Any] | None) -> dict[str, Any] | None:
     """What the training took, from train.json."""
     if train is None:
         return None
-    names: tuple[str, ...] = (
-        "tokens",
-        "trainable_tokens",
-        "seconds",
-        "device",
-        "processes",
-        "distribution",
-        "peak_memory_gib",
-    )
-    names += ("processes_per_row",) if "processes_per_row" in train else ()  # older runs have none
-    return {"steps": len(train["steps"])} | {name: train[name] for name in names}
+    names = ("tokens", "trainable_tokens", "seconds", "device", "processes", "distribution", "peak_memory_gib")
+    shared = ("processes_per_row",) if "processes_per_row" in train else ()  # older runs have none
+    return {"steps": len(train["steps"])} | {name: train[name] for name in (*names, *shared)}
 
 
 def metrics(scores: dict[str, Any] | None) -> dict[str, Any] | None:
