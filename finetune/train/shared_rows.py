@@ -4,8 +4,10 @@ Every process runs all layers over its part of the tokens. Only attention sees m
 their parts of all heads for all tokens of a part of the heads, and afterwards they exchange back (Ulysses, Jacobs et
 al. 2023, arXiv 2309.14509). Losses, counts and digests are those of whole rows.
 
-Not Accelerate's own two ways (1.15.0): ring attention has no operation for CPUs (torch 2.13.0), and DeepSpeed's Ulysses
-(0.19.8) was tried, and gave gradients twice as large and a mean of means, and let packed rows see each other.
+Not Accelerate's own two ways (1.15.0), which scripts/accelerate_context.py tries: ring attention has no operation for
+CPUs (torch 2.13.0); DeepSpeed's Ulysses (0.19.8) gave gradients twice as large and another loss of accumulated batches
+than one process does, and let packed rows see each other. Remove this when it agrees with one process.
+
 Shapes: B rows, L tokens of a row, P of them here, H heads, h of them here, D width of a head.
 """
 
