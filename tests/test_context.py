@@ -178,18 +178,30 @@ def test_two_pairs_read_different_rows(tmp_path, alone, distribution):
     agree(run_dir, alone)
 
 
+PACKED = ("train.precision=fp32", "data.packing=true", "train.batch_size=3", "train.gradient_checkpointing=true")
+"""Of four sequences, so that every second batch is of one row."""
+
+
+@pytest.mark.slow
+def test_packed_rows_and_a_batch_that_is_not_full_are_learnt_as_by_one_process(tmp_path):
+    words = (*PACKED, "train.max_steps=4", "train.save_steps=4")
+    one, shared = prepared(tmp_path, *words), prepared(tmp_path, *words, *SHARED)
+    for run_dir in (one, shared):
+        code, said = ended(begun(run_dir))
+        assert code == 0, said
+    assert read_json(one.train)["rows"] == 4
+    agree(shared, one)
+    assert [step[4] for step in told(shared)] == [step[4] for step in told(one)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("distribution", ["ddp", pytest.param("deepspeed", marks=with_deepspeed)])
 def test_packed_rows_that_are_killed_and_stopped_go_on_bit_for_bit(tmp_path, distribution):
-    words = ("train.max_steps=24", "train.save_steps=3", "train.precision=fp32", "data.packing=true")
-    words = (*words, "train.batch_size=3", "train.gradient_checkpointing=true")
-    shared = (*SHARED, f"launch.distribution={distribution}")
-    one, straight, broken = (prepared(tmp_path, *words, *more) for more in ((), shared, shared))
+    words = (*PACKED, *SHARED, "train.max_steps=24", "train.save_steps=3", f"launch.distribution={distribution}")
+    straight, broken = prepared(tmp_path, *words), prepared(tmp_path, *words)
     typed = distribution == "deepspeed"  # nothing is known of it in a fork
-    for run_dir in (one, straight):
-        code, said = ended(begun(run_dir, typed=typed and run_dir is straight))
-        assert code == 0, said
-    agree(straight, one)
+    code, said = ended(begun(straight, typed=typed))
+    assert code == 0, said
     kill_after(begun(broken, typed=typed), broken, 3)
     process = begun(broken, typed=True)
     wait_for(process, broken, newest(broken.checkpoints).checkpoint.step + 3)
