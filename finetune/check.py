@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune import judging, methods, sbatch, sizes, terms
+from finetune import context, judging, methods, sbatch, sizes, terms
 from finetune.engine import engine_problems
 from finetune.errors import RecipeError
 from finetune.families import FAMILIES, Family
@@ -313,12 +313,7 @@ def _launch(recipe: Recipe) -> Iterator[str]:
             f"LCH-009 launch.nodes={recipe.launch.nodes}: launch.kind=local starts processes on this machine only. "
             "Set launch=slurm, or launch.nodes=1."
         )
-    if (shared := recipe.launch.context_parallel) > 1:
-        yield (
-            f"LCH-013 launch.context_parallel={shared} is not offered: Accelerate splits sequences on GPUs only, and "
-            "losses, digests of batches and counts per expert here are of whole rows. Set launch.context_parallel=1; "
-            "long rows fit by train.gradient_checkpointing=true, train.batch_size=1 and launch=fsdp2."
-        )
+    yield from context.problems(recipe)
 
 
 def _merge(recipe: Recipe) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -58,7 +59,8 @@ def memory(recipe: Recipe) -> list[Figure]:
         small = sizes.total_parameters(frozen) - large
         kept_bytes, kept_how = large * plain + small * sizes.FP32_BYTES, f"{large:,} x {plain} B + {small:,} x 4 B"
 
-    tokens = train.batch_size * recipe.data.max_length
+    sharing = parts_of_a_row(recipe)
+    tokens = train.batch_size * math.ceil(recipe.data.max_length / sharing)
     vocabulary, hidden = weights[0].rows, weights[0].columns
     layers = max(m.count for m in weights if m.group == "attention")
     maps = [m for m in weights if m.group != "embedding" and m.columns > 1]
@@ -87,6 +89,7 @@ def memory(recipe: Recipe) -> list[Figure]:
     divided = f" / {among} devices" if among > 1 else ""
     gathered = "; two layers as they come from the other devices" if share > 1 else ""
     shape = f"{train.batch_size} rows x {recipe.data.max_length:,} tokens"
+    shape += f" / {sharing} devices" if sharing > 1 else ""
     maxima = stacks * beside / share + linear * beside
     of_values = "" if beside >= 4 / 64 else ", in 8 bits"
     spread = f"{split}, of linear maps whole" if split else ""
@@ -144,6 +147,12 @@ def copies(recipe: Recipe) -> int:
     return recipe.launch.nodes * recipe.launch.devices
 
 
+def parts_of_a_row(recipe: Recipe) -> int:
+    """How many devices share a row."""
+    launch = recipe.launch
+    return launch.context_parallel if launch.devices % launch.context_parallel == 0 else 1
+
+
 def shards(recipe: Recipe) -> int:
     """How many devices share the weights of the base."""
     launch = recipe.launch
@@ -198,7 +207,8 @@ def _with_inputs(recipe: Recipe) -> float:
     weights = sizes.matrices(recipe.model)
     layers, hidden = max(m.count for m in weights if m.group == "attention"), weights[0].columns
     plain = sizes.BF16_BYTES if recipe.train.precision == "bf16" else sizes.FP32_BYTES
-    return recipe.train.batch_size * recipe.data.max_length * layers * hidden * plain / sizes.GIB
+    tokens = recipe.train.batch_size * math.ceil(recipe.data.max_length / parts_of_a_row(recipe))
+    return tokens * layers * hidden * plain / sizes.GIB
 
 
 def _with_recomputing(recipe: Recipe, on: bool) -> Recipe:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
 from finetune.errors import NumbersError
+from finetune.ranks import Ranks
 
 RECENT = 20
 """Updates over which speed and the time left are measured."""
@@ -25,8 +26,8 @@ class TrainingProgress(TrainerCallback):
     them. A quiet console, which ranks other than the first have, shows nothing. Ends with the `with` block.
     """
 
-    def __init__(self, console: Console, total: int) -> None:
-        self.console, self.total = console, total
+    def __init__(self, console: Console, total: int, ranks: Ranks | None = None) -> None:
+        self.console, self.total, self.ranks = console, total, ranks or Ranks()
         self.steps: list[dict[str, Any]] = []
         self._last = time.monotonic()
         self._bar: Progress | None = None
@@ -62,7 +63,7 @@ class TrainingProgress(TrainerCallback):
             "lr": float(logs["learning_rate"]),
             "grad_norm": float(logs["grad_norm"]),
             "seconds": round(now - self._last, 3),
-            "tokens": self._counter.take() * args.world_size,
+            "tokens": sum(self.ranks.gather(self._counter.take())),
         }
         self._last = now
         self.steps.append(step)
@@ -142,7 +143,7 @@ def note(steps: list[dict[str, Any]], total: int, memory_gib: float) -> str:
 
 
 def tokens_per_second(steps: list[dict[str, Any]]) -> float:
-    """Tokens, padding left out, of all processes in a second of some steps; each is taken to have as many as this."""
+    """Tokens, padding left out, of all processes in a second of some steps."""
     return sum(step["tokens"] for step in steps) / max(1e-9, sum(step["seconds"] for step in steps))
 
 

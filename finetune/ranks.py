@@ -40,16 +40,28 @@ class Ranks:
     """How many there are."""
     group: Any = None
     """A gloo process group: agreements go over the CPU and never wait for a GPU."""
+    sharing: int = 1
+    """How many neighbours hold a part each of the same rows; `world` is a multiple of it."""
 
     @classmethod
-    def here(cls) -> Ranks:
+    def here(cls, sharing: int = 1) -> Ranks:
         """This process by the environment (`RANK`, `WORLD_SIZE`), with a group of its own once torch has one."""
         rank, world = expected()
         if world == 1:
             return cls()
         import torch.distributed as dist
 
-        return cls(rank, world, dist.new_group(backend="gloo"))
+        return cls(rank, world, dist.new_group(backend="gloo"), sharing)
+
+    @property
+    def readers(self) -> int:
+        """How many batches are read at once: one by each process, or by each group that shares its rows."""
+        return self.world // self.sharing
+
+    @property
+    def reader(self) -> int:
+        """Which of those batches is this process', from 0."""
+        return self.rank // self.sharing
 
     @property
     def first(self) -> bool:

@@ -250,7 +250,8 @@ class Launch:
     weights among them (GPUs only); `deepspeed` gives each the whole base too and divides gradients and optimizer states
     (ZeRO stage 2; the extra [deepspeed])."""
     context_parallel: int = 1
-    """Devices that share a sequence. Only 1 is offered: `check` says why, and what makes long rows fit."""
+    """Devices of a machine that share every row, a part each, where rows are too long for one: a divisor of `devices`
+    and of the model's heads. Each computes the attention of some heads (Ulysses); losses are those of whole rows."""
     cpu_threads: int = 0
     """Threads for CPU arithmetic; 0 means one per core."""
     gpus: bool = True

@@ -8,14 +8,15 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from finetune import machine, memory
+from finetune.ranks import Ranks
 from finetune.recipe import Recipe
 
 
 class Recompute(TrainerCallback):
     """Of a model that recomputes activations, only as many layers do as the recipe says or memory demands."""
 
-    def __init__(self, recipe: Recipe, block_class: str, console: Console) -> None:
-        self.recipe, self.block_class, self.console = recipe, block_class, console
+    def __init__(self, recipe: Recipe, block_class: str, console: Console, ranks: Ranks) -> None:
+        self.recipe, self.block_class, self.console, self.ranks = recipe, block_class, console, ranks
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Switches recomputing off in the layers that need not: `gradient_checkpointing` is a layer's own switch."""
@@ -24,7 +25,7 @@ class Recompute(TrainerCallback):
         layers = [module for module in kwargs["model"].modules() if self._is_layer(module)]
         wanted, why = self.recipe.train.checkpointed_layers, "train.checkpointed_layers"
         if not wanted:
-            free = free_gib()
+            free = min(self.ranks.gather(free_gib()))  # in other layers they would wait for each other in vain
             wanted = memory.layers_to_recompute(self.recipe, len(layers), free)
             why = f"{free:.1f} GiB are free"
         for layer in layers[wanted:]:

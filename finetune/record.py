@@ -125,7 +125,8 @@ def training(train: dict[str, Any] | None) -> dict[str, Any] | None:
     if train is None:
         return None
     names = ("tokens", "trainable_tokens", "seconds", "device", "processes", "distribution", "peak_memory_gib")
-    return {"steps": len(train["steps"])} | {name: train[name] for name in names}
+    shared = ("processes_per_row",) if "processes_per_row" in train else ()  # older runs have none
+    return {"steps": len(train["steps"])} | {name: train[name] for name in (*names, *shared)}
 
 
 def metrics(scores: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from finetune import sizes
 from finetune.compute import per_token as flops_per_token
 from finetune.families import shapes
 from finetune.figure import Basis, Figure, assumed, computed, given
+from finetune.memory import parts_of_a_row
 from finetune.recipe import Recipe
 
 ASSUMED_ROWS = 1000
@@ -28,7 +29,9 @@ def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
     train, devices = recipe.train, recipe.launch.nodes * recipe.launch.devices
     flops = flops_per_token(recipe)
     rows, length = _rows(recipe, prepared), _tokens_per_row(recipe, prepared)
-    per_update, plural = train.batch_size * train.accumulation * devices, "s" if devices > 1 else ""
+    sharing = parts_of_a_row(recipe)
+    per_update, plural = train.batch_size * train.accumulation * (devices // sharing), "s" if devices > 1 else ""
+    shared = f" / {sharing} that share a row" if sharing > 1 else ""
     seen = train.max_steps * per_update if train.max_steps else math.ceil(rows.value * train.epochs)
     steps = train.max_steps or math.ceil(seen / per_update)
     tokens = seen * length.value
@@ -47,7 +50,7 @@ def work(recipe: Recipe, prepared: Path | None) -> tuple[Figure, ...]:
             "rows per update",
             per_update,
             "rows",
-            f"{devices} device{plural} x {train.batch_size} rows x {train.accumulation} accumulated",
+            f"{devices} device{plural}{shared} x {train.batch_size} rows x {train.accumulation} accumulated",
         ),
         counted("steps", steps, "updates", "train.max_steps" if train.max_steps else f"{seen:,} rows / {per_update}"),
         counted("tokens", tokens, "tokens", f"{seen:,} rows x {length.value:,.0f}"),

@@ -57,7 +57,7 @@ def test_a_good_recipe_has_no_problems() -> None:
         ("data__heldout_files", ["tests"], "DAT-003 a data card has its own held-out rows"),
         ("launch__kind", "slurm", "SLM-011 runs_dir='runs' must be an absolute path"),
         ("launch__partition", "gpu", "SLM-015 launch.partition has no effect with launch.kind=local"),
-        ("launch__context_parallel", 2, "LCH-013 launch.context_parallel=2 is not offered"),
+        ("launch__context_parallel", 2, "LCH-013 launch.context_parallel=2 with launch.devices=1"),
         ("launch__nodes", 2, "LCH-009 launch.nodes=2: launch.kind=local starts processes on this machine only"),
         ("train__adapter_of", "best", "TRN-007 train.adapter_of=best needs held-out losses"),
         ("train__allow_changed", ["seed", "sed"], "LCH-003 train.allow_changed: sed is none of base, data, world_size"),

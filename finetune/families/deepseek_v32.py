@@ -37,6 +37,7 @@ FAMILY = replace(
     block_class="DeepseekV32DecoderLayer",
     experts_class="DeepseekV32Experts",
     gguf_tiny="its converter asks for a tokenizer with add_bos_token",
+    undivided="its layers choose by an index which tokens they look at",
     unreachable=("self_attn.indexer",),
     tiny={
         **deepseek_v3.FAMILY.tiny,

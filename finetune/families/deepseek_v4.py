@@ -119,6 +119,7 @@ FAMILY = Family(
     licence="mit",
     no_gguf=no_gguf,
     no_served_adapter="its tensors are published under names of their own, and no server takes an adapter for them",
+    undivided="its layers look through windows and at compressed tokens",
     packs=False,
     tiny=shapes.TINY
     | {

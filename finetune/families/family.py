@@ -103,6 +103,9 @@ class Family:
     packs: bool = True
     """Several rows in one sequence stay apart by their positions. False where a layer carries a state along the
     sequence, or compresses it, whatever the positions say."""
+    undivided: str = ""
+    """Why several devices cannot share a row of it (`launch.context_parallel`); empty where they can: where a token
+    sees every earlier one of its row, and nothing else goes from token to token."""
     unsloth: bool = False
     """Unsloth (the release in `engine.PACKAGES`) trains it: it has layers for the class of the expert stacks by name,
     keeps them in 4 bits, and reads the published folder as this text model. Dense families need no such layers."""

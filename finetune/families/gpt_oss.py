@@ -40,6 +40,7 @@ FAMILY = Family(
     balances=True,
     licence="apache-2.0",
     no_gguf_adapter="llama.cpp's converter does not know the names of its experts' maps",
+    undivided="some of its layers look back through a window, with a sink per head",
     packs=False,
     tiny=shapes.TINY
     | {

@@ -40,6 +40,7 @@ FAMILY = Family(
     dense=shapes.below("feed_forward"),
     published_names=((r"^", "language_model."),),
     text_config="text_config",
+    undivided="some of its layers look back within chunks of positions only",
     licence="llama4",
     no_gguf_adapter="llama.cpp's converter does not know the names of its experts' maps",
     tiny=shapes.TINY

@@ -81,6 +81,7 @@ FAMILY = Family(
     text_config="text_config",
     licence="apache-2.0",
     gguf_tiny="llama.cpp rotates more places of a head than a tiny one has",
+    undivided="some of its layers carry a state along the row",
     packs=False,
     tiny=shapes.TINY
     | {

@@ -38,7 +38,7 @@ def join(recipe: Recipe) -> Ranks:
         state = PartialState(cpu=not on_gpu and not is_sharded(recipe))
     if state.num_processes != world or (is_sharded(recipe) and state.distributed_type != DistributedType.MULTI_GPU):
         raise _apart(world, (world, state.num_processes), state.distributed_type)
-    return Ranks.here()
+    return Ranks.here(recipe.launch.context_parallel)
 
 
 def is_sharded(recipe: Recipe) -> bool:

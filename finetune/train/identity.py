@@ -19,15 +19,17 @@ FREE = {"allow_changed", "save_steps", "keep_checkpoints", "report_to", "rehears
 """Training settings that change no number."""
 
 
-def identity(recipe: Recipe, run_dir: RunDir, base: Path, world: int) -> dict[str, Any]:
-    """Name -> value, of everything that decides the numbers of this run."""
+def identity(recipe: Recipe, run_dir: RunDir, base: Path, world: int, sharing: int = 1) -> dict[str, Any]:
+    """Name -> value, of everything that decides the numbers of this run; `sharing` processes hold parts of a row."""
     training = {k: v for k, v in dataclasses.asdict(recipe.train).items() if k not in FREE}
     settings = {"adapter": dataclasses.asdict(recipe.adapter), "train": training, "packing": recipe.data.packing}
+    distribution = recipe.launch.distribution if world > 1 else "none"
+    distribution += f", {sharing} to a row" if sharing > 1 else ""
     return {
         "base": base_digest(base),
         "data": read_json(run_dir.data / "report.json")["content_sha256"],
         "world_size": world,
-        "distribution": recipe.launch.distribution if world > 1 else "none",
+        "distribution": distribution,
         "precision": recipe.train.precision,
         "seed": recipe.seed,
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
@@ -51,7 +53,7 @@ def changes(then: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> di
             f"train.allow_changed=[{','.join(refused)}] beside run=, which the record keeps; or a new run",
         )
     cut = sorted(found.keys() & {"distribution", "world_size"})
-    if cut and "deepspeed" in (then["distribution"], now["distribution"]):
+    if cut and "deepspeed" in then["distribution"] + now["distribution"]:
         what = "; ".join(f"{name}: {found[name]}" for name in cut)
         why = "with DeepSpeed each process keeps its own part of the optimizer's state, which no other one can take up"
         what = f"this run cannot go on as it was begun: {what}"

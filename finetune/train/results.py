@@ -36,7 +36,7 @@ def finish(job: Job) -> None:
     idle, heard = unlearnt(trainer.model, weights, job.begun)
     lengths = [len(ids) for ids in rows["input_ids"]]
     answers = [sum(label != -100 for label in labels) for labels in rows["labels"]]
-    passes = job.steps * recipe.train.batch_size * recipe.train.accumulation * job.ranks.world / len(rows)
+    passes = job.steps * recipe.train.batch_size * recipe.train.accumulation * job.ranks.readers / len(rows)
     if job.begun:
         with atomic_folder(run_dir.tuned) as folder:
             save(folder, weights, {"base": recipe.model.source, "adapter": dataclasses.asdict(recipe.adapter)})
@@ -77,6 +77,7 @@ def finish(job: Job) -> None:
             "expert_rows_with_a_gradient": heard,
             "engine": recipe.engine,
             "processes": job.ranks.world,
+            "processes_per_row": job.ranks.sharing,
             "distribution": recipe.launch.distribution if job.ranks.world > 1 else "none",
             "resumed": job.resumed.memory(),
             "versions": versions(recipe.engine, recipe.launch.distribution),

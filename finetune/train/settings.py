@@ -10,11 +10,11 @@ from finetune.recipe import Recipe, Train
 from finetune.train.distribute import is_divided, is_sharded, sharding
 
 
-def planned_steps(settings: Train, rows: int, devices: int = 1) -> int:
-    """Optimizer updates of a run over `rows` training rows."""
+def planned_steps(settings: Train, rows: int, readers: int = 1) -> int:
+    """Optimizer updates of a run over `rows` training rows, of which so many batches are read at once."""
     if settings.max_steps > 0:
         return settings.max_steps
-    per_update = settings.batch_size * settings.accumulation * devices
+    per_update = settings.batch_size * settings.accumulation * readers
     return max(1, math.ceil(rows * settings.epochs / per_update))
 
 
@@ -23,13 +23,14 @@ def save_every(settings: Train, steps: int) -> int:
     return settings.save_steps or max(1, min(100, steps // 10))
 
 
-def arithmetic(settings: Train, rows: int, steps: int, devices: int = 1) -> str:
-    """The size of the run as a sum a person can check."""
-    per_update = settings.batch_size * settings.accumulation * devices
+def arithmetic(settings: Train, rows: int, steps: int, devices: int = 1, sharing: int = 1) -> str:
+    """The size of the run as a sum a person can check; `sharing` of the devices hold a part each of the same rows."""
+    per_update = settings.batch_size * settings.accumulation * (devices // sharing)
     seen, plural = steps * per_update, "s" if devices > 1 else ""
+    shared = f" / {sharing} that share a row" if sharing > 1 else ""
     return (
-        f"{devices} device{plural} x {settings.batch_size} rows x {settings.accumulation} accumulated = {per_update} "
-        f"rows per update; {steps} updates x {per_update} = {seen} rows, {seen / rows:.2f} x {rows}"
+        f"{devices} device{plural}{shared} x {settings.batch_size} rows x {settings.accumulation} accumulated = "
+        f"{per_update} rows per update; {steps} updates x {per_update} = {seen} rows, {seen / rows:.2f} x {rows}"
     )
 
 

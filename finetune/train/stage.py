@@ -85,10 +85,12 @@ def prepare(
     from finetune.train.rehearsal import Rehearsal
     from finetune.train.router_load import RouterLoad
     from finetune.train.rows import collator, heldout, names, numbered
+    from finetune.train.shared_rows import SharedRows, require_shareable
     from finetune.train.trainer import Boundary, Keeping, Trainer
     from finetune.whole import fingerprints
 
     unsloth, folder = recipe.engine == "unsloth", base_folder(recipe)
+    require_shareable(folder, ranks)
     packed = load_packed(run_dir)
     rows = load_splits(run_dir).train if packed is None else packed
     whole = recipe.adapter.method == "full"
@@ -100,19 +102,20 @@ def prepare(
     base, model = (
         load(recipe, folder) if unsloth else _whole(recipe, folder) if whole else _load(recipe, folder, part, begin)
     )
+    shared = SharedRows(ranks, base.model) if ranks.sharing > 1 else None
     console.print(base.loading())
     table = coverage_table(model, base.family)
     print_coverage(table, console)
 
-    steps = planned_steps(recipe.train, len(rows), ranks.world)
-    console.print(arithmetic(recipe.train, len(rows), steps, ranks.world))
+    steps = planned_steps(recipe.train, len(rows), ranks.readers)
+    console.print(arithmetic(recipe.train, len(rows), steps, ranks.world, ranks.sharing))
     name = f"{recipe.name}-{run_dir.path.name}"
-    progress, heard, router = TrainingProgress(console, steps), Heard(model), RouterLoad(console)
+    progress, heard, router = TrainingProgress(console, steps, ranks), Heard(model), RouterLoad(console)
     begun = fingerprints(model) if whole else {}
     rehearsal = Rehearsal(recipe, run_dir, console, ranks)
     boundary = Boundary(ranks, request, names(rows, packed is not None))
     resumed = Resumed()
-    about = identity(recipe, run_dir, folder, ranks.world)
+    about = identity(recipe, run_dir, folder, ranks.world, ranks.sharing)
     keeping = Keeping(
         root=run_dir.checkpoints,
         newest=recipe.train.keep_checkpoints,
@@ -122,17 +125,19 @@ def prepare(
         counted={"heard": heard, "router": router},
     )
     lengths = [len(ids) for ids in rows["input_ids"]] if recipe.train.group_by_length else None
-    per_update = recipe.train.batch_size * recipe.train.accumulation * ranks.world
+    per_update = recipe.train.batch_size * recipe.train.accumulation * ranks.readers
     every = save_every(recipe.train, steps)
     told, loss = (for_trainer(recipe), "nll") if unsloth else (recipe, loss_type(base.model))  # it has a loss in pieces
     args = trainer_settings(told, scratch, name, steps, every, loss, base.family)
     # In this order: what is rehearsed is not counted, and trackers log what the others have measured.
     guard = [] if is_divided(recipe) else [Guard()]  # ZeRO's own handle looks at gradients: they are gone afterwards
-    callbacks = [boundary, *guard, Recompute(recipe, base.family.block_class, console), rehearsal, router, progress]
+    recompute = Recompute(recipe, base.family.block_class, console, ranks)
+    callbacks = [boundary, *guard, recompute, rehearsal, router, progress]
     with keeping_fp32(model):  # TRL casts the adapter of a 4-bit model to bf16
         trainer = Trainer(
             keeping=keeping,
             ranks=ranks,
+            shared=shared,
             in_bf16=recipe.train.precision == "bf16" and (is_sharded(recipe) or is_divided(recipe)),
             order=Order(len(rows), recipe.seed, lengths, per_update),
             model=model,

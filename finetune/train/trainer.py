@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from finetune.stop import Request
 from finetune.train import state as states
 from finetune.train.batch import DIGEST, NUMBER, hex_of
 from finetune.train.order import Order
+from finetune.train.shared_rows import SharedRows
 
 WEIGHTS = "weights.safetensors"
 """File of a checkpoint with the trained parameters by their names in the model, whole."""
@@ -72,8 +73,17 @@ class Trainer(SFTTrainer):
     `_load_from_checkpoint`, `_load_optimizer_and_scheduler`, `_load_rng_state`. None of transformers' own files remain.
     """
 
-    def __init__(self, *, keeping: Keeping, ranks: Ranks, order: Order, in_bf16: bool = False, **kwargs: Any) -> None:
-        self.keeping, self.ranks, self.order, self.in_bf16 = keeping, ranks, order, in_bf16
+    def __init__(
+        self,
+        *,
+        keeping: Keeping,
+        ranks: Ranks,
+        order: Order,
+        shared: SharedRows | None = None,
+        in_bf16: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.keeping, self.ranks, self.order, self.shared, self.in_bf16 = keeping, ranks, order, shared, in_bf16
         self.update: list[dict[str, torch.Tensor]] = []
         """Numbers and digests of the batches since the last update."""
         self.zero: Any = None
@@ -83,6 +93,19 @@ class Trainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         """Rows in an order that a resumed run finds again."""
         return self.order
+
+    def get_train_dataloader(self) -> Any:
+        """Batches of this process; those that share rows get the same ones, whole."""
+        loader = super().get_train_dataloader()
+        return loader if self.shared is None else self.shared.read_by_groups(loader)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The batches of an update and how many trained tokens they have in all processes, each counted once."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.shared is None or not batches:
+            return batches, count
+        assert count is not None  # else the loss would be a mean of each part's mean
+        return [self.shared.part(batch) for batch in batches], count // self.ranks.sharing
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Wraps model and optimizer; with DeepSpeed takes up the checkpoint here, which transformers would unpickle."""
@@ -114,7 +137,8 @@ class Trainer(SFTTrainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass; notes which rows it is of."""
         self.update.append({name: inputs.pop(name) for name in (NUMBER, DIGEST)})
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        with self.shared.attending(inputs) if self.shared else nullcontext():
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -264,7 +288,7 @@ class Boundary(TrainerCallback):
         update, self.trainer.update = self.trainer.update, []
         self._rows = [batch[NUMBER].tolist() for batch in update]
         told = self.ranks.gather([self.request.signal, [batch[DIGEST].tolist() for batch in update]])
-        self.digests.append(hex_of([one for _, digests in told for one in digests]))
+        self.digests.append(hex_of([one for _, digests in told[:: self.ranks.sharing] for one in digests]))
         signal = next((name for name, _ in told if name), "")
         if signal and state.global_step < state.max_steps:
             self.stopped_by = signal
@@ -280,7 +304,7 @@ class Boundary(TrainerCallback):
         odd = [name for name in ("loss", "grad_norm") if logs and name in logs and not math.isfinite(logs[name])]
         if not odd or logs is None:
             return
-        numbers = [n for rank in self.ranks.gather(self._rows) for batch in rank for n in batch]
+        numbers = [n for rank in self.ranks.gather(self._rows)[:: self.ranks.sharing] for batch in rank for n in batch]
         names = self.names(numbers)
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         raise NumbersError(
