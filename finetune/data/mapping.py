@@ -128,9 +128,11 @@ def _make(work: Work, jobs: Iterator[Job], parts: Path, name: str, key: str, wor
     shutil.rmtree(reading, ignore_errors=True)  # of a run that was killed
     raw = _read(jobs, reading, key).with_format("arrow")
     processes = min(workers, len(raw)) if workers > 1 else None
-    making = Making(work)
-    making.maker()  # here, so that forks have it and what is wrong with it is said at once
+    making, fresh = Making(work), not _READY
+    maker = making.maker()  # here, so that forks have it and what is wrong with it is said at once
     with _processes(processes):
+        if fresh and processes:
+            maker.load()
         made = raw.map(
             making,
             batched=True,

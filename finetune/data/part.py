@@ -103,6 +103,16 @@ class Maker:
         )
         self.cleaner = Cleaner(work.data)
 
+    def load(self) -> None:
+        """Loads what the first row that needs it would load, so that processes that are forked have it."""
+        self.cleaner.load()
+        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        self.encoder.encode([Row(file="", line=0, id="", sha256="", messages=said)])
+        if self.work.near:
+            from finetune.data.near import signature
+
+            signature("a")
+
     def make(self, job: Job) -> Any:
         """The part of a block, a table with the columns of `part_schema`."""
         rows = list(self._rows(job))
