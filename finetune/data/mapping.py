@@ -6,7 +6,8 @@ stay until the whole set is done, and are what a killed run goes on from. They a
 the set's address: `datasets` hashes no function. A note beside them, written last, has their sha256: Arrow files have
 no checksums, and one that a broken disk or a power cut has damaged is made again, never read.
 
-Ours beside it: the processes end with their parent and leave Ctrl-C to it, whose errors come out as they were raised.
+Ours beside it: the processes are forks (on Linux), which end with their parent and leave Ctrl-C to it, and an error in
+one comes out as it was raised.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from itertools import chain, islice
 from pathlib import Path
@@ -83,7 +84,7 @@ def mapped(work: Work, jobs: Iterable[Job], parts: Path, key: str, workers: int)
             progress.count(noted["rows"])
             place += noted["blocks"]
     finally:
-        _READY.clear()
+        _READY[:] = [ready for ready in _READY if ready[0] != work]
     if not progress.rows:
         raise DataError("DATA-006", "the files have no rows", "", "files with rows")
     return concatenate_datasets(found)
@@ -103,17 +104,19 @@ class Making:
 
     def maker(self) -> Maker:
         """What makes parts, loaded once in a process. Raises DataError where the tokenizer cannot be used."""
-        if not _READY:
-            _READY.append((self.work, Maker(self.work)))
-        return _READY[0][1]
+        for work, maker in _READY:
+            if work == self.work:
+                return maker
+        _READY.append((self.work, Maker(self.work)))
+        return _READY[-1][1]
 
 
 def _whole(parts: Path, name: str) -> dict[str, Any]:
     """The note of a slice whose cache files are as they were written; else none, and no file of it is left."""
     note = parts / f"{name}.json"
-    if note.is_file():
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # the note itself is damaged, or a file
         noted: dict[str, Any] = read_json(note)
-        if all((parts / f).is_file() and sha256_file(parts / f) == sha for f, sha in noted["files"].items()):
+        if noted["blocks"] > 0 and all(sha256_file(parts / file) == sha for file, sha in noted["files"].items()):
             return noted
     for path in parts.glob(f"{name}*"):  # also what a killed process had finished of it: nobody noted what it was
         path.unlink()
@@ -128,7 +131,7 @@ def _make(work: Work, jobs: Iterator[Job], parts: Path, name: str, key: str, wor
     shutil.rmtree(reading, ignore_errors=True)  # of a run that was killed
     raw = _read(jobs, reading, key).with_format("arrow")
     processes = min(workers, len(raw)) if workers > 1 else None
-    making, fresh = Making(work), not _READY
+    making, fresh = Making(work), not any(ready[0] == work for ready in _READY)
     maker = making.maker()  # here, so that forks have it and what is wrong with it is said at once
     with _processes(processes):
         if fresh and processes:
@@ -185,6 +188,9 @@ def _processes(count: int | None) -> Iterator[None]:
     folder = tempfile.tempdir
     if len(os.fsencode(tempfile.gettempdir())) > LONGEST:
         tempfile.tempdir = "/tmp"  # for a socket, which none of the rows goes through
+    method = multiprocess.get_start_method(allow_none=True)
+    if sys.platform == "linux":
+        multiprocess.set_start_method("fork", force=True)
     _PARENT.append(os.getpid())
     frozen = gc.get_freeze_count()
     gc.freeze()  # what is there now stays: collecting need not look at it, and touch its pages, in every process
@@ -201,6 +207,7 @@ def _processes(count: int | None) -> Iterator[None]:
         if not frozen:
             gc.unfreeze()
         _PARENT.clear()
+        multiprocess.set_start_method(method, force=True)
         tempfile.tempdir = folder
         os.environ = environment  # noqa: B003  # datasets 4.8.5 leaves a copy in its place
         del os.environ["TOKENIZERS_PARALLELISM"]
