@@ -19,7 +19,7 @@ import datasets
 import multiprocess
 import pytest
 
-from finetune.data import files, mapping
+from finetune.data import credentials, files, mapping, quality
 from finetune.data.files import blocks, sources
 from finetune.data.mapping import mapped
 from finetune.data.part import Job, Maker, Work, of_card, part_schema
@@ -178,14 +178,18 @@ def test_an_end_that_is_asked_for_while_processes_work_comes_out_as_itself(
     def asked(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Maker, "make", lambda self, job: time.sleep(60))
+    def make(self: Maker, job: Job) -> None:
+        if job.block.lines[0] == 1:
+            os.kill(parent, signal.SIGALRM)
+        time.sleep(60)
+
+    parent = os.getpid()
+    monkeypatch.setattr(Maker, "make", make)
     before = signal.signal(signal.SIGALRM, asked)
-    signal.setitimer(signal.ITIMER_REAL, 3)
     try:
         with pytest.raises(KeyboardInterrupt):
             mapped(work(base), jobs(rows), parts_of(tmp_path), "key", 2)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert not children(os.getpid())
 
@@ -200,6 +204,29 @@ def test_the_environment_stays_as_it_was(
     monkeypatch.delenv("TOKENIZERS_PARALLELISM")
     mapped(work(base), jobs(rows), parts_of(tmp_path), "other", 2)
     assert "TOKENIZERS_PARALLELISM" not in os.environ
+
+
+def test_processes_find_what_they_need_in_memory(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    telling = [f"Call +44 20 7946 0{i:03d}, key AKIA{i:016d}, password=hunter2{i}, said number {i}" for i in range(650)]
+    path = jsonl(tmp_path / "rows.jsonl", *(qa(text, "A good answer to this.") for text in telling))
+    real = Maker.make
+
+    def make(self: Maker, job: Job) -> Any:
+        had = {*sys.modules}
+        made = real(self, job)
+        with (tmp_path / f"{os.getpid()}.new").open("a") as handle:
+            handle.write("\n".join({*sys.modules} - had))
+        return made
+
+    monkeypatch.setattr(Maker, "make", make)
+    settings = work(base, privacy="report", quality="report", languages=["en"]).data
+    for name in [name for name in sys.modules if name.startswith(("phonenumbers", "detect_secrets", "py3langid"))]:
+        monkeypatch.delitem(sys.modules, name)
+    for cached in (credentials._patterns, credentials._plugin, quality._identifier):
+        cached.cache_clear()
+    mapped(Work(data=settings, base=base, cut="error", near=True), jobs(path), parts_of(tmp_path), "key", 2)
+    told = [new.read_text() for new in tmp_path.glob("*.new")]
+    assert told == ["", ""]
 
 
 def test_a_temporary_folder_with_a_long_name_does_not_stop_it(
@@ -255,9 +282,11 @@ def test_processes_end_with_their_parent(tmp_path: Path, base: Path, rows: Path,
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
+    code, ended = process.wait(60), gone(found)
+    for pid in filter(alive, found):
+        os.kill(pid, signal.SIGKILL)
     said, _ = process.communicate(60)
-    assert process.returncode
-    assert gone(found)
+    assert code and ended
     tracebacks = said.count("Traceback")
     assert tracebacks == (number == signal.SIGINT), said  # the parent's own, which the command line turns into a word
 
@@ -292,7 +321,7 @@ def test_a_killed_run_uses_the_slices_that_were_done(tmp_path: Path, base: Path,
     assert {name: more[name] for name in done} == done, "neither written again nor touched"
 
 
-@pytest.mark.parametrize("harm", ["cut", "bit", "gone", "unnoted"])
+@pytest.mark.parametrize("harm", ["cut", "bit", "gone", "note", "unnoted"])
 def test_a_cache_file_that_is_not_as_it_was_written_is_made_again(
     tmp_path: Path, base: Path, rows: Path, small: None, harm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +335,8 @@ def test_a_cache_file_that_is_not_as_it_was_written_is_made_again(
         harmed.write_bytes(raw[:9000] + bytes([raw[9000] ^ 1]) + raw[9001:])
     elif harm == "gone":
         harmed.unlink()
+    elif harm == "note":
+        (parts / "000003.json").write_text('{"blocks": 1')
     else:
         (parts / "000003.json").unlink()
     made = counted(monkeypatch)
