@@ -33,7 +33,7 @@ class Cleaner:
         if self.data.languages:
             from finetune.data.quality import language
 
-            language("A sentence.")
+            language("A sentence that is long enough.")
         if self.data.privacy != "off":
             from finetune.data.credentials import load
             from finetune.data.privacy import find
