@@ -148,11 +148,11 @@ def recipe_of(rows: str, cache: str) -> Any:
 
 def ours(rows: str, base: str, cache: str) -> dict[str, Any]:
     """Prepares the rows."""
-    from finetune.data import pool
+    from finetune.data import mapping
     from finetune.data.prepare import prepared
     from finetune.rundir import read_json
 
-    pool.ALONE = 0  # workers even for two rows
+    mapping.ALONE = 0  # workers even for two rows
     few = Path(cache) / "few.jsonl"
     few.parent.mkdir(parents=True)
     recipe = recipe_of(str(few), cache)

@@ -1,16 +1,15 @@
-"""`python -m tests.preparing ROWS BASE CACHE HOW` prints the folder that it prepares rows in, with two workers.
+"""`python -m tests.preparing ROWS BASE CACHE [ROWS_OF_A_BLOCK]` prints the folder that it prepares rows in.
 
-HOW they are started is `spawn`, as in the product, or `fork`, for many processes of one test: nothing is imported anew.
+It does so by two processes, in slices of one block for each, so that there are several.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any
 
-from finetune.data import pool
+from finetune.data import files, mapping
 from finetune.data.prepare import prepared
 from finetune.recipe import Data, Recipe
 
@@ -22,8 +21,9 @@ def recipe(cache: Path, path: Path, **settings: Any) -> Recipe:
 
 
 def main(words: list[str]) -> int:
-    rows, base, cache, how = words
-    pool.get_context = lambda _: multiprocessing.get_context(how)  # type: ignore[assignment]
+    rows, base, cache, *block = words
+    files.BLOCK_ROWS = int(block[0]) if block else files.BLOCK_ROWS
+    mapping.PER_PROCESS = 1
     print(prepared(recipe(Path(cache), Path(rows)), Path(base)))
     return 0
 

@@ -202,8 +202,7 @@ def make(folder: Path) -> None:
             for record in records(block):
                 kind = (detect(record.value) if isinstance(record.value, dict) else "") or "messages"
                 break
-            job = Job(block=block, rows=[], kind=kind, side="train", prefix="", target=folder / "part")
-            maker(maker_folder()).make(job)
+            maker(maker_folder()).make(Job(block=block, format=kind, side="train", prefix=""))
 
 
 def shaped_words(draw: random.Random) -> Files:

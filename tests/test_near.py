@@ -46,12 +46,15 @@ def exact_share(one: list[str], other: list[str]) -> float:
     return len(a & b) / len(a | b)
 
 
-def saved(folder: Path, signatures: Any, *, parts: int = 1) -> list[Path]:
-    paths = []
+def saved(folder: Path, signatures: Any, *, parts: int = 1) -> list[Any]:
+    """Signatures that lie on disk, as those of prepared rows do."""
+    folder.mkdir(exist_ok=True)
+    mapped = []
     for i, part in enumerate(np.array_split(np.asarray(signatures, dtype=np.uint32), parts)):
-        paths.append(folder / f"{parts}-{i:05d}.npy")
-        np.save(paths[-1], part)
-    return paths
+        path = folder / f"{parts}-{i:05d}.npy"
+        np.save(path, part)
+        mapped.append(np.load(path, mmap_mode="r"))
+    return mapped
 
 
 def of(texts: list[list[str]]) -> Any:
@@ -246,8 +249,7 @@ def test_how_the_rows_are_cut_into_parts_does_not_matter(tmp_path: Path, monkeyp
     whole = list(near_copies(saved(tmp_path, rows), 0.8, None, tmp_path))
     assert len(whole) > 60
     in_many = saved(tmp_path, rows, parts=180)
-    np.save(tmp_path / "none.npy", rows[:0])
-    in_many.insert(90, tmp_path / "none.npy")
+    in_many.insert(90, rows[:0])
     assert list(near_copies(in_many, 0.8, None, tmp_path)) == whole
     monkeypatch.setattr(near, "_BLOCK", 7)
     assert list(near_copies(saved(tmp_path, rows, parts=11), 0.8, None, tmp_path)) == whole
@@ -280,8 +282,7 @@ def test_memory_grows_by_less_than_thirty_bytes_per_row(tmp_path: Path) -> None:
     for i in range(20):
         block = noise(rows // 20, seed=i)
         block[1::100] = block[::100]
-        parts.append(tmp_path / f"{i}.npy")
-        np.save(parts[-1], block)
+        parts += saved(tmp_path / str(i), block)
     tracemalloc.start()
     try:
         found = sum(1 for _ in near_copies(parts, 0.8, None, tmp_path))
@@ -320,9 +321,8 @@ def test_no_rows_and_a_share_of_zero_find_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [np.zeros((3, 8), np.uint32), np.zeros(64, np.uint32), np.zeros((3, 64), np.uint64)])
 def test_a_part_of_another_version_is_refused(tmp_path: Path, wrong: Any) -> None:
-    np.save(tmp_path / "wrong.npy", wrong)
-    with pytest.raises(DataError, match=r"NEAR-001 .*wrong\.npy"):
-        list(near_copies([tmp_path / "wrong.npy"], 0.8, None, tmp_path))
+    with pytest.raises(DataError, match=rf"NEAR-001 .*{wrong.dtype} of shape"):
+        list(near_copies([noise(2), wrong], 0.8, None, tmp_path))
 
 
 def test_more_rows_than_the_buckets_can_number_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from finetune.data import pool
 from finetune.data.part import Maker
 from finetune.data.prepare import prepared, store_of
 from finetune.data.store import explain
@@ -122,10 +121,10 @@ def test_one_process_and_several_give_the_same_bytes(
     assert reports[0] == reports[1]
 
 
-def start(tmp_path: Path, rows: Path, base: Path, how: str) -> Any:
-    """A process that prepares the rows; its workers are forks, and so is it, or both are as the product has them."""
-    words = [str(rows), str(base), str(tmp_path / "cache"), how]
-    if how == "fork":
+def start(tmp_path: Path, rows: Path, base: Path, *block: str, forked: bool = True) -> Any:
+    """A process that prepares the rows: a fork, to which nothing is imported anew, or one as the product has it."""
+    words = [str(rows), str(base), str(tmp_path / "cache"), *block]
+    if forked:
         return Forked("tests.preparing", words)
     command = [sys.executable, "-m", "tests.preparing", *words]
     return subprocess.Popen(
@@ -133,50 +132,35 @@ def start(tmp_path: Path, rows: Path, base: Path, how: str) -> Any:
     )
 
 
+def finished_slices(cache: Path) -> dict[str, int]:
+    """Name -> time of writing (ns) of the notes of finished slices, and of the cache files that they name."""
+    notes = cache.glob("prepared/.parts-*/*.json")
+    named = [[note, *(note.parent / name for name in json.loads(note.read_text())["files"])] for note in notes]
+    return {path.name: path.stat().st_mtime_ns for paths in named for path in paths}
+
+
+def killed_after_a_slice(process: Any, cache: Path) -> bool:
+    """Kills a preparation when it has finished one more slice; whether it came to that."""
+    had, deadline = len(finished_slices(cache)), time.monotonic() + 120
+    while process.poll() is None and len(finished_slices(cache)) <= had and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if process.poll() is None:
+        process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return bool(process.returncode)
+
+
 @pytest.mark.slow
 def test_killed_preparation_goes_on_and_gives_the_same_bytes(
     tmp_path: Path, base: Path, rows: Path, whole: dict[str, bytes]
 ) -> None:
-    killed = 0
-    for _ in range(3):
-        process = start(tmp_path, rows, base, "fork")
-        parts = tmp_path / "cache" / "prepared"
-        had = len(list(parts.glob(".parts-*/*.facts")))
-        deadline = time.monotonic() + 120
-        while (
-            process.poll() is None and len(list(parts.glob(".parts-*/*.facts"))) <= had and time.monotonic() < deadline
-        ):
-            time.sleep(0.02)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            killed += 1
-        process.communicate()
+    killed = sum(killed_after_a_slice(start(tmp_path, rows, base), tmp_path / "cache") for _ in range(3))
     assert killed >= 2
-    done = start(tmp_path, rows, base, "spawn")
+    done = start(tmp_path, rows, base, forked=False)
     said, _ = done.communicate(timeout=300)
     assert done.returncode == 0, said
     assert content(Path(said.splitlines()[-1])) == whole
     assert not list((tmp_path / "cache" / "prepared").glob(".parts-*"))
-
-
-def test_a_part_that_is_done_is_not_made_again(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = jsonl(tmp_path / "rows.jsonl", *(qa(f"q{i}", "a") for i in range(2500)))
-    wanted = recipe(tmp_path, path)
-    made: list[str] = []
-    real = Maker.make
-
-    def once(self: Maker, job: Any) -> None:
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(job.target.name)
-        real(self, job)
-
-    monkeypatch.setattr(pool.Maker, "make", once)
-    with pytest.raises(KeyboardInterrupt):
-        prepared(wanted, base)
-    monkeypatch.setattr(pool.Maker, "make", lambda self, job: (made.append(job.target.name), real(self, job))[1])
-    prepared(wanted, base)
-    assert made == ["000001", "000002", "000003"]
 
 
 def test_what_a_worker_cannot_start_with_is_said_and_nothing_is_left(tmp_path: Path, base: Path, rows: Path) -> None:
@@ -199,7 +183,7 @@ def test_parts_of_rows_that_are_refused_do_not_stay(tmp_path: Path, base: Path) 
 def test_two_processes_that_prepare_the_same_do_not_harm_each_other(
     tmp_path: Path, base: Path, rows: Path, whole: dict[str, bytes]
 ) -> None:
-    both = [start(tmp_path, rows, base, "fork") for _ in range(2)]
+    both = [start(tmp_path, rows, base) for _ in range(2)]
     said = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     folders = {Path(words.splitlines()[-1]) for words in said}

@@ -28,6 +28,19 @@ class Cleaner:
                 raise DataError("DATA-020", f"two indexes of data.benchmarks are called {twice}", why, fix)
             self.indexes = Indexes(loaded)
 
+    def load(self) -> None:
+        """Loads what the first row that needs it would load, so that processes that are forked have it."""
+        if self.data.languages:
+            from finetune.data.quality import language
+
+            language("A sentence that is long enough.")
+        if self.data.privacy != "off":
+            from finetune.data.credentials import load
+            from finetune.data.privacy import find
+
+            load()
+            find("Call +44 20 7946 0999.")
+
     def clean(self, row: Row, fact: dict[str, Any]) -> None:
         """Looks at the words of a good row; may drop or redact it."""
         data = self.data

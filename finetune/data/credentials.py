@@ -120,6 +120,12 @@ def _tokens(text: str, kind: str, anchor: str) -> Iterator[Finding]:
         at = text.find(anchor, end)
 
 
+def load() -> None:
+    """Loads the patterns of all kinds, each of which is else loaded by the first text that may have one."""
+    for kind in _TOKENS:
+        _patterns(kind)
+
+
 @lru_cache
 def _patterns(kind: str) -> tuple[list[re.Pattern[str]], Callable[[str], Any]]:
     """Patterns of a kind, and a check of what they match. For some kinds `analyze_string` gives the prefix only."""

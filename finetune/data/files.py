@@ -1,7 +1,11 @@
 """Input files of every format, read as blocks of raw records, so that none has to fit into memory.
 
-The parent process cuts files into blocks; `records.py` parses one, wherever it was sent. Nothing is judged here but the
-file itself: what a row must look like is said in `shape.py`.
+The parent process cuts files into blocks, which `mapping.py` hands to `datasets` as its rows; `records.py` parses one,
+wherever it was sent. Nothing is judged here but the file itself: what a row must look like is said in `shape.py`.
+
+The builders that `datasets` has for these formats are not used. Those of JSON and CSV guess types before anyone has
+seen a record, and name no line; the one of text ends lines at U+2028. Those of Parquet and Arrow refuse types that we
+read (dictionaries, maps), copy whole files, and trust their offsets: a damaged file would end the process.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import dataclasses
 import glob
 import gzip
 import io
+import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -69,11 +74,14 @@ class Block:
     file: str
     """Name of the file."""
     kind: str
-    """How `payload` is read."""
-    line: int
-    """Line (or number) of its first record."""
-    payload: Any
-    """`jsonl`: list of (line, bytes); `csv`: (header, list of (line, cells)); `arrow`: bytes; else: list of values."""
+    """What a record is. `jsonl`: the bytes of a line; `csv`: its cells as JSON; `arrow`: many records, as an Arrow
+    stream; `values`: a value as JSON; `rows`: a row of a card as JSON (`part.py`)."""
+    lines: list[int]
+    """Line (or number) of each record; of the first one where a record is many."""
+    records: list[bytes]
+    """The records themselves."""
+    header: list[str] = dataclasses.field(default_factory=list)
+    """Names of the columns of `csv`."""
 
 
 def sources(patterns: list[str]) -> list[Source]:
@@ -153,7 +161,7 @@ def blocks(source: Source) -> Iterator[Block]:
     reader = {"jsonl": _lines, "json": _json, "csv": _cells, "parquet": _parquet, "arrow": _arrow, "text": _text}
     try:
         for block in reader[source.kind](source):
-            line = block.line
+            line = block.lines[0]
             yield block
     except (NotImplementedError, LookupError, TypeError, MemoryError) as error:  # Arrow's own kinds of these
         raise _unreadable(source, line, " ".join(str(error).split())[:200] or type(error).__name__) from None
@@ -207,16 +215,16 @@ def _numbered(handle: Any) -> Iterator[tuple[int, bytes]]:
 
 def _filled(source: Source, records: Iterable[tuple[int, bytes]]) -> Iterator[Block]:
     """Blocks of numbered records, each as large as a block may be."""
-    batch: list[tuple[int, bytes]] = []
-    size = 0
+    block, size = Block(file=source.name, kind="jsonl", lines=[], records=[]), 0
     for number, raw in records:
-        batch.append((number, raw))
+        block.lines.append(number)
+        block.records.append(raw)
         size += len(raw)
-        if len(batch) == BLOCK_ROWS or size >= BLOCK_BYTES:
-            yield Block(file=source.name, kind="jsonl", line=batch[0][0], payload=batch)
-            batch, size = [], 0
-    if batch:
-        yield Block(file=source.name, kind="jsonl", line=batch[0][0], payload=batch)
+        if len(block.lines) == BLOCK_ROWS or size >= BLOCK_BYTES:
+            yield block
+            block, size = Block(file=source.name, kind="jsonl", lines=[], records=[]), 0
+    if block.lines:
+        yield block
 
 
 def _skip(handle: Any, raw: bytes) -> bytes:
@@ -245,7 +253,7 @@ def _text(source: Source) -> Iterator[Block]:
     """A text file is one document."""
     with opened(source) as handle:
         text = handle.read().decode("utf-8-sig")
-    yield Block(file=source.name, kind="values", line=1, payload=[{"text": text}])
+    yield Block(file=source.name, kind="values", lines=[1], records=[json.dumps({"text": text}).encode()])
 
 
 def _cells(source: Source) -> Iterator[Block]:
@@ -254,20 +262,23 @@ def _cells(source: Source) -> Iterator[Block]:
         text = io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(text, strict=True, delimiter="\t" if ".tsv" in source.path.name else ",")
         header = next(reader, [])
+        if any("\ud800" <= c <= "\udfff" for name in header for c in name):
+            raise ValueError("its header is not UTF-8")
         double = [name for i, name in enumerate(header) if name in header[:i]]
         if double or not header:
             raise ValueError(f"its header names {double[0]!r} twice" if double else "it has no header")
-        batch: list[tuple[int, list[str]]] = []
+        block = Block(file=source.name, kind="csv", lines=[], records=[], header=header)
         start = reader.line_num + 1
         for cells in reader:
             if cells:
-                batch.append((start, cells))
+                block.lines.append(start)
+                block.records.append(json.dumps(cells, ensure_ascii=True).encode())
             start = reader.line_num + 1
-            if len(batch) == BLOCK_ROWS:
-                yield Block(file=source.name, kind="csv", line=batch[0][0], payload=(header, batch))
-                batch = []
-        if batch:
-            yield Block(file=source.name, kind="csv", line=batch[0][0], payload=(header, batch))
+            if len(block.lines) == BLOCK_ROWS:
+                yield block
+                block = Block(file=source.name, kind="csv", lines=[], records=[], header=header)
+        if block.lines:
+            yield block
 
 
 def _parquet(source: Source) -> Iterator[Block]:
@@ -277,7 +288,7 @@ def _parquet(source: Source) -> Iterator[Block]:
     with parquet.ParquetFile(source.path) as file:
         for batch in file.iter_batches(batch_size=BLOCK_ROWS):
             batch.validate(full=True)  # texts that are no UTF-8
-            yield Block(file=source.name, kind="arrow", line=number, payload=_ipc(batch))
+            yield Block(file=source.name, kind="arrow", lines=[number], records=[_ipc(batch)])
             number += batch.num_rows
 
 
@@ -290,7 +301,7 @@ def _arrow(source: Source) -> Iterator[Block]:
             batch.validate(full=True)  # Arrow trusts a file's offsets: false ones end the process, or read beyond it
             for start in range(0, batch.num_rows, BLOCK_ROWS):
                 part = batch.slice(start, BLOCK_ROWS)
-                yield Block(file=source.name, kind="arrow", line=number, payload=_ipc(part))
+                yield Block(file=source.name, kind="arrow", lines=[number], records=[_ipc(part)])
                 number += part.num_rows
 
 

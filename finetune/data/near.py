@@ -19,7 +19,7 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +65,7 @@ def signature(text: str) -> NDArray[np.uint32]:
 
 
 def near_copies(
-    parts: list[Path],
+    parts: list[NDArray[np.uint32]],
     share: float,
     eligible: NDArray[np.bool_] | None,
     scratch: Path,
@@ -74,8 +74,9 @@ def near_copies(
 ) -> Iterator[tuple[int, int, float]]:
     """(row, kept row that it is a near copy of, their estimated share in common), in the order of rows, each row once.
 
-    `parts`: files of numpy.save, each with the signatures of some rows, (n, PERMUTATIONS) uint32; row 0 is the first
-    row of the first file. `share`: from which estimate on; 0 means never. `eligible`: which rows take part; None: all.
+    `parts`: the signatures of some rows each, (n, PERMUTATIONS), mapped from disk where they are many; row 0 is the
+    first row of the first part. `share`: from which estimate on; 0 means never. `eligible`: which rows take part; None:
+    all.
 
     Without `against`, the first of several near copies is kept and a row is compared with kept rows before it only. So
     a chain of small changes does not fall to its first link: what is unlike every kept row is kept.
@@ -168,8 +169,14 @@ def _equal_values(share: float) -> int:
 class _Signatures:
     """The rows of all parts one after the other, read from disk where they are looked at."""
 
-    def __init__(self, parts: list[Path]) -> None:
-        self.parts: list[NDArray[np.uint32]] = [_mapped(path) for path in parts]
+    def __init__(self, parts: list[NDArray[np.uint32]]) -> None:
+        for part in parts:
+            if part.dtype != np.uint32 or part.shape[1:] != (PERMUTATIONS,):
+                what = f"a part has no signatures of {PERMUTATIONS} values: {part.dtype} of shape {part.shape}"
+                fix = "remove prepared/.parts-* in the cache, so that they are made again"
+                raise DataError("NEAR-001", what, "another version wrote it", fix)
+        # A memmap checks every slice of it for being one too. A plain array of the same memory does not.
+        self.parts = [part.view(np.ndarray) for part in parts]
         self.starts = [0]
         for part in self.parts:
             self.starts.append(self.starts[-1] + len(part))
@@ -200,15 +207,6 @@ class _Signatures:
     def _rows(self, first: int, rows: list[int]) -> NDArray[np.uint32]:
         part = bisect_right(self.starts, first) - 1
         return self.parts[part][np.array(rows) - self.starts[part]]
-
-
-def _mapped(path: Path) -> Any:
-    signatures = np.load(path, mmap_mode="r", allow_pickle=False)
-    if signatures.dtype != np.uint32 or signatures.shape[1:] != (PERMUTATIONS,):
-        what = f"{path} has no signatures of {PERMUTATIONS} values: {signatures.dtype} of shape {signatures.shape}"
-        raise DataError("NEAR-001", what, "another version wrote it", "remove it, so that it is made again")
-    # A memmap checks every slice of it for being one too. A plain array of the same memory does not.
-    return signatures.view(np.ndarray)
 
 
 def _write_bands(file: IO[bytes], block: NDArray[np.uint32], start: int, rows: int, width: int) -> None:

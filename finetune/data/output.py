@@ -90,10 +90,9 @@ def write_ledger(facts: Facts, path: Path, *, rejected: bool = False) -> Counter
 
     A row is an `error` when its fault ends the run, `dropped` when it is left out, else `kept`.
     """
-    from pyarrow import parquet
-
     counts: Counter[str] = Counter()
     columns = [
+        "file",
         "line",
         "id",
         "sha256",
@@ -107,12 +106,11 @@ def write_ledger(facts: Facts, path: Path, *, rejected: bool = False) -> Counter
         "benchmarks",
     ]
     fatal = _fatal(facts, rejected)
+    row = -1
     with path.open("w", encoding="utf-8") as handle:
-        for i, made in enumerate(facts.parts):
-            start = int(facts.starts[i])
-            table = parquet.read_table(made.target.with_suffix(".facts"), columns=columns)
-            for k, fact in enumerate(table.to_pylist()):
-                row = start + k
+        for part in facts.table.select(columns).to_batches():
+            for fact in part.to_pylist():
+                row += 1
                 code = facts.codes[facts.code[row]]
                 verdict = ("error" if facts.code[row] in fatal else "dropped") if code else "kept"
                 counts[verdict] += 1
@@ -121,7 +119,7 @@ def write_ledger(facts: Facts, path: Path, *, rejected: bool = False) -> Counter
                 counts.update(f"found:{what}" for what in found if what)
                 counts.update(["found:benchmark items"] if fact["benchmarks"] else [])
                 line = {
-                    "file": made.file,
+                    "file": fact["file"],
                     "line": fact["line"],
                     "sha256": fact["sha256"],
                     "verdict": verdict,
@@ -162,7 +160,7 @@ def _why(facts: Facts, row: int, code: str) -> str:
 def _write_split(facts: Facts, split: int, path: Path) -> None:
     """The rows of a split as an Arrow stream, in the order of training. Never more than a batch is in memory."""
     import pyarrow as pa
-    from pyarrow import parquet
+    from pyarrow import compute
 
     from finetune.data.part import rows_schema
 
@@ -171,19 +169,22 @@ def _write_split(facts: Facts, split: int, path: Path) -> None:
     place[order] = np.arange(len(order))
     in_file_order = bool((np.diff(order) > 0).all())
     target = path if in_file_order else path.with_suffix(".unordered")
-    schema = rows_schema().remove(0)
     places: list[Any] = []
-    with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
-        for i, made in enumerate(facts.parts):
-            if not (facts.split[facts.starts[i] : facts.starts[i + 1]] == split).any():
+    start = 0
+    with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_stream(sink, rows_schema()) as stream:
+        for part in facts.table.select(["made"]).to_batches():
+            at = place[start : start + len(part)]
+            start += len(part)
+            if (at < 0).all():
                 continue
-            with parquet.ParquetFile(made.target.with_suffix(".rows"), page_checksum_verification=True) as file:
-                for batch in file.iter_batches(batch_size=BATCH):
-                    at = place[batch["fact"].to_numpy() + facts.starts[i]]
-                    kept = batch.filter(pa.array(at >= 0))
-                    if kept.num_rows:
-                        stream.write_batch(kept.select(schema.names))
-                        places.append(at[at >= 0])
+            made = compute.list_flatten(part["made"])
+            of_row = at[compute.list_parent_indices(part["made"]).to_numpy()]
+            for first in range(0, len(made), BATCH):
+                here = of_row[first : first + BATCH]
+                kept = pa.RecordBatch.from_struct_array(made.slice(first, BATCH)).filter(pa.array(here >= 0))
+                if kept.num_rows:
+                    stream.write_batch(kept)
+                    places.append(here[here >= 0])
     if not in_file_order:
         _reorder(target, np.argsort(np.concatenate(places), kind="stable"), path)
         target.unlink()

@@ -1,7 +1,7 @@
 """One block of records, made into one part of the prepared data: checked, cleaned and tokenised, in any process.
 
-A part is two Parquet files: `facts`, a line for every row that came in, from which all verdicts follow, and `rows`, the
-tokens of those that can be kept. Equal bytes in give equal bytes out, so a part that exists need not be made again.
+A part is a table with a line for every row that came in: its facts, from which all verdicts follow, and the rows of
+tokens that became of it. Equal bytes in give equal bytes out, so a part that exists need not be made again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from finetune.data.shape import conversation, grouped, renamed
 from finetune.data.tokens import Tokens, cut, load_tokenizer, stop_tokens, vocabulary_rows, windows
 from finetune.errors import DataError
 from finetune.recipe import Data
-from finetune.rundir import atomic_file
 
 FACTS: dict[str, str] = {
+    "file": "string",
     "line": "int64",
     "id": "string",
     "sha256": "string",
@@ -68,34 +69,22 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One block and where its part goes."""
+    """One block, and how its records become rows."""
 
-    block: Block | None
-    """Raw records of a file; None where `rows` are given."""
-    rows: list[Row]
-    """Rows that a card has worded and split already."""
-    kind: str
-    """Format of the block's rows."""
+    block: Block
+    """Raw records of a file, or rows that a card has worded and split already."""
+    format: str
+    """Format of the block's rows, one of `shape.FORMATS`; empty for those of a card."""
     side: str
     """`train` or `heldout` where the file decides it, else empty."""
     prefix: str
     """What stands before ids, so that those of several files differ."""
-    target: Path
-    """The part's path without suffix."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Made:
-    """What the parent learns about a part."""
-
-    target: Path
-    """The part's path without suffix."""
-    file: str
-    """Name of its file."""
-    facts: int
-    """Rows that came in."""
-    ignored: list[str] = field(default_factory=list)
-    """Columns that have no meaning here."""
+def of_card(rows: list[Row]) -> Block:
+    """Rows of one file of a card as a block."""
+    records = [json.dumps(asdict(row)).encode() for row in rows]
+    return Block(file=rows[0].file, kind="rows", lines=[row.line for row in rows], records=records)
 
 
 class Maker:
@@ -114,36 +103,53 @@ class Maker:
         )
         self.cleaner = Cleaner(work.data)
 
-    def make(self, job: Job) -> None:
-        """Writes the part of a block."""
+    def load(self) -> None:
+        """Loads what the first row that needs it would load, so that processes that are forked have it."""
+        self.cleaner.load()
+        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        self.encoder.encode([Row(file="", line=0, id="", sha256="", messages=said)])
+        if self.work.near:
+            from finetune.data.near import signature
+
+            signature("a")
+
+    def make(self, job: Job) -> Any:
+        """The part of a block, a table with the columns of `part_schema`."""
         rows = list(self._rows(job))
         facts = [_fact(row) for row in rows]
         for row, fact in zip(rows, facts, strict=True):
             if not row.code:
                 self.cleaner.clean(row, fact)
         good = [i for i, row in enumerate(rows) if not row.code]
-        out: list[dict[str, Any]] = []
+        out: list[list[dict[str, Any]]] = [[] for _ in rows]
         for i, made in zip(good, self.encoder.encode([rows[i] for i in good]), strict=True):
             if isinstance(made, DataError):
                 what = made.what.removeprefix(rows[i].where).strip(": ")
                 rows[i].code, rows[i].why = made.code, f"{what}: {made.why}" if made.why else what
             else:
-                out += self._tokens(rows[i], facts[i], made, i)
+                out[i] = self._tokens(rows[i], facts[i], made)
         for row, fact in zip(rows, facts, strict=True):
-            fact |= {"code": row.code, "why": row.why, "split": row.split}
+            fact |= {"file": job.block.file, "code": row.code, "why": row.why, "split": row.split}
             if row.code:
                 fact["truncated"] = False
-        _write(job.target.with_suffix(".rows"), out, rows_schema())
+        return self._table(rows, facts, out)
+
+    def _table(self, rows: list[Row], facts: list[dict[str, Any]], made: list[list[dict[str, Any]]]) -> Any:
+        import pyarrow as pa
+
+        schema = part_schema(near=self.work.near)
+        columns = [pa.array([fact[name] for fact in facts], schema.field(name).type) for name in FACTS]
+        columns.append(pa.array([row.ignored for row in rows], schema.field("ignored").type))
+        flat = pa.RecordBatch.from_pylist([row for each in made for row in each], schema=rows_schema())
+        ends = pa.array([0, *accumulate(map(len, made))], pa.int32())
+        columns.append(pa.ListArray.from_arrays(ends, flat.to_struct_array(), type=schema.field("made").type))
         if self.work.near:
-            self._signatures(job.target.with_suffix(".npy"), rows)
-        file = job.block.file if job.block else rows[0].file
-        told = json.dumps({"file": file, "ignored": sorted({name for row in rows for name in row.ignored})})
-        # Last: its existence means that the part is there.
-        _write(job.target.with_suffix(".facts"), facts, facts_schema().with_metadata({"finetune": told}))
+            columns.append(self._signatures(rows))
+        return pa.Table.from_arrays(columns, schema=schema)
 
     def _rows(self, job: Job) -> Iterable[Row]:
-        if job.block is None:
-            yield from job.rows
+        if job.block.kind == "rows":
+            yield from (Row(**json.loads(record)) for record in job.block.records)
             return
         data, name = self.work.data, Path(job.block.file).name
         extra = tuple(key for key in (data.group_by, data.time_by) if key)
@@ -151,7 +157,7 @@ class Maker:
             row = Row(file=job.block.file, line=record.line, id=f"{name}:{record.line}", sha256=record.sha256)
             row.split = job.side
             value = renamed(record.value, data.columns) if isinstance(record.value, dict) else record.value
-            faults = list(record.faults) or conversation(row, value, job.kind, extra)
+            faults = list(record.faults) or conversation(row, value, job.format, extra)
             faults = faults or grouped(row, value, data.group_by, data.time_by)
             row.id = job.prefix + row.id
             if faults:
@@ -159,7 +165,7 @@ class Maker:
                 row.why = "; ".join([why, *(fault.partition(" @ ")[2] for fault in faults[1:])])
             yield row
 
-    def _tokens(self, row: Row, fact: dict[str, Any], tokens: Tokens, number: int) -> list[dict[str, Any]]:
+    def _tokens(self, row: Row, fact: dict[str, Any], tokens: Tokens) -> list[dict[str, Any]]:
         """The output rows of one row, and its facts about length."""
         data, length = self.work.data, len(tokens.input_ids)
         fact |= {"tokens": length, "trainable": tokens.trainable, "need": length}
@@ -180,7 +186,6 @@ class Maker:
             return []
         return [
             {
-                "fact": number,
                 "row": row.id if len(kept) == 1 else f"{row.id}#{k}",
                 "group": row.group,
                 "input_ids": part.input_ids,
@@ -193,23 +198,23 @@ class Maker:
             for k, part in enumerate(kept, 1)
         ]
 
-    def _signatures(self, path: Path, rows: list[Row]) -> None:
+    def _signatures(self, rows: list[Row]) -> Any:
         import numpy
+        import pyarrow as pa
 
-        from finetune.data.near import signature
+        from finetune.data.near import PERMUTATIONS, signature
 
-        with atomic_file(path) as partial, partial.open("wb") as handle:
-            numpy.save(handle, numpy.stack([signature("\n".join(texts(r)) if not r.code else "") for r in rows]))
+        made = numpy.concatenate([signature("\n".join(texts(row)) if not row.code else "") for row in rows])
+        return pa.FixedSizeListArray.from_arrays(pa.array(made, pa.uint32()), PERMUTATIONS)
 
 
 def rows_schema() -> Any:
-    """Columns of the prepared rows; `fact` is the row's line in its part's facts."""
+    """Columns of the prepared rows."""
     import pyarrow as pa
 
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     return pa.schema(
         [
-            ("fact", pa.int32()),
             ("row", pa.string()),
             ("group", pa.string()),
             ("input_ids", pa.list_(pa.int32())),
@@ -222,11 +227,21 @@ def rows_schema() -> Any:
     )
 
 
-def facts_schema() -> Any:
-    """Columns of FACTS."""
+def part_schema(*, near: bool) -> Any:
+    """Columns of a part, which are FACTS and some more.
+
+    `ignored`: columns of the file without a meaning here. `made`: the prepared rows that became of the row, each a
+    struct of `rows_schema`. With `near`, `signature`: PERMUTATIONS values of uint32.
+    """
     import pyarrow as pa
 
-    return pa.schema([(name, getattr(pa, kind if kind != "bool" else "bool_")()) for name, kind in FACTS.items()])
+    columns = [(name, getattr(pa, kind if kind != "bool" else "bool_")()) for name, kind in FACTS.items()]
+    columns += [("ignored", pa.list_(pa.string())), ("made", pa.list_(pa.struct(list(rows_schema()))))]
+    if near:
+        from finetune.data.near import PERMUTATIONS
+
+        columns.append(("signature", pa.list_(pa.uint32(), PERMUTATIONS)))
+    return pa.schema(columns)
 
 
 def key(text: str) -> int:
@@ -244,12 +259,3 @@ def _fact(row: Row) -> dict[str, Any]:
         fact["text_key"] = key(" ".join(words) or repr(row.input_ids))
         fact["prompt_key"], fact["group_key"] = key(prompt_key(row)), key(row.group)
     return fact
-
-
-def _write(target: Path, values: list[dict[str, Any]], schema: Any) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    with atomic_file(target) as partial:
-        table = pa.Table.from_pylist(values, schema=schema)
-        parquet.write_table(table, partial, compression="lz4", write_page_checksum=True)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.card import read_card
 from finetune.data.files import Block, Source, blocks, sources
+from finetune.data.mapping import mapped
 from finetune.data.output import Told, write_all, write_rejected
 from finetune.data.page import show_report
-from finetune.data.part import Job, Work
-from finetune.data.pool import make_all
+from finetune.data.part import Job, Work, of_card
 from finetune.data.records import records
+from finetune.data.rows import Row
 from finetune.data.shape import FORMATS, detect, renamed
 from finetune.data.store import Store, address_of, decoder, put
 from finetune.data.verdicts import Facts, decide
@@ -160,13 +161,9 @@ def _make(recipe: Recipe, base: Path, found: Inputs, store: Store, told: Told, r
         long = read_card(data.card).too_long if data.card else "error"
     near = data.near_duplicates != "off" and not data.card
     work = Work(data=data, base=base, cut=long, near=near)
-    parts = make_all(work, _jobs(recipe, found, store, told), data.workers)
-    facts = Facts(parts)
-    ignored = sorted({name for made in parts for name in made.ignored})
-    if ignored:
+    facts = Facts(mapped(work, _jobs(recipe, found, told), store.parts, store.key, data.workers))
+    if ignored := facts.ignored:
         told.notes.append(f"columns without a meaning here: {', '.join(ignored)}")
-    if not len(facts):
-        raise DataError("DATA-006", "the files have no rows", "", "files with rows")
     try:
         with TemporaryDirectory(prefix="finetune-") as scratch:
             finder = None
@@ -198,25 +195,17 @@ def template_note(recipe: Recipe, base: Path) -> str:
     return about(base, FAMILIES[recipe.model.family].chat_templates).difference
 
 
-def _jobs(recipe: Recipe, found: Inputs, store: Store, told: Told) -> Iterator[Job]:
-    """Every block of every file, or of the card's rows, numbered in order."""
-    number = 0
-
-    def job(block: Block | None, rows: list[Any], kind: str, side: str, prefix: str) -> Job:
-        nonlocal number
-        number += 1
-        target = store.parts / f"{number:06d}"
-        return Job(block=block, rows=rows, kind=kind, side=side, prefix=prefix, target=target)
-
+def _jobs(recipe: Recipe, found: Inputs, told: Told) -> Iterator[Job]:
+    """Every block of every file, or of the card's rows, in order."""
     if not found.files:
         gathered = from_card(recipe)
         told.source |= gathered.source
-        by_file: dict[str, list[Any]] = {}
+        by_file: dict[str, list[Row]] = {}
         for row in gathered.rows:
             by_file.setdefault(row.file, []).append(row)
         for rows in by_file.values():
             for start in range(0, len(rows), CARD_BLOCK):
-                yield job(None, rows[start : start + CARD_BLOCK], "", "", "")
+                yield Job(block=of_card(rows[start : start + CARD_BLOCK]), format="", side="", prefix="")
         return
     for source, side in found.files:
         stream = blocks(source)
@@ -224,10 +213,8 @@ def _jobs(recipe: Recipe, found: Inputs, store: Store, told: Told) -> Iterator[J
         kind = format_of(first, recipe.data)
         told.notes.append(f"{source.name}: {kind}" + ("" if recipe.data.format != "auto" else ", by its keys"))
         prefix = f"{source.name}#" if len(found.files) > 1 else ""
-        for block in first:
-            yield job(block, [], kind, side, prefix)
-        for block in stream:
-            yield job(block, [], kind, side, prefix)
+        for block in chain(first, stream):
+            yield Job(block=block, format=kind, side=side, prefix=prefix)
 
 
 def format_of(first: list[Block], data: Data) -> str:

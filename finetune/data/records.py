@@ -32,22 +32,19 @@ class Record:
 
 def records(block: Block) -> Iterator[Record]:
     """The records of a block, parsed."""
-    if block.kind == "jsonl":
-        for line, raw in block.payload:
+    for line, raw in zip(block.lines, block.records, strict=True):
+        if block.kind == "jsonl":
             yield _parse(line, raw)
-    elif block.kind == "csv":
-        header, rows = block.payload
-        for line, cells in rows:
-            yield _row_of(line, header, cells)
-    elif block.kind == "arrow":
-        import pyarrow as pa
+        elif block.kind == "csv":
+            yield _row_of(line, block.header, raw)
+        elif block.kind == "arrow":
+            import pyarrow as pa
 
-        with pa.ipc.open_stream(block.payload) as stream:
-            for number, value in enumerate(stream.read_all().to_pylist(), block.line):
-                yield _valued(number, {k: v for k, v in value.items() if v is not None})
-    else:
-        for number, value in enumerate(block.payload, block.line):
-            yield _valued(number, value)
+            with pa.ipc.open_stream(raw) as stream:
+                for number, value in enumerate(stream.read_all().to_pylist(), line):
+                    yield _valued(number, {k: v for k, v in value.items() if v is not None})
+        else:
+            yield _valued(line, json.loads(raw))
 
 
 def _parse(line: int, raw: bytes) -> Record:
@@ -96,8 +93,8 @@ def _valued(line: int, value: Any) -> Record:
     return Record(line=line, sha256=hashlib.sha256(raw).hexdigest(), value=value)
 
 
-def _row_of(line: int, header: list[str], cells: list[str]) -> Record:
-    raw = json.dumps(cells, ensure_ascii=True).encode()
+def _row_of(line: int, header: list[str], raw: bytes) -> Record:
+    cells: list[str] = json.loads(raw)
     sha256 = hashlib.sha256(raw).hexdigest()
 
     def wrong(fault: str) -> Record:

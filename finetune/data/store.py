@@ -94,7 +94,7 @@ class Store:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the set for this process; another one waits. Ends with the process."""
+        """Holds the set for this process and its forks; another one waits. Ends with the last of them."""
         self.parts.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle = os.open(self.root / f".lock-{self.key}", os.O_RDWR | os.O_CREAT, 0o600)
         try:

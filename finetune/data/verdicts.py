@@ -1,4 +1,4 @@
-"""Which rows are kept, decided over all parts at once: faults, copies, the split, leaks, mixtures and limits.
+"""Which rows are kept, decided over all of them at once: faults, copies, the split, leaks, mixtures and limits.
 
 Works on columns of a few bytes per row (`facts`), never on the rows themselves, so that millions fit.
 """
@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune.data.part import Made
 from finetune.data.rows import SHOWN, quoted
 from finetune.errors import DataError
 from finetune.recipe import Data
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 TRAIN, HELDOUT = 1, 2
 """Values of `Facts.split`; 0 is neither."""
@@ -31,37 +33,40 @@ COLUMNS = ("line", "need", "text_key", "prompt_key", "group_key", "order_key", "
 class Facts:
     """The columns of all parts, one entry per row that came in, in the order of the files."""
 
-    def __init__(self, parts: list[Made]) -> None:
-        from pyarrow import parquet
-
-        self.parts = parts
-        self.starts = np.cumsum([0, *(made.facts for made in parts)])
-        self.codes: list[str] = [""]
-        self.labels: list[str] = []
-        columns: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, "code", "split", "label")}
-        numbers = {"code": {"": 0}, "label": {}, "split": dict(SPLITS)}
-        for made in parts:
-            table = parquet.read_table(made.target.with_suffix(".facts"), columns=[*COLUMNS, "code", "split", "label"])
-            for name in COLUMNS:
-                columns[name].append(table[name].to_numpy())
-            for name, known in numbers.items():
-                entry = table[name].combine_chunks().dictionary_encode()
-                local = [known.setdefault(text, len(known)) for text in entry.dictionary.to_pylist()]
-                columns[name].append(np.array(local or [0], dtype=np.int32)[entry.indices.to_numpy()])
-        self.codes, self.labels = list(numbers["code"]), list(numbers["label"])
-        made_of = {name: np.concatenate(values) if values else np.zeros(0, int) for name, values in columns.items()}
-        self.line, self.need = made_of["line"], made_of["need"]
-        self.text_key, self.prompt_key = made_of["text_key"], made_of["prompt_key"]
-        self.group_key, self.order_key = made_of["group_key"], made_of["order_key"]
-        self.place, self.further, self.label = made_of["place"], made_of["further"], made_of["label"]
-        self.code = made_of["code"].astype(np.int16)
-        self.split = made_of["split"].astype(np.int8)
+    def __init__(self, parts: Dataset) -> None:
+        self.table = parts.with_format("arrow")[:]
+        """The parts themselves, mapped from disk: a record batch is a part (columns: `part.part_schema`)."""
+        columns = {name: self.table[name].to_numpy() for name in COLUMNS}
+        self.line, self.need = columns["line"], columns["need"]
+        self.text_key, self.prompt_key = columns["text_key"], columns["prompt_key"]
+        self.group_key, self.order_key = columns["group_key"], columns["order_key"]
+        self.place, self.further = columns["place"], columns["further"]
+        self.files, self.file = self._numbered("file", [])
+        self.labels, self.label = self._numbered("label", [])
+        self.codes, code = self._numbered("code", [""])
+        self.code = code.astype(np.int16)
+        self.split = self._numbered("split", list(SPLITS))[1].astype(np.int8)
         self.split[self.code > 0] = 0
         self.other = np.full(len(self), -1, dtype=np.int64)
         """The earlier row that a copy is a copy of."""
 
+    def _numbered(self, name: str, known: list[str]) -> tuple[list[str], Any]:
+        """(values of a column, those `known` first, the number of each row's)."""
+        numbers = {text: number for number, text in enumerate(known)}
+        column = []
+        for chunk in self.table[name].chunks:
+            entry = chunk.dictionary_encode()
+            local = [numbers.setdefault(text, len(numbers)) for text in entry.dictionary.to_pylist()]
+            column.append(np.array(local or [0], dtype=np.int32)[entry.indices.to_numpy()])
+        return list(numbers), np.concatenate(column)
+
+    @property
+    def ignored(self) -> list[str]:
+        """Columns of the files that have no meaning here."""
+        return sorted({name for chunk in self.table["ignored"].chunks for name in chunk.flatten().unique().to_pylist()})
+
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return int(self.table.num_rows)
 
     @property
     def open(self) -> Any:
@@ -79,18 +84,11 @@ class Facts:
 
     def where(self, row: int) -> str:
         """`file:line` of a row."""
-        return f"{self.parts[self._part(row)].file}:{self.line[row]}"
+        return f"{self.files[self.file[row]]}:{self.line[row]}"
 
     def why(self, row: int) -> str:
         """The sentence that a row got when it was read."""
-        from pyarrow import parquet
-
-        part = self._part(row)
-        table = parquet.read_table(self.parts[part].target.with_suffix(".facts"), columns=["why"])
-        return str(table["why"][row - int(self.starts[part])].as_py())
-
-    def _part(self, row: int) -> int:
-        return int(np.searchsorted(self.starts, row, side="right")) - 1
+        return str(self.table["why"][int(row)].as_py())
 
 
 def decide(facts: Facts, data: Data, *, given: bool, long: str, near: Callable[[Facts], Any] | None) -> list[str]:
@@ -246,13 +244,7 @@ def _held_out(facts: Facts, data: Data) -> None:
 
 def times(facts: Facts) -> Any:
     """Seconds or numbers by which rows are ordered in time."""
-    from pyarrow import parquet
-
-    found = []
-    for made in facts.parts:
-        texts = parquet.read_table(made.target.with_suffix(".facts"), columns=["time"])["time"].to_pylist()
-        found += [_time(text) for text in texts]
-    return np.array(found)
+    return np.array([_time(text) for chunk in facts.table["time"].chunks for text in chunk.to_pylist()])
 
 
 def _time(text: str) -> float:
@@ -274,21 +266,11 @@ def _mix(facts: Facts, data: Data) -> None:
 
     names = {entry: {s.name for s in sources([entry])} for entry in data.mixture}
     train = facts.split == TRAIN
-    rows = {
-        entry: np.concatenate(
-            [np.flatnonzero(train[a:b]) + a for a, b, made in _spans(facts) if made.file in names[entry]]
-            or [np.zeros(0, int)]
-        )
-        for entry in data.mixture
-    }
+    numbers = {entry: [i for i, file in enumerate(facts.files) if file in names[entry]] for entry in data.mixture}
+    rows = {entry: np.flatnonzero(train & np.isin(facts.file, numbers[entry])) for entry in data.mixture}
     whole = min(len(rows[entry]) / share for entry, share in data.mixture.items() if share > 0)
     for entry, share in data.mixture.items():
         facts.drop(by_class(facts, rows[entry])[round(whole * share + 1e-9) :], "mixture")
-
-
-def _spans(facts: Facts) -> Iterator[tuple[int, int, Made]]:
-    for i, made in enumerate(facts.parts):
-        yield int(facts.starts[i]), int(facts.starts[i + 1]), made
 
 
 def _leaks(facts: Facts, data: Data) -> list[str]:
