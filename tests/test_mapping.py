@@ -100,7 +100,7 @@ def test_datasets_hands_on_the_bytes_of_every_line_with_its_number(tmp_path: Pat
 
 def test_cells_that_are_no_utf8_arrive_as_they_were(tmp_path: Path, base: Path) -> None:
     path = tmp_path / "rows.csv"
-    path.write_bytes(b"prompt,completion\nwhy?,fianc\xe9\n")
+    path.write_bytes(b"prompt,completion\nwhy?,\xe9t\xe9\n")
     (row,) = mapped(work(base, on_bad_row="drop"), jobs(path), parts_of(tmp_path), "key", 1).to_list()
     assert (row["file"], row["line"], row["code"]) == ("rows.csv", 2, "DATA-021")
     path.write_bytes(b"prompt,compl\xe9tion\nwhy?,so\n")
