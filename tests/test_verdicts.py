@@ -8,9 +8,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from finetune.data.output import dataset
+from finetune.data.verdicts import earlier
 from finetune.errors import DataError
 from tests.test_data import jsonl, qa
 from tests.test_shape import ledger, prepare
@@ -225,3 +227,13 @@ def test_two_indexes_of_one_name_are_refused(tmp_path: Path, base: Path) -> None
     policies = {str(tmp_path / "one.index"): "fail", str(tmp_path / "two.index"): "report"}
     with pytest.raises(DataError, match=r"DATA-020 two indexes of data\.benchmarks are called exam"):
         prepare(tmp_path, base, path, benchmarks=policies)
+
+
+@pytest.mark.parametrize("different", [1, 2, 5, 1000])
+def test_equal_entries_are_told_in_turn_with_the_first_of_each(different: int) -> None:
+    keys = np.random.default_rng(different).integers(0, different, 300).astype(np.uint64)
+    firsts: dict[int, int] = {}
+    told = [(row, firsts[key]) for row, key in enumerate(keys.tolist()) if firsts.setdefault(key, row) != row]
+    late, first = earlier(keys)
+    assert list(zip(late.tolist(), first.tolist(), strict=True)) == told
+    assert [len(found) for found in earlier(keys[:0])] == [0, 0]

@@ -68,11 +68,11 @@ def write_rejected(facts: Facts, data: Data, told: Told, folder: Path, error: st
 
 def report_of(facts: Facts, data: Data, told: Told, counts: Counter[str]) -> dict[str, Any]:
     """Totals of the ledger and where they are from."""
-    codes = dropped(facts)
+    codes, further = dropped(facts), int(facts.column("further").sum())
     return {
         "source": told.source,
-        "rows_read": len(facts) - int(facts.further.sum()),
-        "further_excerpts": int(facts.further.sum()),
+        "rows_read": len(facts) - further,
+        "further_excerpts": further,
         "kept": counts["kept"],
         "dropped": codes,
         "verdicts": {verdict: counts[verdict] for verdict in ("kept", "dropped", "error")},
@@ -227,7 +227,7 @@ def _summary(facts: Facts, split: int, path: Path, digest: Any) -> dict[str, Any
     every = np.sort(np.concatenate(lengths))
     return {
         "rows": len(every),
-        "groups": len(np.unique(facts.group_key[facts.split == split])),
+        "groups": len(np.unique(facts.column("group_key")[facts.split == split])),
         "classes": dict(sorted(classes.items())),
         "tokens": int(every.sum()),
         "trainable_tokens": trainable,

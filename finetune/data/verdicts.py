@@ -27,8 +27,6 @@ SPLITS = {"": 0, "train": TRAIN, "heldout": HELDOUT}
 FAULT = re.compile(r"[A-Z]+-\d+")
 """Codes of faults; other codes are words, and say why a good row is not used."""
 
-COLUMNS = ("line", "need", "text_key", "prompt_key", "group_key", "order_key", "place", "further")
-
 
 class Facts:
     """The columns of all parts, one entry per row that came in, in the order of the files."""
@@ -36,11 +34,7 @@ class Facts:
     def __init__(self, parts: Dataset) -> None:
         self.table = parts.with_format("arrow")[:]
         """The parts themselves, mapped from disk: a record batch is a part (columns: `part.part_schema`)."""
-        columns = {name: self.table[name].to_numpy() for name in COLUMNS}
-        self.line, self.need = columns["line"], columns["need"]
-        self.text_key, self.prompt_key = columns["text_key"], columns["prompt_key"]
-        self.group_key, self.order_key = columns["group_key"], columns["order_key"]
-        self.place, self.further = columns["place"], columns["further"]
+        self.line = self.column("line")
         self.files, self.file = self._numbered("file", [])
         self.labels, self.label = self._numbered("label", [])
         self.codes, code = self._numbered("code", [""])
@@ -49,6 +43,10 @@ class Facts:
         self.split[self.code > 0] = 0
         self.other = np.full(len(self), -1, dtype=np.int64)
         """The earlier row that a copy is a copy of."""
+
+    def column(self, name: str) -> Any:
+        """A column of all rows as an array, read from disk for as long as it is used."""
+        return self.table[name].to_numpy()
 
     def _numbered(self, name: str, known: list[str]) -> tuple[list[str], Any]:
         """(values of a column, those `known` first, the number of each row's)."""
@@ -134,15 +132,17 @@ def in_order(facts: Facts, split: int) -> Any:
     Where answers are choices, classes come in turn, and within a class variety first: a shorter list is a good one too.
     """
     rows = np.flatnonzero(facts.split == split)
-    if (facts.place[rows] >= 0).all():
-        return rows[np.argsort(facts.place[rows], kind="stable")]
+    place = facts.column("place")[rows]
+    if (place >= 0).all():
+        return rows[np.argsort(place, kind="stable")]
     return by_class(facts, rows) if (facts.label[rows] != facts.label[rows[0]]).any() else rows
 
 
 def by_class(facts: Facts, rows: Any) -> Any:
     """Classes in turn; within a class one row of every group, then a second of every group, else by their hash."""
-    first = rows[np.lexsort((facts.order_key[rows], facts.further[rows]))]
-    various = first[np.lexsort((facts.order_key[first], rank(facts.group_key[first])))]
+    order_key = facts.column("order_key")
+    first = rows[np.lexsort((order_key[rows], facts.column("further")[rows]))]
+    various = first[np.lexsort((order_key[first], rank(facts.column("group_key")[first])))]
     return various[np.lexsort((facts.label[various], rank(facts.label[various])))]
 
 
@@ -159,15 +159,19 @@ def rank(keys: Any) -> Any:
 
 def earlier(keys: Any) -> tuple[Any, Any]:
     """(entries that equal an earlier one, the first entry of each)."""
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    origin = first[inverse]
-    late = np.flatnonzero(origin < np.arange(len(keys)))
-    return late, origin[late]
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    again = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1  # in runs, each behind the first entry that it equals
+    begins = np.concatenate(([True], np.diff(again) > 1)) if len(again) else np.zeros(0, bool)
+    first = np.maximum.accumulate(np.where(begins, again - 1, 0))
+    late, origin = order[again], order[first]
+    in_turn = np.argsort(late)
+    return late[in_turn], origin[in_turn]
 
 
 def _same_ids(facts: Facts) -> None:
     rows = np.flatnonzero(facts.open)
-    late, first = earlier(facts.order_key[rows])
+    late, first = earlier(facts.column("order_key")[rows])
     facts.drop(rows[late], "DATA-002", rows[first])
 
 
@@ -213,7 +217,7 @@ def listed_rows(facts: Facts, rows: Any, title: str, share: float = 0.0) -> Data
 
 def _copies(facts: Facts, data: Data) -> None:
     rows = np.flatnonzero(facts.open)
-    keys = facts.text_key[rows] ^ (facts.split[rows].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    keys = facts.column("text_key")[rows] ^ (facts.split[rows].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     late, first = earlier(keys)  # with files for both sides a copy across them is a leak, told as such
     if data.duplicates == "drop":
         facts.drop(rows[late], "copy", rows[first])
@@ -223,16 +227,16 @@ def _copies(facts: Facts, data: Data) -> None:
 
 def _held_out(facts: Facts, data: Data) -> None:
     """Whole groups are held out in the order of their hash, up to the fraction; or the newest rows, by `time_by`."""
-    rows = np.flatnonzero(facts.open)
+    rows, group_key = np.flatnonzero(facts.open), facts.column("group_key")
     wanted = round(data.heldout_fraction * len(rows))
     if data.time_by:
         newest = rows[np.argsort(times(facts)[rows], kind="stable")][::-1]
         facts.split[rows] = TRAIN
         facts.split[newest[:wanted]] = HELDOUT
-        old = np.isin(facts.group_key[rows], facts.group_key[newest[:wanted]]) & (facts.split[rows] == TRAIN)
+        old = np.isin(group_key[rows], group_key[newest[:wanted]]) & (facts.split[rows] == TRAIN)
         facts.drop(rows[old], "group-held-out")
         return
-    _, inverse, sizes = np.unique(facts.group_key[rows], return_inverse=True, return_counts=True)
+    _, inverse, sizes = np.unique(group_key[rows], return_inverse=True, return_counts=True)
     sides = np.full(len(sizes), TRAIN, dtype=np.int8)
     for group, size in enumerate(sizes):  # np.unique sorts by the hash
         if size <= wanted:
@@ -275,19 +279,15 @@ def _mix(facts: Facts, data: Data) -> None:
 
 def _leaks(facts: Facts, data: Data) -> list[str]:
     train, held = np.flatnonzero(facts.split == TRAIN), np.flatnonzero(facts.split == HELDOUT)
-    both = train[np.isin(facts.prompt_key[train], facts.prompt_key[held])]
+    asks = facts.column("prompt_key")
+    both = train[np.isin(asks[train], asks[held])]
     if not len(both):
         return []
-    asked = {
-        int(facts.prompt_key[row]): int(row) for row in held[np.isin(facts.prompt_key[held], facts.prompt_key[both])]
-    }
+    asked = {int(asks[row]): int(row) for row in held[np.isin(asks[held], asks[both])]}
     if data.leakage == "drop":
-        facts.drop(both, "leak", [asked[int(facts.prompt_key[row])] for row in both])
+        facts.drop(both, "leak", [asked[int(asks[row])] for row in both])
         return [f"{len(both)} training rows ask what is held out, and are dropped, as data.leakage=drop says"]
-    lines = [
-        f"  {facts.where(asked[int(facts.prompt_key[r])])} asks what {facts.where(int(r))} trains on"
-        for r in both[:SHOWN]
-    ]
+    lines = [f"  {facts.where(asked[int(asks[r])])} asks what {facts.where(int(r))} trains on" for r in both[:SHOWN]]
     more = [f"  and {len(both) - SHOWN} more"] if len(both) > SHOWN else []
     title = f"{len(both)} training rows ask questions that are held out:"
     raise DataError("DATA-013", "\n".join([title, *lines, *more]), "", "remove them, or data.leakage=drop")
@@ -300,7 +300,7 @@ def _too_long(facts: Facts, data: Data, long: str) -> None:
     rows = np.flatnonzero(facts.code == facts.codes.index("MASK-001"))
     if data.on_bad_row == "drop" and long == "cut" and len(rows) / len(facts) <= data.max_drop_fraction:
         return
-    need = facts.need[rows]
+    need = facts.column("need")[rows]
     raise DataError(
         "MASK-001",
         f"{len(rows)} of {len(facts)} rows would lose their answer to data.max_length={data.max_length}",
