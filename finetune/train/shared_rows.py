@@ -131,7 +131,10 @@ class SharedRows:
 
 
 class Exchange(torch.autograd.Function):
-    """Piece n along the first dimension goes to process n of the group; what comes stands in the order of processes."""
+    """Piece n along the first dimension goes to process n of the group; what comes stands in the order of processes.
+
+    torch 2.13.0 has the same as `torch.distributed.nn.functional.all_to_all_single`, deprecated for a private module.
+    """
 
     @staticmethod
     def forward(context: Any, pieces: torch.Tensor, group: Any) -> torch.Tensor:
