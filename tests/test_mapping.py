@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,12 +20,13 @@ import datasets
 import multiprocess
 import pytest
 
-from finetune.data import credentials, files, mapping, quality
+from finetune.data import credentials, files, mapping, output, quality
 from finetune.data.files import blocks, sources
 from finetune.data.mapping import mapped
 from finetune.data.part import Job, Maker, Work, of_card, part_schema
 from finetune.data.prepare import prepared
 from finetune.data.rows import Row
+from finetune.data.verdicts import TRAIN, Facts
 from finetune.errors import DataError
 from tests import preparing
 from tests.test_data import jsonl, qa
@@ -375,6 +377,24 @@ def test_nothing_is_written_outside_the_cache_folder(tmp_path: Path, base: Path,
     assert [str(path) for place in places.values() for path in place.rglob("*")] == []
     assert all(re.fullmatch(r"prepared [\d,]+ rows, [\d,]+ rows/s", line) for line in done.stderr.splitlines())
     assert [path.name.partition("-")[0] for path in (tmp_path / "cache" / "prepared").iterdir()].count(".lock") == 1
+
+
+def test_what_is_decided_over_all_rows_holds_few_bytes_of_each(tmp_path: Path, base: Path, rows: Path) -> None:
+    some = mapped(work(base), jobs(rows), parts_of(tmp_path), "key", 1)
+    many = datasets.concatenate_datasets([some] * 200)
+    tracemalloc.start()
+    try:
+        facts = Facts(many)
+        facts.split[:] = TRAIN
+        held = tracemalloc.get_traced_memory()[0] / len(facts)
+        tracemalloc.reset_peak()
+        output._write_split(facts, TRAIN, tmp_path / "train.arrow")
+        beside = tracemalloc.get_traced_memory()[1] / len(facts) - held
+    finally:
+        tracemalloc.stop()
+    assert output.dataset(tmp_path / "train.arrow").num_rows == len(many) == 200 * ROWS
+    assert held < 12  # numbers of file and label, code, split, and the row that it resembles
+    assert beside < 22
 
 
 def test_no_function_is_hashed(tmp_path: Path, base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:

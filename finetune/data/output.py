@@ -165,9 +165,10 @@ def _write_split(facts: Facts, split: int, path: Path) -> None:
     from finetune.data.part import rows_schema
 
     order = in_order(facts, split)
-    place = np.full(len(facts), -1, dtype=np.int64)
-    place[order] = np.arange(len(order))
-    in_file_order = bool((np.diff(order) > 0).all())
+    in_file_order = bool((order[1:] > order[:-1]).all())
+    place = np.full(len(facts), -1, dtype=np.min_scalar_type(-len(facts)))
+    place[order] = np.arange(len(order), dtype=place.dtype)
+    del order
     target = path if in_file_order else path.with_suffix(".unordered")
     places: list[Any] = []
     start = 0
@@ -184,6 +185,7 @@ def _write_split(facts: Facts, split: int, path: Path) -> None:
                 kept = pa.RecordBatch.from_struct_array(made.slice(first, BATCH)).filter(pa.array(here >= 0))
                 if kept.num_rows:
                     stream.write_batch(kept)
+                if not in_file_order:
                     places.append(here[here >= 0])
     if not in_file_order:
         _reorder(target, np.argsort(np.concatenate(places), kind="stable"), path)
@@ -213,7 +215,7 @@ def dataset(path: Path) -> Any:
 def _summary(facts: Facts, split: int, path: Path, digest: Any) -> dict[str, Any]:
     """Counts of a split, read once more from the file; its rows enter the digest of the content."""
     classes: Counter[str] = Counter()
-    lengths: list[Any] = [np.zeros(0, int)]
+    lengths: list[Any] = [np.zeros(0, np.int32)]
     trainable = 0
     for batch in _batches(path):
         lengths.append(batch["input_ids"].value_lengths().to_numpy(zero_copy_only=False))
@@ -224,10 +226,13 @@ def _summary(facts: Facts, split: int, path: Path, digest: Any) -> dict[str, Any
             digest.update(np.ascontiguousarray(values).tobytes())
         asked = np.flatnonzero(batch["choices"].value_lengths().to_numpy(zero_copy_only=False))
         classes.update(batch["answer"].take(asked).to_pylist() if len(asked) else [])
-    every = np.sort(np.concatenate(lengths))
+    every = np.concatenate(lengths)
+    every.sort()
+    groups = facts.column("group_key")[facts.split == split]
+    groups.sort()
     return {
         "rows": len(every),
-        "groups": len(np.unique(facts.column("group_key")[facts.split == split])),
+        "groups": int(np.count_nonzero(groups[1:] != groups[:-1])) + bool(len(groups)),
         "classes": dict(sorted(classes.items())),
         "tokens": int(every.sum()),
         "trainable_tokens": trainable,

@@ -34,14 +34,13 @@ class Facts:
     def __init__(self, parts: Dataset) -> None:
         self.table = parts.with_format("arrow")[:]
         """The parts themselves, mapped from disk: a record batch is a part (columns: `part.part_schema`)."""
-        self.line = self.column("line")
         self.files, self.file = self._numbered("file", [])
         self.labels, self.label = self._numbered("label", [])
         self.codes, code = self._numbered("code", [""])
         self.code = code.astype(np.int16)
         self.split = self._numbered("split", list(SPLITS))[1].astype(np.int8)
         self.split[self.code > 0] = 0
-        self.other = np.full(len(self), -1, dtype=np.int64)
+        self.other = np.full(len(self), -1, dtype=np.min_scalar_type(-len(self)))
         """The earlier row that a copy is a copy of."""
 
     def column(self, name: str) -> Any:
@@ -55,7 +54,7 @@ class Facts:
         for chunk in self.table[name].chunks:
             entry = chunk.dictionary_encode()
             local = [numbers.setdefault(text, len(numbers)) for text in entry.dictionary.to_pylist()]
-            column.append(np.array(local or [0], dtype=np.int32)[entry.indices.to_numpy()])
+            column.append(np.array(local or [0], dtype=np.min_scalar_type(len(numbers)))[entry.indices.to_numpy()])
         return list(numbers), np.concatenate(column)
 
     @property
@@ -82,7 +81,7 @@ class Facts:
 
     def where(self, row: int) -> str:
         """`file:line` of a row."""
-        return f"{self.files[self.file[row]]}:{self.line[row]}"
+        return f"{self.files[self.file[row]]}:{self.table['line'][int(row)].as_py()}"
 
     def why(self, row: int) -> str:
         """The sentence that a row got when it was read."""
@@ -135,6 +134,7 @@ def in_order(facts: Facts, split: int) -> Any:
     place = facts.column("place")[rows]
     if (place >= 0).all():
         return rows[np.argsort(place, kind="stable")]
+    del place
     return by_class(facts, rows) if (facts.label[rows] != facts.label[rows[0]]).any() else rows
 
 
