@@ -68,7 +68,7 @@ def mapped(work: Work, jobs: Iterable[Job], parts: Path, key: str, workers: int)
     first = list(islice(jobs, ALONE + 1))
     workers = 1 if len(first) <= ALONE else workers or len(os.sched_getaffinity(0))
     stream = chain(first, jobs)
-    progress, found, place = _Progress(), [], 0
+    progress, files, place = _Progress(), [], 0
     try:
         while True:
             name = f"{place + 1:06d}"
@@ -80,14 +80,14 @@ def mapped(work: Work, jobs: Iterable[Job], parts: Path, key: str, workers: int)
                 noted = _make(work, some, parts, name, f"{key}-{name}", workers)
             else:
                 break
-            found += [Dataset.from_file(str(parts / file)) for file in noted["files"]]
+            files += noted["files"]
             progress.count(noted["rows"])
             place += noted["blocks"]
     finally:
         _READY[:] = [ready for ready in _READY if ready[0] != work]
     if not progress.rows:
         raise DataError("DATA-006", "the files have no rows", "", "files with rows")
-    return concatenate_datasets(found)
+    return concatenate_datasets([Dataset.from_file(str(parts / file)) for file in files])
 
 
 class Making:

@@ -24,6 +24,9 @@ TRAIN, HELDOUT = 1, 2
 """Values of `Facts.split`; 0 is neither."""
 
 SPLITS = {"": 0, "train": TRAIN, "heldout": HELDOUT}
+PIECE = 1 << 16
+"""Entries that are looked up at a time."""
+
 FAULT = re.compile(r"[A-Z]+-\d+")
 """Codes of faults; other codes are words, and say why a good row is not used."""
 
@@ -131,10 +134,8 @@ def in_order(facts: Facts, split: int) -> Any:
     Where answers are choices, classes come in turn, and within a class variety first: a shorter list is a good one too.
     """
     rows = np.flatnonzero(facts.split == split)
-    place = facts.column("place")[rows]
-    if (place >= 0).all():
+    if facts.table["place"][int(rows[0])].as_py() >= 0 and (place := facts.column("place")[rows]).min() >= 0:
         return rows[np.argsort(place, kind="stable")]
-    del place
     return by_class(facts, rows) if (facts.label[rows] != facts.label[rows[0]]).any() else rows
 
 
@@ -167,6 +168,16 @@ def earlier(keys: Any) -> tuple[Any, Any]:
     late, origin = order[again], order[first]
     in_turn = np.argsort(late)
     return late[in_turn], origin[in_turn]
+
+
+def among(keys: Any, some: Any) -> Any:
+    """Which entries of `keys` are among `some`; a piece at a time, where `np.isin` would hold many copies of them."""
+    some = np.unique(some)
+    found = np.zeros(len(keys), dtype=bool)
+    for start in range(0, len(keys) if len(some) else 0, PIECE):
+        piece = keys[start : start + PIECE]
+        found[start : start + PIECE] = some[np.minimum(np.searchsorted(some, piece), len(some) - 1)] == piece
+    return found
 
 
 def _same_ids(facts: Facts) -> None:
@@ -227,23 +238,31 @@ def _copies(facts: Facts, data: Data) -> None:
 
 def _held_out(facts: Facts, data: Data) -> None:
     """Whole groups are held out in the order of their hash, up to the fraction; or the newest rows, by `time_by`."""
-    rows, group_key = np.flatnonzero(facts.open), facts.column("group_key")
+    rows = np.flatnonzero(facts.open)
     wanted = round(data.heldout_fraction * len(rows))
     if data.time_by:
+        group_key = facts.column("group_key")
         newest = rows[np.argsort(times(facts)[rows], kind="stable")][::-1]
         facts.split[rows] = TRAIN
         facts.split[newest[:wanted]] = HELDOUT
         old = np.isin(group_key[rows], group_key[newest[:wanted]]) & (facts.split[rows] == TRAIN)
         facts.drop(rows[old], "group-held-out")
         return
-    _, inverse, sizes = np.unique(group_key[rows], return_inverse=True, return_counts=True)
+    keys = facts.column("group_key")[rows]
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    begins = np.flatnonzero(np.concatenate((np.ones(1, bool), keys[1:] != keys[:-1])))
+    del keys
+    sizes = np.diff(begins, append=len(rows))
     sides = np.full(len(sizes), TRAIN, dtype=np.int8)
-    for group, size in enumerate(sizes):  # np.unique sorts by the hash
+    for group, size in enumerate(sizes):
         if size <= wanted:
             sides[group], wanted = HELDOUT, wanted - size
         if not wanted:
             break
-    facts.split[rows] = sides[inverse]
+    side_of = np.empty(len(rows), dtype=np.int8)
+    side_of[order] = np.repeat(sides, sizes)
+    facts.split[rows] = side_of
 
 
 def times(facts: Facts) -> Any:
@@ -280,10 +299,10 @@ def _mix(facts: Facts, data: Data) -> None:
 def _leaks(facts: Facts, data: Data) -> list[str]:
     train, held = np.flatnonzero(facts.split == TRAIN), np.flatnonzero(facts.split == HELDOUT)
     asks = facts.column("prompt_key")
-    both = train[np.isin(asks[train], asks[held])]
+    both = train[among(asks[train], asks[held])]
     if not len(both):
         return []
-    asked = {int(asks[row]): int(row) for row in held[np.isin(asks[held], asks[both])]}
+    asked = {int(asks[row]): int(row) for row in held[among(asks[held], asks[both])]}
     if data.leakage == "drop":
         facts.drop(both, "leak", [asked[int(asks[row])] for row in both])
         return [f"{len(both)} training rows ask what is held out, and are dropped, as data.leakage=drop says"]
