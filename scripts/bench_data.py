@@ -245,15 +245,20 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.2):
-            own = _pss(os.getpid())
-            tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-            children = {int(pid) for task in tasks for pid in _read(task).split()}
+            children = _children()
+            own, theirs = _pss(os.getpid()), sum(map(_pss, children))
             self.own_mib = max(self.own_mib, own)
-            self.mib = max(self.mib, own + sum(map(_pss, children)))
+            if children == _children():  # a fork in between would count what it shares twice
+                self.mib = max(self.mib, own + theirs)
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+
+
+def _children() -> set[int]:
+    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    return {int(pid) for task in tasks for pid in _read(task).split()}
 
 
 def _pss(pid: int) -> float:
