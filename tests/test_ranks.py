@@ -4,15 +4,20 @@ import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
+from accelerate import DistributedType
 from safetensors.torch import load_file
 
 from finetune import machine
 from finetune.check import problems
 from finetune.errors import RunError
 from finetune.launch import free_port, together
+from finetune.ranks import Ranks
 from finetune.rundir import read_json
+from finetune.train.distribute import require_ranks
 from tests.job import good
 from tests.trained import ADAPTER, begun, ended, prepared, told, with_deepspeed
 from tests.warm import Forked
@@ -133,6 +138,26 @@ def test_processes_that_accelerate_does_not_distribute_are_refused(tmp_path):
     assert code != 0
     assert "LCH-005 2 processes were to train together" in said
     assert not run_dir.adapter.exists()
+
+
+KINDS = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}
+
+
+@pytest.mark.parametrize("distribution", KINDS)
+def test_three_numbers_and_the_kind_must_say_that_all_train_together(distribution, monkeypatch):
+    """Whatever a launcher leaves: one training twice, one process where there were two, another kind than asked for."""
+    recipe = good(launch__devices=2, launch__distribution=distribution)
+    right = (2, 2, 2, KINDS[distribution])
+    for seen in [right, (1, *right[1:]), (2, 1, 2, right[3]), (2, 2, 1, right[3]), (2, 1, 1, "NO"), (2, 2, 2, "NO")] + [
+        (2, 2, 2, kind) for other, kind in KINDS.items() if other != distribution
+    ]:
+        environment, trainer, accelerator, kind = seen
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", str(environment))
+        told = SimpleNamespace(num_processes=accelerator, distributed_type=DistributedType[kind])
+        given = SimpleNamespace(args=SimpleNamespace(world_size=trainer), accelerator=told)
+        with nullcontext() if seen == right else pytest.raises(RunError, match="LCH-005 2 processes were to train"):
+            require_ranks(given, recipe, Ranks(0, 2))
 
 
 def test_a_second_process_on_the_same_run_is_refused(tmp_path):
