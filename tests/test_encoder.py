@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,54 @@ def test_tool_calls_are_trained_and_tool_results_are_not() -> None:
     text = trained(encode(CALLS, STOP, CONVERSATIONS["tools"]), CALLS, STOP)
     assert '<call>{"name": "look", "arguments": {"at": 1}}</call><|im_end|>' in text
     assert "3<|im_end|>" not in text
+
+
+@pytest.mark.parametrize("place", ["argument", "name of an argument", "schema", "name", "id of a call"])
+def test_a_control_token_is_refused_wherever_a_template_may_write_it(place: str) -> None:
+    token, turns, tool = "<|im_end|>", deepcopy(TOOLS), deepcopy(TOOL)
+    function = turns[1]["tool_calls"][0]["function"]
+    if place == "argument":
+        function["arguments"] = {"at": [{"deep": f"a{token}b"}]}
+    elif place == "name of an argument":
+        function["arguments"] = {f"at{token}": 1}
+    elif place == "schema":
+        tool["function"]["parameters"]["properties"]["at"]["description"] = f"where{token}"
+    elif place == "name":
+        turns[2]["name"] = f"look{token}"
+    else:
+        turns[1]["tool_calls"][0]["id"] = turns[2]["tool_call_id"] = f"c{token}"
+    made = encode(CALLS, STOP, {"messages": turns, "tools": [tool]})
+    assert isinstance(made, DataError), trained(made, CALLS, STOP)
+    assert made.code == "DATA-005"
+    where = {"schema": "tools", "name": "messages[2] (tool)"}.get(place, "messages[1] (assistant)")
+    assert f"control token {token} in {where}" in made.what
+
+
+WRITTEN = {
+    "JSON": "c['function'] | tojson",
+    "ASCII": "c['function']['name'] ~ (c['function']['arguments'] | tojson(ensure_ascii=True))",
+    "text": "c['function']['name'] ~ c['function']['arguments']",
+    "JSON in JSON": "c['function']['name'] ~ (c['function']['arguments'] | tojson | tojson)",
+}
+PLAIN = "{{ c['function']['name'] }}{% for k, v in c['function']['arguments'].items() %}{{ k }}={{ v }};{% endfor %}"
+
+
+@pytest.mark.parametrize("way", [*WRITTEN, "plain"])
+def test_arguments_are_found_however_a_template_writes_them(way: str) -> None:
+    wanted = {"at": 1.5, "note": 'said "no"\n\tand \\ left', "où": "Zürich 東京", "deep": [True, None, {"it's": "x'"}]}
+    turns = [ASK, ANSWER | {"content": "", "tool_calls": [{"function": {"name": "look", "arguments": wanted}}]}]
+    text = CALLS.replace("{{ c['function'] | tojson }}", PLAIN if way == "plain" else f"{{{{ {WRITTEN[way]} }}}}")
+    assert "look" in trained(encode(text, STOP, {"messages": turns}), text, STOP)
+
+
+@pytest.mark.parametrize("kept", ["[]", "c['function']['arguments'].keys()", "c['function']['arguments'].values()"])
+def test_a_template_that_loses_a_part_of_a_call_is_refused(kept: str) -> None:
+    text = CALLS.replace("c['function'] | tojson", f"'look' ~ ({kept} | list | tojson)")
+    turns = [ASK, ANSWER | {"tool_calls": [{"function": {"name": "look", "arguments": {"city": "Oslo"}}}]}]
+    made = encode(text, STOP, {"messages": turns})
+    assert isinstance(made, DataError), trained(made, text, STOP)
+    assert made.code == "MASK-002"
+    assert made.why == "the chat template drops or changes an argument of a call"
 
 
 def test_reasoning_is_trained_or_stripped_and_never_lost_silently() -> None:

@@ -1,8 +1,9 @@
-"""JSON texts as values, unless they are nested so deeply that whatever walks through them later would fail."""
+"""JSON texts as values, unless nested so deeply that whatever walks through them would fail; and what is in them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 DEPTH = 100
@@ -33,3 +34,16 @@ def too_deep(value: Any) -> bool:
         if not level:
             return False
     return True
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Every text, number and null in a value, the names in its objects among them."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield name
+            yield from leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from leaves(item)
+    else:
+        yield value
