@@ -382,6 +382,11 @@ def test_ids_without_an_embedding_and_padding_that_would_be_trained_are_refused(
     small = Encoder(tokenizer, {2}, vocabulary=100).encode([row])[0]
     assert isinstance(small, DataError)
     assert small.code == "TOK-002"
+    below = Row(file="f", line=1, id="x", sha256="", input_ids=[-5, 6, 7], labels=[-5, 6, 7])
+    for vocabulary in (0, len(tokenizer)):
+        refused = Encoder(tokenizer, {2}, vocabulary=vocabulary).encode([below])[0]
+        assert isinstance(refused, DataError), refused
+        assert (refused.code, refused.what) == ("TOK-002", "f:1 has the token id -5")
     tokens = Row(file="f", line=1, id="x", sha256="", input_ids=[5, 0], labels=[5, 0])
     padded = Encoder(tokenizer, {2}).encode([tokens])[0]
     assert isinstance(padded, DataError)

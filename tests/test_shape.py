@@ -349,6 +349,9 @@ def test_plain_text_and_tokens_are_formats_too() -> None:
     assert (row.input_ids, row.labels) == ([1, 2], [-100, 2])
     for wrong in ({"input_ids": ["1"]}, {"input_ids": [1], "labels": [2]}, {"input_ids": [1, 2], "labels": [1]}):
         assert conversation(Row(file="f", line=1, id="", sha256=""), wrong, "tokens")[0].startswith("DATA-028")
+    for idle in ({"input_ids": [5, 6, 7], "labels": [5, -100, -100]}, {"input_ids": [5]}):
+        (fault,) = conversation(Row(file="f", line=1, id="", sha256=""), idle, "tokens")
+        assert fault == "DATA-003 @ labels has no trained token behind the first, which nothing can predict"
 
 
 def test_openai_tool_calls_become_what_templates_want() -> None:

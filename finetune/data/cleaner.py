@@ -80,6 +80,8 @@ class Cleaner:
         fact["privacy"] = ",".join(f.kind for f in found)
         if self.data.privacy == "drop":
             row.code, row.why = "privacy", f"it has {', '.join(kinds)}"
+        elif self.data.privacy == "redact" and row.input_ids:
+            row.code, row.why = "privacy", f"it has {', '.join(kinds)}, and tokens cannot be redacted"
         elif self.data.privacy == "redact":
             if row.text:
                 row.text = redact(text, found)
@@ -109,14 +111,14 @@ class Cleaner:
 
 
 def texts(row: Row) -> list[str]:
-    """The words of a row, message by message; none of a row that came as tokens."""
+    """The words of a row, message by message; of one that came as tokens what they were decoded to."""
     if row.messages:
         found = []
         for m in row.messages:
             calls = json.dumps(m["tool_calls"], ensure_ascii=False) if "tool_calls" in m else ""
             found.append("\n".join(t for t in (m["reasoning"] if "reasoning" in m else "", m["content"], calls) if t))
         return found
-    return [row.text] if row.text else []
+    return [row.text] if row.text else row.decoded
 
 
 def _redacted(value: Any) -> Any:

@@ -93,6 +93,12 @@ class Encoder:
                     made[i] = error
         return [m for m in made if m is not None]
 
+    def decoded(self, row: Row) -> list[str]:
+        """What a row that came as tokens says, but for control tokens: before the first trained one, and from it on."""
+        at, known = Tokens(input_ids=row.input_ids, labels=row.labels).prompt_length, range(len(self.tokenizer))
+        parts = ([i for i in part if i in known] for part in (row.input_ids[:at], row.input_ids[at:]))
+        return [str(self.tokenizer.decode(part, skip_special_tokens=True)) for part in parts]
+
     def _plain(self, row: Row) -> Tokens:
         if row.input_ids:
             return Tokens(input_ids=row.input_ids, labels=row.labels)
@@ -270,14 +276,11 @@ class Encoder:
                 raise DataError("DATA-005", f"{where} has the control token {found[0]} in {what}", why, "remove it")
 
     def _checked(self, row: Row, tokens: Tokens) -> Tokens:
-        most = max(tokens.input_ids)
-        if self.vocabulary and most >= self.vocabulary:
-            raise DataError(
-                "TOK-002",
-                f"{row.where} has the token id {most}",
-                f"the embedding of the base has {self.vocabulary} rows",
-                "the tokenizer of this base",
-            )
+        least, most = min(tokens.input_ids), max(tokens.input_ids)
+        if least < 0 or (self.vocabulary and most >= self.vocabulary):
+            rows = f"the embedding of the base has {self.vocabulary} rows" if self.vocabulary else "ids count from 0"
+            what = f"{row.where} has the token id {least if least < 0 else most}"
+            raise DataError("TOK-002", what, rows, "the tokenizer of this base")
         if self.pad is not None and self.pad not in self.stop and self.pad in tokens.labels:
             raise DataError("TOK-003", f"{row.where} would train the padding token", "", "another pad_token")
         return tokens

@@ -119,6 +119,7 @@ class Maker:
         facts = [_fact(row) for row in rows]
         for row, fact in zip(rows, facts, strict=True):
             if not row.code:
+                row.decoded = self.encoder.decoded(row) if row.input_ids else []
                 self.cleaner.clean(row, fact)
         good = [i for i, row in enumerate(rows) if not row.code]
         out: list[list[dict[str, Any]]] = [[] for _ in rows]

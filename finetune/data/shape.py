@@ -233,7 +233,9 @@ def _tokens(row: Row, value: dict[str, Any]) -> list[str]:
         return [f"DATA-028 @ labels has {len(row.labels)} entries, expected {len(row.input_ids)} as input_ids has"]
     if any(label not in (-100, token) for label, token in zip(row.labels, row.input_ids, strict=True)):
         return ["DATA-028 @ labels differ from input_ids, expected the same ids or -100"]
-    return [] if any(label != -100 for label in row.labels) else ["DATA-003 @ labels has no trained token"]
+    if any(label != -100 for label in row.labels[1:]):
+        return []
+    return ["DATA-003 @ labels has no trained token behind the first, which nothing can predict"]
 
 
 _READERS = {
