@@ -235,6 +235,65 @@ def test_messages_in_csv_cells_have_the_same_faults(tmp_path: Path, base: Path) 
     assert codes(folder)[: len(able)] == [code for _, code, _ in able]
 
 
+TURNS = json.dumps([USER, ASSISTANT])
+CELLS: list[tuple[bytes, str, str]] = [
+    (TURNS[:-1].encode(), "DATA-022", "messages is not JSON: Expecting ',' delimiter at character"),
+    (b"[" * 3000 + b"]" * 3000, "DATA-022", "messages is not JSON that can be read: nested too deeply"),
+    (b'[{"role": "user", "content": "q"}, NaN]', "DATA-022", "messages has NaN, which is not JSON"),
+    (TURNS.replace('"q"', '"q", "role": "user"').encode(), "DATA-023", "messages has the key 'role' twice"),
+    (TURNS.replace('"q"', '"\\ud800"').encode(), "DATA-021", "half of a surrogate pair"),
+    (TURNS.replace('"q"', '"q\0"').encode(), "DATA-021", "messages has a NUL byte"),
+    (TURNS.replace('"q"', '"\u00e9"').encode("latin-1"), "DATA-021", "messages is not UTF-8"),
+]
+"""Cell of a column with JSON -> its code and what must stand in its sentence."""
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_json_in_a_cell_is_looked_at_as_a_line_is(tmp_path: Path, base: Path, suffix: str) -> None:
+    between = b"\t" if suffix == "tsv" else b","
+    cells = [*(cell for cell, _, _ in CELLS), *(TURNS.replace("q", f"good {i}").encode() for i in range(9))]
+    lines = [between.join((b"id", b"messages"))]
+    lines += [between.join((str(i).encode(), b'"' + c.replace(b'"', b'""') + b'"')) for i, c in enumerate(cells)]
+    path = tmp_path / f"rows.{suffix}"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    folder = prepare(tmp_path, base, path, on_bad_row="drop", max_drop_fraction=0.9, heldout_fraction=0.3)
+    found = ledger(folder)
+    assert codes(folder) == [code for _, code, _ in CELLS] + [""] * 9
+    for line, (_, _, told) in zip(found, CELLS, strict=False):
+        assert told in line["why"]
+
+
+@pytest.mark.parametrize("text", ["[1] is what?", "{name} is whose?", '{"a": 1}', "[1, 2]", '[{"a": 1}]', "[]", "[NaN"])
+def test_a_text_in_a_cell_may_begin_as_json_does(tmp_path: Path, text: str) -> None:
+    import csv
+
+    turns = json.dumps([USER])
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as handle:
+        csv.writer(handle).writerows([("prompt", "completion"), (text, text), (turns, json.dumps([ASSISTANT]))])
+    plain, talked = (r for block in blocks(sources([str(tmp_path / "rows.csv")])[0]) for r in records(block))
+    assert (plain.value, plain.faults) == ({"prompt": text, "completion": text}, ())
+    assert read(plain.value, "prompt_completion").messages == talk(text, text)
+    assert read(talked.value, "prompt_completion").messages == [USER, ASSISTANT]
+
+
+def test_messages_in_a_prompt_are_looked_at_as_json(tmp_path: Path) -> None:
+    turns = json.dumps([USER]).replace('"q"', '"q", "role": "user"').replace('"', '""')
+    (tmp_path / "rows.csv").write_text(f'prompt,completion\n"{turns}",a\n', encoding="utf-8")
+    (found,) = (r for block in blocks(sources([str(tmp_path / "rows.csv")])[0]) for r in records(block))
+    assert found.faults == ("DATA-023 @ prompt has the key 'role' twice in one object",)
+
+
+def test_a_parquet_file_has_no_faults_of_bytes(tmp_path: Path, base: Path) -> None:
+    """Arrow's texts are UTF-8 and its objects have each name once: a file of others is refused whole."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    texts = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xe9")])
+    parquet.write_table(pa.table({"prompt": texts, "completion": ["a"]}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"DATA-006 rows\.parquet cannot be read"):
+        prepare(tmp_path, base, tmp_path / "rows.parquet")
+
+
 def test_messages_in_parquet_have_the_same_faults(tmp_path: Path, base: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
