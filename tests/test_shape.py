@@ -473,6 +473,39 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, base: Path) -> N
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_columns_that_every_row_has_are_no_misspelt_ones(tmp_path: Path, base: Path, suffix: str) -> None:
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    extra = ("idx", "uid", "qid", "pid", "group_id", "choice", "prompts")
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"q{i}", "completion": "a"} | {name: f"{name} {i}" for name in extra} for i in range(12)
+    ]
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        jsonl(path, *rows)
+    else:
+        (csv.write_csv if suffix == "csv" else parquet.write_table)(pa.Table.from_pylist(rows), path)
+    notes = json.loads((prepare(tmp_path, base, path, heldout_fraction=0.3) / "report.json").read_text())["notes"]
+    assert notes[-1] == f"columns without a meaning here: {', '.join(sorted(extra))}"
+
+
+def test_a_column_that_one_row_has_is_a_misspelt_one(tmp_path: Path, base: Path) -> None:
+    rows = [qa(f"q{i}", "a", uid=i, group_id=i) for i in range(12)]
+    rows[3]["choicess"] = ["a"]
+    rows[4]["idx"] = 4
+    rows[5] = {"mesages": rows[5]["messages"]}
+    folder = prepare(tmp_path, base, jsonl(tmp_path / "rows.jsonl", *rows), on_bad_row="drop", max_drop_fraction=0.5)
+    assert {line["line"]: (line["code"], line["why"]) for line in ledger(folder) if line["code"]} == {
+        4: ("DATA-002", "has the unknown key 'choicess', did you mean 'choices'?"),
+        6: (
+            "DATA-026",
+            "has no key 'messages', expected messages as in the rows before it, did you mean 'messages'?",
+        ),
+    }
+
+
 def test_the_user_can_name_the_format_and_the_columns(tmp_path: Path, base: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", *({"question": f"q{i}", "reply": "a", "source": "x"} for i in range(9)))
     folder = prepare(tmp_path, base, path, columns={"question": "prompt", "reply": "completion"}, heldout_fraction=0.3)

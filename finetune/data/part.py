@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ class Job:
     """`train` or `heldout` where the file decides it, else empty."""
     prefix: str
     """What stands before ids, so that those of several files differ."""
+    usual: list[str] = field(default_factory=list)
+    """Columns that most rows at the beginning of the file have."""
 
 
 def of_card(rows: list[Row]) -> Block:
@@ -158,7 +160,7 @@ class Maker:
             row = Row(file=job.block.file, line=record.line, id=f"{name}:{record.line}", sha256=record.sha256)
             row.split = job.side
             value = renamed(record.value, data.columns) if isinstance(record.value, dict) else record.value
-            faults = list(record.faults) or conversation(row, value, job.format, extra)
+            faults = list(record.faults) or conversation(row, value, job.format, extra, job.usual)
             faults = faults or grouped(row, value, data.group_by, data.time_by)
             row.id = job.prefix + row.id
             if faults:
