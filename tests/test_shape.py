@@ -435,6 +435,14 @@ def test_openai_tool_calls_become_what_templates_want() -> None:
     assert other.messages[1]["tool_calls"][0]["function"] == row.messages[1]["tool_calls"][0]["function"]
 
 
+def test_openais_developer_is_the_system() -> None:
+    told = [{"role": "developer", "content": "s"}, *talk("q", "a")]
+    assert read({"messages": told}, "messages").messages == SAME
+    row = Row(file="f", line=1, id="f:1", sha256="")
+    faults = conversation(row, {"messages": [*SAME[:1], *told]}, "messages")
+    assert faults == ["DATA-004 @ messages[1].role is system behind system, expected user"]
+
+
 def test_what_the_assistant_said_in_a_prompt_is_not_learnt() -> None:
     row = read(
         {"prompt": talk("q", "a", "q2"), "completion": [{"role": "assistant", "content": "b"}]}, "prompt_completion"

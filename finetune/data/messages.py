@@ -7,6 +7,7 @@ from typing import Any
 from finetune.data.nested import parsed
 
 ROLES = ("system", "user", "assistant", "tool")
+"""Roles that chat templates know. OpenAI's `developer` is read as `system`, which it has replaced there."""
 MESSAGE = (
     "role",
     "content",
@@ -31,6 +32,7 @@ def message(m: Any, at: str, tools: set[str], faults: list[str]) -> dict[str, An
         if key not in MESSAGE:
             faults.append(f"DATA-002 @ {at} has the unknown key {key!r}")
     role = m["role"] if "role" in m else None
+    role = "system" if role == "developer" else role
     if role not in ROLES:
         seen = repr(role)[:40] if isinstance(role, str) else type_name(role)
         faults.append(f"DATA-001 @ {at}.role is {seen}, expected one of {', '.join(ROLES)}")
