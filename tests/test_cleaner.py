@@ -2,13 +2,62 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from finetune.data.cleaner import Cleaner
+from finetune.data.rows import Row
+from finetune.data.shape import conversation
 from finetune.data.tokens import load_tokenizer
+from finetune.recipe import Data
 from tests.test_data import jsonl
 from tests.test_shape import ledger, prepare
 from tests.test_verdicts import report, words
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": {"at": 1}}}
+MAIL = "jane.roe@example.org"
+
+
+def with_a_secret(place: str) -> dict[str, Any]:
+    """A row with an address somewhere beside its words."""
+    schema: dict[str, Any] = {"type": "object", "properties": {"at": {"type": "integer"}}}
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "3", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "There."},
+    ]
+    tool = {"name": "look", "description": "looks", "parameters": schema}
+    if place == "description of a tool":
+        tool["description"] = f"asks {MAIL}"
+    elif place == "schema of a tool":
+        schema["properties"]["at"]["enum"] = [MAIL]
+    elif place == "name in a schema":
+        schema["properties"][MAIL] = {"type": "string"}
+    elif place == "name of who speaks":
+        turns[0]["name"] = MAIL
+    else:
+        turns[1]["tool_calls"] = [{**CALL, "function": {"name": "look", "arguments": {MAIL: 1}}}]
+    return {"messages": turns, "tools": [{"type": "function", "function": tool}]}
+
+
+@pytest.mark.parametrize("policy", ["report", "redact", "drop"])
+@pytest.mark.parametrize(
+    "place", ["description of a tool", "schema of a tool", "name in a schema", "name of who speaks", "argument"]
+)
+def test_an_address_is_found_wherever_a_template_may_write_it(place: str, policy: Any) -> None:
+    row = Row(file="f", line=1, id="f:1", sha256="")
+    assert conversation(row, with_a_secret(place), "messages") == []
+    fact: dict[str, Any] = {}
+    Cleaner(Data(privacy=policy)).clean(row, fact)
+    assert fact["privacy"] == "email"
+    assert row.code == ("privacy" if policy == "drop" else "")
+    assert (MAIL in json.dumps(asdict(row))) == (policy != "redact")
+    assert ("[EMAIL]" in json.dumps(asdict(row))) == (policy == "redact")
 
 
 def ready(base: Path, question: str, answer: str) -> dict[str, Any]:
