@@ -435,6 +435,27 @@ def test_openai_tool_calls_become_what_templates_want() -> None:
     assert other.messages[1]["tool_calls"][0]["function"] == row.messages[1]["tool_calls"][0]["function"]
 
 
+def test_arguments_that_arrow_adds_to_calls_are_no_arguments(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from datasets import Dataset
+    from pyarrow import parquet
+
+    given = [{"zip": "75", "near": [{"a": 1}]}, {"city": "Oslo", "near": [{"b": 2}]}]
+    rows = [
+        {"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": one}}]}]}
+        for one in given
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for name in ("rows.parquet", "saved"):
+        found = [r.value for block in blocks(sources([str(tmp_path / name)])[0]) for r in records(block)]
+        calls = [read(value, "messages").messages[1]["tool_calls"][0]["function"] for value in found]
+        assert [call["arguments"] for call in calls] == given
+    null = {"function": {"name": "look", "arguments": {"zip": None}}}
+    row = read({"messages": [USER, {"role": "assistant", "tool_calls": [null]}]}, "messages")
+    assert row.messages[1]["tool_calls"][0]["function"]["arguments"] == {"zip": None}
+
+
 def test_openais_developer_is_the_system() -> None:
     told = [{"role": "developer", "content": "s"}, *talk("q", "a")]
     assert read({"messages": told}, "messages").messages == SAME

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.data.nested import parsed
+from finetune.data.nested import parsed, without_nulls
 
 ROLES = ("system", "user", "assistant", "tool")
 """Roles that chat templates know. OpenAI's `developer` is read as `system`, which it has replaced there."""
@@ -112,15 +112,8 @@ def tools_of(value: dict[str, Any], faults: list[str]) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             faults.append(f"DATA-025 @ tools[{i}].function.name is missing, expected str")
         else:
-            made.append({"type": "function", "function": _bare(function)})
+            made.append({"type": "function", "function": without_nulls(function)})
     return made
-
-
-def _bare(value: Any) -> Any:
-    """Without the empty fields that Arrow adds to make all rows alike."""
-    if isinstance(value, dict):
-        return {key: _bare(item) for key, item in value.items() if item is not None}
-    return [_bare(item) for item in value] if isinstance(value, list) else value
 
 
 def order(messages: list[dict[str, Any]]) -> list[str]:

@@ -47,3 +47,10 @@ def leaves(value: Any) -> Iterator[Any]:
             yield from leaves(item)
     else:
         yield value
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the empty fields that Arrow adds to objects, to make all rows alike."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.data.files import LINE_LIMIT, TOO_LONG, Block
-from finetune.data.nested import parsed
+from finetune.data.nested import parsed, without_nulls
 
 JSON_COLUMNS = ("messages", "conversations", "tools", "choices", "input_ids", "labels")
 """CSV columns whose cells hold JSON."""
@@ -45,7 +45,7 @@ def records(block: Block) -> Iterator[Record]:
 
             with pa.ipc.open_stream(raw) as stream:
                 for number, value in enumerate(stream.read_all().to_pylist(), line):
-                    yield _valued(number, {k: v for k, v in value.items() if v is not None})
+                    yield _valued(number, without_nulls(value))
         else:
             yield _valued(line, json.loads(raw))
 
