@@ -57,8 +57,9 @@ def prepare(run_dir: RunDir) -> None:
     from finetune.source import base_folder
 
     recipe = read_recipe(run_dir.recipe)
+    folder = prepared(recipe, base_folder(recipe), run_dir.rejected)
     _look_ahead(recipe)
-    put(prepared(recipe, base_folder(recipe), run_dir.rejected), run_dir.data)
+    put(folder, run_dir.data)
     show_report(read_json(run_dir.data / "report.json"), Console())
 
 
