@@ -335,7 +335,7 @@ def test_a_quoted_cell_over_several_lines_does_not_move_the_line_numbers(tmp_pat
         ("none.jsonl.zst", b"no zstd", "cannot be read"),
         ("cut.parquet", b"PAR1 and nothing", "cannot be read"),
         ("cut.arrow", b"ARROW1", "cannot be read"),
-        ("object.json", b'[{"a": 1}', "cannot be read"),
+        ("object.json", b'[{"a": 1', "cannot be read"),
         ("twice.csv", b"prompt,prompt\na,b\n", "names 'prompt' twice"),
         ("open.csv", b'prompt,completion\n"a,b\n', "cannot be read"),
         ("rows.xlsx", b"PK", "unknown kind"),
@@ -347,6 +347,41 @@ def test_a_file_that_cannot_be_read_is_one_sentence(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"DATA-006 .*{told}"):
         prepare(tmp_path, base, tmp_path / name)
+
+
+def broken_files(folder: Path) -> dict[Path, int]:
+    """Files that break off, each with the line, or the number, at which it does; 30 rows come before that."""
+    import zstandard
+
+    rows = [qa(f"question {i}", f"answer {i}") for i in range(30)]
+    noise = "".join(f"{hash((i, 7)):x}" for i in range(40_000))  # what is squeezed is read in pieces
+    whole = "".join(json.dumps(row) + "\n" for row in [*rows, qa(noise, "a")]).encode()
+    plain = "".join(f'"question {i}\n","answer {i}"\n' for i in range(30))
+    made = {
+        "a.jsonl.gz": (gzip.compress(whole)[:-9000], 31),
+        "b.jsonl.zst": (zstandard.compress(whole)[:-9000], 31),
+        "c.json": (b"[" + b",\n".join(json.dumps(row).encode() for row in rows) + b', {"messages": oops}, {}]', 31),
+        "d.json": (b"[" + b",\n".join(json.dumps(row).encode() for row in rows) + b",", 31),
+        "e.csv": (f'prompt,completion\n{plain}"question,answer\nq,a\n'.encode(), 62),
+        "f.csv": (f'prompt,completion\n{plain}"question" mark,answer\nq,a\n'.encode(), 62),
+    }
+    for name, (content, _) in made.items():
+        (folder / name).write_bytes(content)
+    return {folder / name: line for name, (_, line) in made.items()}
+
+
+def test_a_file_that_breaks_off_has_a_fault_there_and_what_came_before_is_kept(tmp_path: Path, base: Path) -> None:
+    for path, line in broken_files(tmp_path).items():
+        settings: dict[str, Any] = {"on_bad_row": "drop", "max_drop_fraction": 0.04, "heldout_fraction": 0.3}
+        *kept, last = ledger(prepare(tmp_path, base, path, **settings))
+        assert [one["verdict"] for one in kept] == ["kept"] * 30, path.name
+        assert (last["line"], last["code"], last["verdict"]) == (line, "DATA-006", "dropped"), path.name
+        assert last["why"].startswith("cannot be read, nor anything behind it: ")
+        with pytest.raises(DataError, match=rf"DATA-006 {path.name}:{line} cannot be read, nor anything behind it"):
+            prepare(tmp_path, base, path)
+        assert len(ledger(tmp_path / "rejected")) == 31
+        with pytest.raises(DataError, match=r"more than data\.max_drop_fraction"):
+            prepare(tmp_path, base, path, **settings | {"max_drop_fraction": 0.03})
 
 
 def test_a_line_that_is_too_long_is_a_fault_and_the_next_one_is_read(tmp_path: Path) -> None:

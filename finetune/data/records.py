@@ -38,6 +38,9 @@ def records(block: Block) -> Iterator[Record]:
     for line, raw in zip(block.lines, block.records, strict=True):
         if block.kind == "jsonl":
             yield _parse(line, raw)
+        elif block.kind == "broken":
+            fault = f"DATA-006 @ cannot be read, nor anything behind it: {raw.decode()}"
+            yield Record(line=line, sha256=hashlib.sha256(raw).hexdigest(), value=None, faults=(fault,))
         elif block.kind == "csv":
             yield _row_of(line, block.header, raw)
         elif block.kind == "arrow":
