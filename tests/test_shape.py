@@ -349,6 +349,39 @@ def test_a_file_that_cannot_be_read_is_one_sentence(
         prepare(tmp_path, base, tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("content", "told", "fix"),
+    [
+        (json.dumps({"data": [qa("q", "a")] * 9}, indent=2), "is one object with its rows under 'data'", ".data[]"),
+        (json.dumps({"v": 1, "data": [qa("q", "a")] * 9}), "is one object with its rows under 'data'", ".data[]"),
+        ('{"rows": [\n{"a": 1},\n{"a": 2}\n]}\n', "is one object with its rows under 'rows'", ".rows[]"),
+        (json.dumps({"my rows": [qa("q", "a")]}, indent=1), "is one object with its rows under 'my rows'", "that list"),
+        (json.dumps(qa("q", "a"), indent=2), "begins with an object over several lines", "jq -c . "),
+        (json.dumps(qa("q", "a"), indent=2) * 9, "begins with an object over several lines", "jq -c . "),
+        (json.dumps({"version": 1}, indent=2), "begins with an object over several lines", "jq -c . "),
+    ],
+)
+def test_one_object_in_a_json_file_is_one_sentence(
+    tmp_path: Path, base: Path, content: str, told: str, fix: str
+) -> None:
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(DataError, match=f"DATA-006 rows.json {told}: a .json file is a list of rows") as caught:
+        prepare(tmp_path, base, tmp_path / "rows.json")
+    assert fix in caught.value.fix
+    assert "\n" not in caught.value.sentence()
+
+
+def test_one_row_on_one_line_of_a_json_file_is_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    for text in (json.dumps(qa("q", "a")), json.dumps({"talk": talk("q", "a")}), '{"a": [1]}', '{"a": {}}\n{"b": 1}'):
+        path.write_text(text)
+        found = [r for block in blocks(sources([str(path)])[0]) for r in records(block)]
+        assert [r.value for r in found] == [json.loads(line) for line in text.splitlines()]
+    path.write_text('{"a": \n{"b": 1}\n')
+    found = [r for block in blocks(sources([str(path)])[0]) for r in records(block)]
+    assert [len(r.faults) for r in found] == [1, 0]
+
+
 def broken_files(folder: Path) -> dict[Path, int]:
     """Files that break off, each with the line, or the number, at which it does; 30 rows come before that."""
     import zstandard

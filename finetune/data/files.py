@@ -17,6 +17,7 @@ import gzip
 import io
 import json
 import re
+import shlex
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data.elements import elements
+from finetune.data.elements import elements, one_object
 from finetune.errors import DataError
 
 KINDS = {
@@ -42,6 +43,8 @@ KINDS = {
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 """How an address begins: https://, hf:///, s3://, file:/."""
+
+_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 SQUEEZED = {".gz": "gzip", ".zst": "zstd"}
 LINE_LIMIT = 16 * 2**20
@@ -287,11 +290,29 @@ def _skip(handle: Any, raw: bytes) -> bytes:
 def _json(source: Source) -> Iterator[Block]:
     """The elements of a JSON array, one after the other; a file of objects, one a line, is read as such."""
     with opened(source) as handle:
-        head = handle.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        head = handle.read1(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if head[:1] == b"{":
+        _refuse_one_object(source)
         yield from _lines(source)
         return
     yield from _filled(source, "jsonl", _elements(source))
+
+
+def _refuse_one_object(source: Source) -> None:
+    """DATA-006 where a file is no list and has no row a line: an object over several lines, or one with all rows."""
+    try:
+        with opened(source) as handle:
+            raw = handle.read(LINE_LIMIT)
+    except UNREADABLE:  # which is said where it breaks off
+        return
+    several, inside = one_object(raw.decode("utf-8-sig", "ignore"), whole=len(raw) < LINE_LIMIT)
+    why, file = "a .json file is a list of rows, or has one row on each line", shlex.quote(str(source.path))
+    if inside:
+        fix = f"jq -c '.{inside}[]' {file} > rows.jsonl" if _PLAIN.fullmatch(inside) else "a file of that list"
+        raise DataError("DATA-006", f"{source.name} is one object with its rows under {inside!r}", why, fix)
+    if several:
+        fix = f"jq -c . {file} > rows.jsonl"
+        raise DataError("DATA-006", f"{source.name} begins with an object over several lines", why, fix)
 
 
 def _elements(source: Source) -> Iterator[tuple[int, bytes]]:
