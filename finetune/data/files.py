@@ -13,19 +13,18 @@ from __future__ import annotations
 import csv
 import dataclasses
 import glob
-import gzip
 import io
 import json
 import re
 import shlex
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.data.elements import elements, one_object
+from finetune.data.squeezed import SQUEEZED, opened
 from finetune.errors import DataError
 
 KINDS = {
@@ -46,7 +45,6 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
-SQUEEZED = {".gz": "gzip", ".zst": "zstd"}
 LINE_LIMIT = 16 * 2**20
 """Bytes of the longest record that is read."""
 TOO_LONG = b"\x00too long: "
@@ -210,28 +208,6 @@ def _behind(block: Block) -> int:
         return block.lines[-1] + int(stream.read_all().num_rows)
 
 
-@contextmanager
-def opened(source: Source) -> Iterator[Any]:
-    """The file as a stream of plain bytes."""
-    if source.squeezed == "gzip":
-        with gzip.open(source.path, "rb") as handle:
-            yield handle
-    elif source.squeezed == "zstd":
-        import zstandard
-
-        with (
-            source.path.open("rb") as raw,
-            zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as z,
-        ):
-            try:
-                yield io.BufferedReader(z)
-            except zstandard.ZstdError as error:
-                raise EOFError(str(error)) from None
-    else:
-        with source.path.open("rb") as handle:
-            yield handle
-
-
 def _lines(source: Source) -> Iterator[Block]:
     """The lines of a file that are not blank."""
     yield from _filled(source, "jsonl", _numbered(source))
@@ -239,7 +215,7 @@ def _lines(source: Source) -> Iterator[Block]:
 
 def _numbered(source: Source) -> Iterator[tuple[int, bytes]]:
     number = 0
-    with opened(source) as handle:
+    with opened(source.path, source.squeezed) as handle:
         while raw := handle.readline(LINE_LIMIT + 1):
             number += 1
             if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -289,7 +265,7 @@ def _skip(handle: Any, raw: bytes) -> bytes:
 
 def _json(source: Source) -> Iterator[Block]:
     """The elements of a JSON array, one after the other; a file of objects, one a line, is read as such."""
-    with opened(source) as handle:
+    with opened(source.path, source.squeezed) as handle:
         head = handle.read1(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if head[:1] == b"{":
         _refuse_one_object(source)
@@ -301,7 +277,7 @@ def _json(source: Source) -> Iterator[Block]:
 def _refuse_one_object(source: Source) -> None:
     """DATA-006 where a file is no list and has no row a line: an object over several lines, or one with all rows."""
     try:
-        with opened(source) as handle:
+        with opened(source.path, source.squeezed) as handle:
             raw = handle.read(LINE_LIMIT)
     except UNREADABLE:  # which is said where it breaks off
         return
@@ -316,14 +292,14 @@ def _refuse_one_object(source: Source) -> None:
 
 
 def _elements(source: Source) -> Iterator[tuple[int, bytes]]:
-    with opened(source) as handle:
+    with opened(source.path, source.squeezed) as handle:
         text = io.TextIOWrapper(handle, "utf-8-sig", newline="")
         yield from enumerate((element.encode() for element in elements(text, LINE_LIMIT)), 1)
 
 
 def _text(source: Source) -> Iterator[Block]:
     """A text file is one document."""
-    with opened(source) as handle:
+    with opened(source.path, source.squeezed) as handle:
         text = handle.read().decode("utf-8-sig")
     yield Block(file=source.name, kind="values", lines=[1], records=[json.dumps({"text": text}).encode()])
 
@@ -338,7 +314,7 @@ def _table(source: Source, header: list[str]) -> Iterator[tuple[int, bytes]]:
     csv.field_size_limit(LINE_LIMIT)
     start = 1
     try:
-        with opened(source) as handle:
+        with opened(source.path, source.squeezed) as handle:
             text = io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape", newline="")
             reader = csv.reader(text, strict=True, delimiter="\t" if ".tsv" in source.path.name else ",")
             header += next(reader, [])
