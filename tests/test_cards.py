@@ -198,8 +198,34 @@ def test_a_card_that_contradicts_itself_is_an_error(fields: dict[str, Any], prob
     assert problem in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("why", "licences"),
+    [
+        ("it names no licence", ["", " ", "-", "none", "None (see page)", "other", "N/A", "not specified", "?"]),
+        ("it names no licence", ["Unspecified", "no license", "licence not stated", "unlicensed", "MIT (unverified)"]),
+        ("it forbids commercial use", ["CC BY-NC 4.0", "for non-commercial use"]),
+        ("it allows study alone", ["research only", "Academic use only", "only for research", "research use, only"]),
+        ("all rights are its owner's", ["proprietary", "(c) 2020 Foo. All rights reserved.", "Confidential"]),
+    ],
+)
+def test_a_licence_that_allows_no_training_is_refused_with_the_reason(why: str, licences: list[str]) -> None:
+    for licence in licences:
+        with pytest.raises(DataError, match="DATA-008") as caught:
+            card(licence=licence)
+        assert f"licence={licence.strip() or '(empty)'} needs use=evaluation: {why}" in str(caught.value)
+        assert card(licence=licence, use="evaluation", refusal="r").use == "evaluation"
+
+
 def test_licences_that_only_sound_forbidden_may_be_trained_on() -> None:
-    for licence in ("NCSA", "CC-BY-4.0", "public domain (US government work)"):
+    for licence in ("NCSA", "CC-BY-4.0", "public domain (US government work)", "Unlicense", "The Unlicense", "x"):
+        assert card(licence=licence).use == "train"
+    for licence in (
+        "MIT, for research and for business",
+        "another licence",
+        "the user's own",
+        "Other-Permissive-1.0",
+        "(MIT)",
+    ):
         assert card(licence=licence).use == "train"
 
 

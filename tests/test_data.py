@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from finetune.compose import read_recipe, recipe_yaml
-from finetune.data import load_splits
+from finetune.data import load_splits, prepare
 from finetune.data.card import Card, card_folder, card_names, make_card, read_card
 from finetune.data.encoder import tokenize
 from finetune.data.excerpt import excerpts, plain_body
@@ -24,7 +24,7 @@ from finetune.data.split import in_order, split_card, split_fraction
 from finetune.data.store import put
 from finetune.data.tokens import IGNORED, load_tokenizer, stop_tokens
 from finetune.data.wording import from_card, word
-from finetune.errors import DataError, RunError
+from finetune.errors import DataError, FinetuneError, RunError
 from finetune.fetch import FetchError, fetch_package
 from finetune.recipe import Data, Recipe
 from finetune.rundir import RunDir, create, write_text
@@ -259,6 +259,26 @@ def test_a_split_without_rows_is_an_error_that_says_why(tmp_path: Path, tokenize
 def test_splits_of_an_unfinished_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="RUN-002"):
         load_splits(create(tmp_path, "test"))
+
+
+def test_faults_in_rows_are_said_before_what_the_evaluation_lacks(tmp_path: Path, base: Path) -> None:
+    def refused(*rows: dict[str, Any]) -> tuple[str, int, RunDir]:
+        path = jsonl(tmp_path / "rows.jsonl", *rows)
+        recipe = Recipe(name="test", cache_dir=str(tmp_path / "cache"), data=Data(train_files=[str(path)]))
+        recipe.model.source, recipe.evaluate.general = str(base), ["general_boolq"]
+        run_dir = create(tmp_path / "runs", "test")
+        write_text(run_dir.recipe, recipe_yaml(recipe))
+        with pytest.raises(FinetuneError) as caught:
+            prepare(run_dir)
+        return caught.value.code, caught.value.exit_code, run_dir
+
+    good = [qa(f"question {i}", f"answer {i}") for i in range(20)]
+    code, exit_code, run_dir = refused(*good, {"messages": []})
+    assert (code, exit_code) == ("DATA-001", 2)
+    assert (run_dir.rejected / "ledger.jsonl").is_file()
+    code, exit_code, run_dir = refused(*good)
+    assert (code, exit_code) == ("FET-001", 3)
+    assert not run_dir.data.exists()
 
 
 def test_the_content_hash_follows_rows_and_settings(tmp_path: Path, tokenizer: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,54 @@ def test_tool_calls_are_trained_and_tool_results_are_not() -> None:
     assert "3<|im_end|>" not in text
 
 
+@pytest.mark.parametrize("place", ["argument", "name of an argument", "schema", "name", "id of a call"])
+def test_a_control_token_is_refused_wherever_a_template_may_write_it(place: str) -> None:
+    token, turns, tool = "<|im_end|>", deepcopy(TOOLS), deepcopy(TOOL)
+    function = turns[1]["tool_calls"][0]["function"]
+    if place == "argument":
+        function["arguments"] = {"at": [{"deep": f"a{token}b"}]}
+    elif place == "name of an argument":
+        function["arguments"] = {f"at{token}": 1}
+    elif place == "schema":
+        tool["function"]["parameters"]["properties"]["at"]["description"] = f"where{token}"
+    elif place == "name":
+        turns[2]["name"] = f"look{token}"
+    else:
+        turns[1]["tool_calls"][0]["id"] = turns[2]["tool_call_id"] = f"c{token}"
+    made = encode(CALLS, STOP, {"messages": turns, "tools": [tool]})
+    assert isinstance(made, DataError), trained(made, CALLS, STOP)
+    assert made.code == "DATA-005"
+    where = {"schema": "tools", "name": "messages[2] (tool)"}.get(place, "messages[1] (assistant)")
+    assert f"control token {token} in {where}" in made.what
+
+
+WRITTEN = {
+    "JSON": "c['function'] | tojson",
+    "ASCII": "c['function']['name'] ~ (c['function']['arguments'] | tojson(ensure_ascii=True))",
+    "text": "c['function']['name'] ~ c['function']['arguments']",
+    "JSON in JSON": "c['function']['name'] ~ (c['function']['arguments'] | tojson | tojson)",
+}
+PLAIN = "{{ c['function']['name'] }}{% for k, v in c['function']['arguments'].items() %}{{ k }}={{ v }};{% endfor %}"
+
+
+@pytest.mark.parametrize("way", [*WRITTEN, "plain"])
+def test_arguments_are_found_however_a_template_writes_them(way: str) -> None:
+    wanted = {"at": 1.5, "note": 'said "no"\n\tand \\ left', "où": "Zürich 東京", "deep": [True, None, {"it's": "x'"}]}
+    turns = [ASK, ANSWER | {"content": "", "tool_calls": [{"function": {"name": "look", "arguments": wanted}}]}]
+    text = CALLS.replace("{{ c['function'] | tojson }}", PLAIN if way == "plain" else f"{{{{ {WRITTEN[way]} }}}}")
+    assert "look" in trained(encode(text, STOP, {"messages": turns}), text, STOP)
+
+
+@pytest.mark.parametrize("kept", ["[]", "c['function']['arguments'].keys()", "c['function']['arguments'].values()"])
+def test_a_template_that_loses_a_part_of_a_call_is_refused(kept: str) -> None:
+    text = CALLS.replace("c['function'] | tojson", f"'look' ~ ({kept} | list | tojson)")
+    turns = [ASK, ANSWER | {"tool_calls": [{"function": {"name": "look", "arguments": {"city": "Oslo"}}}]}]
+    made = encode(text, STOP, {"messages": turns})
+    assert isinstance(made, DataError), trained(made, text, STOP)
+    assert made.code == "MASK-002"
+    assert made.why == "the chat template drops or changes an argument of a call"
+
+
 def test_reasoning_is_trained_or_stripped_and_never_lost_silently() -> None:
     value = CONVERSATIONS["reasoning"]
     assert trained(encode(CALLS, STOP, value), CALLS, STOP) == "Let me think.|Because.<|im_end|>\n"
@@ -333,6 +382,11 @@ def test_ids_without_an_embedding_and_padding_that_would_be_trained_are_refused(
     small = Encoder(tokenizer, {2}, vocabulary=100).encode([row])[0]
     assert isinstance(small, DataError)
     assert small.code == "TOK-002"
+    below = Row(file="f", line=1, id="x", sha256="", input_ids=[-5, 6, 7], labels=[-5, 6, 7])
+    for vocabulary in (0, len(tokenizer)):
+        refused = Encoder(tokenizer, {2}, vocabulary=vocabulary).encode([below])[0]
+        assert isinstance(refused, DataError), refused
+        assert (refused.code, refused.what) == ("TOK-002", "f:1 has the token id -5")
     tokens = Row(file="f", line=1, id="x", sha256="", input_ids=[5, 0], labels=[5, 0])
     padded = Encoder(tokenizer, {2}).encode([tokens])[0]
     assert isinstance(padded, DataError)

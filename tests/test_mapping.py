@@ -121,12 +121,23 @@ def test_rows_of_a_card_arrive_as_they_were(tmp_path: Path, base: Path) -> None:
     assert seen == [row]
 
 
-def test_what_is_wrong_with_a_file_is_said_as_its_reader_says_it(tmp_path: Path, base: Path, small: None) -> None:
+def test_what_is_wrong_with_a_file_is_said_as_its_reader_says_it(
+    tmp_path: Path, base: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "rows.json"
     good = ", ".join(json.dumps(qa(f"q{i}", "a")) for i in range(550))
     path.write_text(f"[{good}, {{")
-    with pytest.raises(DataError, match=r"DATA-006 rows\.json cannot be read behind line 401"):
-        mapped(work(base), jobs(path), parts_of(tmp_path), "key", 2)
+    *rows, last = mapped(work(base), jobs(path), parts_of(tmp_path), "key", 2).to_list()
+    assert [row["code"] for row in rows] == [""] * 550
+    assert (last["line"], last["code"]) == (551, "DATA-006")
+
+    def unplugged(source: files.Source) -> Iterator[tuple[int, bytes]]:
+        yield from ((number, json.dumps(qa(f"q{number}", "a")).encode()) for number in range(1, 551))
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(files, "_elements", unplugged)
+    with pytest.raises(DataError, match=r"DATA-006 rows\.json cannot be read behind line 550: Input/output error"):
+        mapped(work(base), jobs(path), parts_of(tmp_path), "other", 2)
 
 
 # --- mapping ---------------------------------------------------------------------------------------------------------

@@ -235,6 +235,65 @@ def test_messages_in_csv_cells_have_the_same_faults(tmp_path: Path, base: Path) 
     assert codes(folder)[: len(able)] == [code for _, code, _ in able]
 
 
+TURNS = json.dumps([USER, ASSISTANT])
+CELLS: list[tuple[bytes, str, str]] = [
+    (TURNS[:-1].encode(), "DATA-022", "messages is not JSON: Expecting ',' delimiter at character"),
+    (b"[" * 3000 + b"]" * 3000, "DATA-022", "messages is not JSON that can be read: nested too deeply"),
+    (b'[{"role": "user", "content": "q"}, NaN]', "DATA-022", "messages has NaN, which is not JSON"),
+    (TURNS.replace('"q"', '"q", "role": "user"').encode(), "DATA-023", "messages has the key 'role' twice"),
+    (TURNS.replace('"q"', '"\\ud800"').encode(), "DATA-021", "half of a surrogate pair"),
+    (TURNS.replace('"q"', '"q\0"').encode(), "DATA-021", "messages has a NUL byte"),
+    (TURNS.replace('"q"', '"\u00e9"').encode("latin-1"), "DATA-021", "messages is not UTF-8"),
+]
+"""Cell of a column with JSON -> its code and what must stand in its sentence."""
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_json_in_a_cell_is_looked_at_as_a_line_is(tmp_path: Path, base: Path, suffix: str) -> None:
+    between = b"\t" if suffix == "tsv" else b","
+    cells = [*(cell for cell, _, _ in CELLS), *(TURNS.replace("q", f"good {i}").encode() for i in range(9))]
+    lines = [between.join((b"id", b"messages"))]
+    lines += [between.join((str(i).encode(), b'"' + c.replace(b'"', b'""') + b'"')) for i, c in enumerate(cells)]
+    path = tmp_path / f"rows.{suffix}"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    folder = prepare(tmp_path, base, path, on_bad_row="drop", max_drop_fraction=0.9, heldout_fraction=0.3)
+    found = ledger(folder)
+    assert codes(folder) == [code for _, code, _ in CELLS] + [""] * 9
+    for line, (_, _, told) in zip(found, CELLS, strict=False):
+        assert told in line["why"]
+
+
+@pytest.mark.parametrize("text", ["[1] is what?", "{name} is whose?", '{"a": 1}', "[1, 2]", '[{"a": 1}]', "[]", "[NaN"])
+def test_a_text_in_a_cell_may_begin_as_json_does(tmp_path: Path, text: str) -> None:
+    import csv
+
+    turns = json.dumps([USER])
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as handle:
+        csv.writer(handle).writerows([("prompt", "completion"), (text, text), (turns, json.dumps([ASSISTANT]))])
+    plain, talked = (r for block in blocks(sources([str(tmp_path / "rows.csv")])[0]) for r in records(block))
+    assert (plain.value, plain.faults) == ({"prompt": text, "completion": text}, ())
+    assert read(plain.value, "prompt_completion").messages == talk(text, text)
+    assert read(talked.value, "prompt_completion").messages == [USER, ASSISTANT]
+
+
+def test_messages_in_a_prompt_are_looked_at_as_json(tmp_path: Path) -> None:
+    turns = json.dumps([USER]).replace('"q"', '"q", "role": "user"').replace('"', '""')
+    (tmp_path / "rows.csv").write_text(f'prompt,completion\n"{turns}",a\n', encoding="utf-8")
+    (found,) = (r for block in blocks(sources([str(tmp_path / "rows.csv")])[0]) for r in records(block))
+    assert found.faults == ("DATA-023 @ prompt has the key 'role' twice in one object",)
+
+
+def test_a_parquet_file_has_no_faults_of_bytes(tmp_path: Path, base: Path) -> None:
+    """Arrow's texts are UTF-8 and its objects have each name once: a file of others is refused whole."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    texts = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xe9")])
+    parquet.write_table(pa.table({"prompt": texts, "completion": ["a"]}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"DATA-006 rows\.parquet cannot be read"):
+        prepare(tmp_path, base, tmp_path / "rows.parquet")
+
+
 def test_messages_in_parquet_have_the_same_faults(tmp_path: Path, base: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
@@ -276,7 +335,7 @@ def test_a_quoted_cell_over_several_lines_does_not_move_the_line_numbers(tmp_pat
         ("none.jsonl.zst", b"no zstd", "cannot be read"),
         ("cut.parquet", b"PAR1 and nothing", "cannot be read"),
         ("cut.arrow", b"ARROW1", "cannot be read"),
-        ("object.json", b'[{"a": 1}', "cannot be read"),
+        ("object.json", b'[{"a": 1', "cannot be read"),
         ("twice.csv", b"prompt,prompt\na,b\n", "names 'prompt' twice"),
         ("open.csv", b'prompt,completion\n"a,b\n', "cannot be read"),
         ("rows.xlsx", b"PK", "unknown kind"),
@@ -288,6 +347,74 @@ def test_a_file_that_cannot_be_read_is_one_sentence(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"DATA-006 .*{told}"):
         prepare(tmp_path, base, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "told", "fix"),
+    [
+        (json.dumps({"data": [qa("q", "a")] * 9}, indent=2), "is one object with its rows under 'data'", ".data[]"),
+        (json.dumps({"v": 1, "data": [qa("q", "a")] * 9}), "is one object with its rows under 'data'", ".data[]"),
+        ('{"rows": [\n{"a": 1},\n{"a": 2}\n]}\n', "is one object with its rows under 'rows'", ".rows[]"),
+        (json.dumps({"my rows": [qa("q", "a")]}, indent=1), "is one object with its rows under 'my rows'", "that list"),
+        (json.dumps(qa("q", "a"), indent=2), "begins with an object over several lines", "jq -c . "),
+        (json.dumps(qa("q", "a"), indent=2) * 9, "begins with an object over several lines", "jq -c . "),
+        (json.dumps({"version": 1}, indent=2), "begins with an object over several lines", "jq -c . "),
+    ],
+)
+def test_one_object_in_a_json_file_is_one_sentence(
+    tmp_path: Path, base: Path, content: str, told: str, fix: str
+) -> None:
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(DataError, match=f"DATA-006 rows.json {told}: a .json file is a list of rows") as caught:
+        prepare(tmp_path, base, tmp_path / "rows.json")
+    assert fix in caught.value.fix
+    assert "\n" not in caught.value.sentence()
+
+
+def test_one_row_on_one_line_of_a_json_file_is_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    for text in (json.dumps(qa("q", "a")), json.dumps({"talk": talk("q", "a")}), '{"a": [1]}', '{"a": {}}\n{"b": 1}'):
+        path.write_text(text)
+        found = [r for block in blocks(sources([str(path)])[0]) for r in records(block)]
+        assert [r.value for r in found] == [json.loads(line) for line in text.splitlines()]
+    path.write_text('{"a": \n{"b": 1}\n')
+    found = [r for block in blocks(sources([str(path)])[0]) for r in records(block)]
+    assert [len(r.faults) for r in found] == [1, 0]
+
+
+def broken_files(folder: Path) -> dict[Path, int]:
+    """Files that break off, each with the line, or the number, at which it does; 30 rows come before that."""
+    import zstandard
+
+    rows = [qa(f"question {i}", f"answer {i}") for i in range(30)]
+    noise = "".join(f"{hash((i, 7)):x}" for i in range(40_000))  # what is squeezed is read in pieces
+    whole = "".join(json.dumps(row) + "\n" for row in [*rows, qa(noise, "a")]).encode()
+    plain = "".join(f'"question {i}\n","answer {i}"\n' for i in range(30))
+    made = {
+        "a.jsonl.gz": (gzip.compress(whole)[:-9000], 31),
+        "b.jsonl.zst": (zstandard.compress(whole)[:-9000], 31),
+        "c.json": (b"[" + b",\n".join(json.dumps(row).encode() for row in rows) + b', {"messages": oops}, {}]', 31),
+        "d.json": (b"[" + b",\n".join(json.dumps(row).encode() for row in rows) + b",", 31),
+        "e.csv": (f'prompt,completion\n{plain}"question,answer\nq,a\n'.encode(), 62),
+        "f.csv": (f'prompt,completion\n{plain}"question" mark,answer\nq,a\n'.encode(), 62),
+    }
+    for name, (content, _) in made.items():
+        (folder / name).write_bytes(content)
+    return {folder / name: line for name, (_, line) in made.items()}
+
+
+def test_a_file_that_breaks_off_has_a_fault_there_and_what_came_before_is_kept(tmp_path: Path, base: Path) -> None:
+    for path, line in broken_files(tmp_path).items():
+        settings: dict[str, Any] = {"on_bad_row": "drop", "max_drop_fraction": 0.04, "heldout_fraction": 0.3}
+        *kept, last = ledger(prepare(tmp_path, base, path, **settings))
+        assert [one["verdict"] for one in kept] == ["kept"] * 30, path.name
+        assert (last["line"], last["code"], last["verdict"]) == (line, "DATA-006", "dropped"), path.name
+        assert last["why"].startswith("cannot be read, nor anything behind it: ")
+        with pytest.raises(DataError, match=rf"DATA-006 {path.name}:{line} cannot be read, nor anything behind it"):
+            prepare(tmp_path, base, path)
+        assert len(ledger(tmp_path / "rejected")) == 31
+        with pytest.raises(DataError, match=r"more than data\.max_drop_fraction"):
+            prepare(tmp_path, base, path, **settings | {"max_drop_fraction": 0.03})
 
 
 def test_a_line_that_is_too_long_is_a_fault_and_the_next_one_is_read(tmp_path: Path) -> None:
@@ -349,6 +476,9 @@ def test_plain_text_and_tokens_are_formats_too() -> None:
     assert (row.input_ids, row.labels) == ([1, 2], [-100, 2])
     for wrong in ({"input_ids": ["1"]}, {"input_ids": [1], "labels": [2]}, {"input_ids": [1, 2], "labels": [1]}):
         assert conversation(Row(file="f", line=1, id="", sha256=""), wrong, "tokens")[0].startswith("DATA-028")
+    for idle in ({"input_ids": [5, 6, 7], "labels": [5, -100, -100]}, {"input_ids": [5]}):
+        (fault,) = conversation(Row(file="f", line=1, id="", sha256=""), idle, "tokens")
+        assert fault == "DATA-003 @ labels has no trained token behind the first, which nothing can predict"
 
 
 def test_openai_tool_calls_become_what_templates_want() -> None:
@@ -371,6 +501,35 @@ def test_openai_tool_calls_become_what_templates_want() -> None:
     other = read(sharegpt, "sharegpt")
     assert other.tools == [TOOL]
     assert other.messages[1]["tool_calls"][0]["function"] == row.messages[1]["tool_calls"][0]["function"]
+
+
+def test_arguments_that_arrow_adds_to_calls_are_no_arguments(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from datasets import Dataset
+    from pyarrow import parquet
+
+    given = [{"zip": "75", "near": [{"a": 1}]}, {"city": "Oslo", "near": [{"b": 2}]}]
+    rows = [
+        {"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": one}}]}]}
+        for one in given
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for name in ("rows.parquet", "saved"):
+        found = [r.value for block in blocks(sources([str(tmp_path / name)])[0]) for r in records(block)]
+        calls = [read(value, "messages").messages[1]["tool_calls"][0]["function"] for value in found]
+        assert [call["arguments"] for call in calls] == given
+    null = {"function": {"name": "look", "arguments": {"zip": None}}}
+    row = read({"messages": [USER, {"role": "assistant", "tool_calls": [null]}]}, "messages")
+    assert row.messages[1]["tool_calls"][0]["function"]["arguments"] == {"zip": None}
+
+
+def test_openais_developer_is_the_system() -> None:
+    told = [{"role": "developer", "content": "s"}, *talk("q", "a")]
+    assert read({"messages": told}, "messages").messages == SAME
+    row = Row(file="f", line=1, id="f:1", sha256="")
+    faults = conversation(row, {"messages": [*SAME[:1], *told]}, "messages")
+    assert faults == ["DATA-004 @ messages[1].role is system behind system, expected user"]
 
 
 def test_what_the_assistant_said_in_a_prompt_is_not_learnt() -> None:
@@ -409,6 +568,39 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, base: Path) -> N
         assert report["kept"] == 12
         seen.add((report["splits"]["train"]["tokens"], report["splits"]["train"]["trainable_tokens"]))
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_columns_that_every_row_has_are_no_misspelt_ones(tmp_path: Path, base: Path, suffix: str) -> None:
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    extra = ("idx", "uid", "qid", "pid", "group_id", "choice", "prompts")
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"q{i}", "completion": "a"} | {name: f"{name} {i}" for name in extra} for i in range(12)
+    ]
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        jsonl(path, *rows)
+    else:
+        (csv.write_csv if suffix == "csv" else parquet.write_table)(pa.Table.from_pylist(rows), path)
+    notes = json.loads((prepare(tmp_path, base, path, heldout_fraction=0.3) / "report.json").read_text())["notes"]
+    assert notes[-1] == f"columns without a meaning here: {', '.join(sorted(extra))}"
+
+
+def test_a_column_that_one_row_has_is_a_misspelt_one(tmp_path: Path, base: Path) -> None:
+    rows = [qa(f"q{i}", "a", uid=i, group_id=i) for i in range(12)]
+    rows[3]["choicess"] = ["a"]
+    rows[4]["idx"] = 4
+    rows[5] = {"mesages": rows[5]["messages"]}
+    folder = prepare(tmp_path, base, jsonl(tmp_path / "rows.jsonl", *rows), on_bad_row="drop", max_drop_fraction=0.5)
+    assert {line["line"]: (line["code"], line["why"]) for line in ledger(folder) if line["code"]} == {
+        4: ("DATA-002", "has the unknown key 'choicess', did you mean 'choices'?"),
+        6: (
+            "DATA-026",
+            "has no key 'messages', expected messages as in the rows before it, did you mean 'messages'?",
+        ),
+    }
 
 
 def test_the_user_can_name_the_format_and_the_columns(tmp_path: Path, base: Path) -> None:

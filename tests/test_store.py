@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from finetune.data.part import Maker
 from finetune.data.prepare import prepared, store_of
-from finetune.data.store import explain
+from finetune.data.store import LIBRARIES, explain
 from finetune.errors import DataError
 from finetune.recipe import Recipe
 from tests import preparing
@@ -83,6 +84,22 @@ def test_whatever_changes_tokens_changes_the_address(
         store_of(recipe(tmp_path, path, **settings, workers=7), own).key
         == store_of(recipe(tmp_path, path, **settings), own).key
     )
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_version_of_each_library_changes_the_address_by_itself(
+    tmp_path: Path, base: Path, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", *(qa(f"q{i}", "a") for i in range(20)))
+    before = store_of(recipe(tmp_path, path), base).key
+    monkeypatch.setattr(
+        "finetune.data.store.version", lambda name: version(name) + ("+other" if name == library else "")
+    )
+    assert store_of(recipe(tmp_path, path), base).key != before
+
+
+def test_the_libraries_that_render_tokenise_pack_and_read_are_in_the_address() -> None:
+    assert {"transformers", "tokenizers", "jinja2", "trl", "datasets", "pyarrow"} <= set(LIBRARIES)
 
 
 def test_explain_says_what_differs(tmp_path: Path, base: Path) -> None:

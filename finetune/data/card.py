@@ -17,7 +17,18 @@ from finetune.errors import DataError
 from finetune.setting import one_of
 
 _FIELD = re.compile(r"[^\W\d][\w -]*")
-_NOT_FOR_TRAINING = re.compile(r"\bNC\b|non-?commercial|unverified|unclear|unknown", re.IGNORECASE)
+_NO_LICENCE = (
+    r"\s*(?:(?:(?:none|other|null|n/?a|tbd|[-?.]+)\s*(?:\(.*\))?)?|no licen[cs]e\b.*)$"
+    r"|.*(?:\bnot (?:specified|stated|given|known|found)\b|\bun(?:specified|stated|verified|clear|known|licensed)\b)"
+)
+_STUDY = r"(?:research|academic|scientific|educational|teaching|personal|evaluation)"
+_NOT_FOR_TRAINING = {
+    _NO_LICENCE: "it names no licence that is known to hold, and without one nothing is allowed",
+    r".*(?:\bNC\b|non-?commercial)": "it forbids commercial use",
+    rf".*(?:\b{_STUDY}\b.{{0,40}}\bonly\b|\bonly\b.{{0,40}}\b{_STUDY}\b)": "it allows study alone",
+    r".*(?:\bproprietary\b|\ball rights reserved\b|\bconfidential\b)": "all rights are its owner's",
+}
+"""How a licence begins that allows no training -> why."""
 
 KINDS = {
     str: "a text",
@@ -241,8 +252,9 @@ def _contradictions(card: Card) -> list[str]:
     else:
         if card.refusal:
             problems.append("a refusal needs use=evaluation")
-        if _NOT_FOR_TRAINING.search(card.licence):
-            problems.append(f"licence={card.licence} needs use=evaluation")
+        reasons = (why for how, why in _NOT_FOR_TRAINING.items() if re.match(how, card.licence, re.I | re.S))
+        if why := next(reasons, ""):
+            problems.append(f"licence={card.licence.strip() or '(empty)'} needs use=evaluation: {why}")
     return [*problems, *_about_places(card), *_about_generators(card)]
 
 

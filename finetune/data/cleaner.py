@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from finetune.data.nested import leaves
 from finetune.data.rows import Row
 from finetune.errors import DataError
 from finetune.recipe import Data
@@ -73,22 +75,24 @@ class Cleaner:
     def _private(self, row: Row, fact: dict[str, Any], text: str) -> None:
         from finetune.data.privacy import find, redact
 
-        found = find(text)
-        if not found:
+        found, besides = find(text), _besides(row)
+        every = found + ([one for beside in besides for one in find(beside)] if _has_any("\n".join(besides)) else [])
+        if not every:
             return
-        kinds = sorted({f.kind for f in found})
-        fact["privacy"] = ",".join(f.kind for f in found)
+        kinds = sorted({f.kind for f in every})
+        fact["privacy"] = ",".join(f.kind for f in every)
         if self.data.privacy == "drop":
             row.code, row.why = "privacy", f"it has {', '.join(kinds)}"
+        elif self.data.privacy == "redact" and row.input_ids:
+            row.code, row.why = "privacy", f"it has {', '.join(kinds)}, and tokens cannot be redacted"
         elif self.data.privacy == "redact":
             if row.text:
                 row.text = redact(text, found)
             for message in row.messages:
-                for key in ("content", "reasoning"):
+                for key in ("content", "reasoning", "name", "tool_calls"):
                     if key in message:
-                        message[key] = redact(message[key], find(message[key]))
-                if "tool_calls" in message:
-                    message["tool_calls"] = _redacted(message["tool_calls"])
+                        message[key] = _redacted(message[key])
+            row.tools = _redacted(row.tools)
             row.choices = [redact(choice, find(choice)) for choice in row.choices]
 
     def _contaminated(self, row: Row, fact: dict[str, Any], text: str) -> None:
@@ -109,14 +113,28 @@ class Cleaner:
 
 
 def texts(row: Row) -> list[str]:
-    """The words of a row, message by message; none of a row that came as tokens."""
+    """The words of a row, message by message; of one that came as tokens what they were decoded to."""
     if row.messages:
         found = []
         for m in row.messages:
             calls = json.dumps(m["tool_calls"], ensure_ascii=False) if "tool_calls" in m else ""
             found.append("\n".join(t for t in (m["reasoning"] if "reasoning" in m else "", m["content"], calls) if t))
         return found
-    return [row.text] if row.text else []
+    return [row.text] if row.text else row.decoded
+
+
+@lru_cache(maxsize=256)
+def _has_any(text: str) -> bool:
+    """Whether there are personal data or secrets in a text that many rows have, such as the schemas of their tools."""
+    from finetune.data.privacy import find
+
+    return bool(find(text))
+
+
+def _besides(row: Row) -> list[str]:
+    """What templates write beside the words of a row: the names of those who speak, the schemas of its functions."""
+    names = [message["name"] for message in row.messages if "name" in message]
+    return names + [leaf for leaf in leaves(row.tools) if isinstance(leaf, str)]
 
 
 def _redacted(value: Any) -> Any:
@@ -125,5 +143,5 @@ def _redacted(value: Any) -> Any:
     if isinstance(value, str):
         return redact(value, find(value))
     if isinstance(value, dict):
-        return {name: _redacted(item) for name, item in value.items()}
+        return {_redacted(name): _redacted(item) for name, item in value.items()}
     return [_redacted(item) for item in value] if isinstance(value, list) else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from finetune.data.rows import quoted
 
@@ -68,6 +68,28 @@ def elements(stream: Text, limit: int) -> Iterator[str]:
         if rest.strip(" \t\r\n"):
             raise ValueError(f"{quoted(rest.strip()[:20])} follows the list")
         text = ""
+
+
+def one_object(text: str, *, whole: bool) -> tuple[bool, str]:
+    """Whether a file of objects begins with one over several lines, and the key under which it has all rows, or "".
+
+    `text` is the file, or where it is not `whole`, its beginning.
+    """
+    from finetune.data.shape import detect
+
+    text = text.lstrip()
+    try:
+        value, end = _decode(text)
+    except (ValueError, RecursionError):
+        return not whole and text.partition("\n")[0].rstrip().endswith(("{", "[", ",")), ""
+    alone = isinstance(value, dict) and not text[end:].strip() and not detect(value)
+    return "\n" in text[:end], next((key for key in value if _are_rows(value[key])), "") if alone else ""
+
+
+def _are_rows(value: Any) -> bool:
+    """Whether a value is a list of objects, and no turns of a conversation."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and "role" not in first and "from" not in first
 
 
 def _behind_space(text: str, at: int) -> int:

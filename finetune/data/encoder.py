@@ -8,13 +8,14 @@ says itself what is trained, and is taken at its word.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from finetune.data.calls import as_json, bare, lost
+from finetune.data.nested import leaves
 from finetune.data.rows import Row, quoted
 from finetune.data.tokens import IGNORED, Tokens
 from finetune.errors import DataError
@@ -92,6 +93,12 @@ class Encoder:
                     made[i] = error
         return [m for m in made if m is not None]
 
+    def decoded(self, row: Row) -> list[str]:
+        """What a row that came as tokens says, but for control tokens: before the first trained one, and from it on."""
+        at, known = Tokens(input_ids=row.input_ids, labels=row.labels).prompt_length, range(len(self.tokenizer))
+        parts = ([i for i in part if i in known] for part in (row.input_ids[:at], row.input_ids[at:]))
+        return [str(self.tokenizer.decode(part, skip_special_tokens=True)) for part in parts]
+
     def _plain(self, row: Row) -> Tokens:
         if row.input_ids:
             return Tokens(input_ids=row.input_ids, labels=row.labels)
@@ -104,8 +111,8 @@ class Encoder:
     def _draft(self, row: Row) -> _Draft:
         """The text of a conversation and the spans of it that are trained, in characters."""
         for i, message in enumerate(row.messages):
-            for text in (message["content"], message["reasoning"] if "reasoning" in message else ""):
-                self._refuse_control(row.where, f"messages[{i}] ({message['role']})", text)
+            self._refuse_control(row.where, f"messages[{i}] ({message['role']})", message)
+        self._refuse_control(row.where, "tools", row.tools)
         messages = [self._worded(m, row.where, i) for i, m in enumerate(row.messages)]
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         wanted = [
@@ -234,23 +241,24 @@ class Encoder:
         parts = [message["content"]]
         if self._thought in message and self.reasoning == "keep":
             parts.append(message[self._thought])
-        calls = message["tool_calls"] if "tool_calls" in message else []
-        parts += [call["function"]["name"] for call in calls]
+        missing = lost(message["tool_calls"], text) if "tool_calls" in message else ""
         for part in parts:
-            if part.strip() not in text and _bare(part) not in _bare(text):
-                what = "its reasoning" if self._thought in message and part == message[self._thought] else "part of it"
-                raise DataError(
-                    "MASK-002",
-                    f"{row.where} messages[{i}] is not what would be trained",
-                    f"the chat template drops or changes {what}",
-                    "data.reasoning=strip if it is the reasoning; else look at chat_template.jinja",
-                )
+            if part.strip() not in text and bare(part) not in bare(text):
+                thought = self._thought in message and part == message[self._thought]
+                missing = "its reasoning" if thought else "part of it"
+        if missing:
+            raise DataError(
+                "MASK-002",
+                f"{row.where} messages[{i}] is not what would be trained",
+                f"the chat template drops or changes {missing}",
+                "data.reasoning=strip if it is the reasoning; else look at chat_template.jinja",
+            )
 
     def _refuse_unseen(self, row: Row, untrained: str) -> None:
         """MASK-003 where a user's or the system's words are not in the part that is read and not trained."""
         for i, message in enumerate(row.messages):
             text = message["content"].strip()
-            if message["role"] in ("user", "system") and text not in untrained and _bare(text) not in _bare(untrained):
+            if message["role"] in ("user", "system") and text not in untrained and bare(text) not in bare(untrained):
                 raise DataError(
                     "MASK-003",
                     f"{row.where} messages[{i}] ({message['role']}) is not in the prompt as it stands",
@@ -258,23 +266,21 @@ class Encoder:
                     "look at chat_template.jinja",
                 )
 
-    def _refuse_control(self, where: str, what: str, text: str) -> None:
-        if not any(first in text for first in self._firsts):
-            return
-        found = self._control.search(text)
-        if found:
-            why = "inside a text it would end or fake a turn"
-            raise DataError("DATA-005", f"{where} has the control token {found[0]} in {what}", why, "remove it")
+    def _refuse_control(self, where: str, what: str, value: Any) -> None:
+        """DATA-005 where a text has a control token, or one in a value of texts: a template may write each of them."""
+        for text in leaves(value):
+            if not isinstance(text, str) or not any(first in text for first in self._firsts):
+                continue
+            if found := self._control.search(text):
+                why = "inside a text it would end or fake a turn"
+                raise DataError("DATA-005", f"{where} has the control token {found[0]} in {what}", why, "remove it")
 
     def _checked(self, row: Row, tokens: Tokens) -> Tokens:
-        most = max(tokens.input_ids)
-        if self.vocabulary and most >= self.vocabulary:
-            raise DataError(
-                "TOK-002",
-                f"{row.where} has the token id {most}",
-                f"the embedding of the base has {self.vocabulary} rows",
-                "the tokenizer of this base",
-            )
+        least, most = min(tokens.input_ids), max(tokens.input_ids)
+        if least < 0 or (self.vocabulary and most >= self.vocabulary):
+            rows = f"the embedding of the base has {self.vocabulary} rows" if self.vocabulary else "ids count from 0"
+            what = f"{row.where} has the token id {least if least < 0 else most}"
+            raise DataError("TOK-002", what, rows, "the tokenizer of this base")
         if self.pad is not None and self.pad not in self.stop and self.pad in tokens.labels:
             raise DataError("TOK-003", f"{row.where} would train the padding token", "", "another pad_token")
         return tokens
@@ -284,7 +290,7 @@ class Encoder:
         import jinja2
 
         error: Exception | None = None
-        for wording in (messages, _as_json(messages)):
+        for wording in (messages, as_json(messages)):
             try:
                 return write(self.tokenizer, wording, prompt, row.tools)
             except Exception as wrong:  # a template is somebody's program, and fails in every way that programs do
@@ -303,7 +309,7 @@ class Encoder:
         """The template's text and the spans (first character, past the last) that its generation tags mark."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        for wording in (messages, _as_json(messages)):
+        for wording in (messages, as_json(messages)):
             try:
                 texts, marked = render_jinja_template(
                     [wording],
@@ -366,22 +372,3 @@ def _token_at(encoding: Any, at: int, end: int, tokens: int) -> int:
         if token is not None:
             return int(token)
     return tokens
-
-
-def _as_json(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose calls have their arguments as JSON text."""
-    made = []
-    for m in messages:
-        if "tool_calls" in m:
-            calls = [
-                call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"])}}
-                for call in m["tool_calls"]
-            ]
-            m = m | {"tool_calls": calls}
-        made.append(m)
-    return made
-
-
-def _bare(text: str) -> str:
-    """Without white space: templates differ in how they space."""
-    return "".join(text.split())

@@ -13,18 +13,18 @@ from __future__ import annotations
 import csv
 import dataclasses
 import glob
-import gzip
 import io
 import json
 import re
+import shlex
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data.elements import elements
+from finetune.data.elements import elements, one_object
+from finetune.data.squeezed import SQUEEZED, opened
 from finetune.errors import DataError
 
 KINDS = {
@@ -43,11 +43,17 @@ KINDS = {
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 """How an address begins: https://, hf:///, s3://, file:/."""
 
-SQUEEZED = {".gz": "gzip", ".zst": "zstd"}
+_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
 LINE_LIMIT = 16 * 2**20
 """Bytes of the longest record that is read."""
 TOO_LONG = b"\x00too long: "
 """Stands, with its length, for the rest of a record that was not read."""
+UNREADABLE = (
+    *(OSError, EOFError, ValueError, csv.Error, zlib.error),  # gzip's errors and those of Unicode among them
+    *(NotImplementedError, LookupError, TypeError, MemoryError),  # Arrow's own kinds of these
+)
+"""What reading a file raises where it is not what it seems to be."""
 BLOCK_ROWS = 1000
 BLOCK_BYTES = 4 * 2**20
 """A block ends at the first of these."""
@@ -75,7 +81,8 @@ class Block:
     """Name of the file."""
     kind: str
     """What a record is. `jsonl`: the bytes of a line; `csv`: its cells as JSON; `arrow`: many records, as an Arrow
-    stream; `values`: a value as JSON; `rows`: a row of a card as JSON (`part.py`)."""
+    stream; `values`: a value as JSON; `rows`: a row of a card as JSON (`part.py`); `broken`: why all that follows in
+    the file cannot be read."""
     lines: list[int]
     """Line (or number) of each record; of the first one where a record is many."""
     records: list[bytes]
@@ -156,73 +163,92 @@ def _known(path: Path) -> bool:
 
 
 def blocks(source: Source) -> Iterator[Block]:
-    """The records of a file in blocks. Raises DataError DATA-006 for files that cannot be read to their end."""
-    line = 0
+    """The records of a file in blocks; where it breaks off, one of the kind `broken` follows what came before.
+
+    Raises DataError DATA-006 for a file of which nothing can be read, and where the machine fails, not the file.
+    """
+    last: Block | None = None
     reader = {"jsonl": _lines, "json": _json, "csv": _cells, "parquet": _parquet, "arrow": _arrow, "text": _text}
     try:
         for block in reader[source.kind](source):
-            line = block.lines[0]
             yield block
-    except (NotImplementedError, LookupError, TypeError, MemoryError) as error:  # Arrow's own kinds of these
-        raise _unreadable(source, line, " ".join(str(error).split())[:200] or type(error).__name__) from None
-    except OSError as error:  # gzip's errors among them
-        raise _unreadable(source, line, error.strerror or str(error)) from None
-    except (EOFError, UnicodeDecodeError, ValueError, csv.Error, zlib.error) as error:
-        raise _unreadable(source, line, str(error)) from None
+            last = block
+    except UNREADABLE as error:
+        cause = error.__cause__ if isinstance(error, _BrokenOff) else error
+        machine = isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno is not None)
+        if last is None or machine:
+            where = f" behind line {last.lines[-1]}" if last else ""
+            what = f"{source.name} cannot be read{where}"
+            raise DataError("DATA-006", what, _why(error), "a whole file of this kind") from None
+        line = error.line if isinstance(error, _BrokenOff) else _behind(last)
+        yield Block(file=source.name, kind="broken", lines=[line], records=[_why(error).encode()])
 
 
-@contextmanager
-def opened(source: Source) -> Iterator[Any]:
-    """The file as a stream of plain bytes."""
-    if source.squeezed == "gzip":
-        with gzip.open(source.path, "rb") as handle:
-            yield handle
-    elif source.squeezed == "zstd":
-        import zstandard
+class _BrokenOff(ValueError):
+    """What ends a file too early, and the line, or the number, of the record that it ends in."""
 
-        with (
-            source.path.open("rb") as raw,
-            zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as z,
-        ):
-            try:
-                yield io.BufferedReader(z)
-            except zstandard.ZstdError as error:
-                raise EOFError(str(error)) from None
-    else:
-        with source.path.open("rb") as handle:
-            yield handle
+    def __init__(self, line: int, why: str) -> None:
+        super().__init__(why)
+        self.line = line
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a file, on one line."""
+    told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(told.split())[:200] or type(error).__name__
+
+
+def _behind(block: Block) -> int:
+    """The number of the record behind a block."""
+    if block.kind != "arrow":
+        return block.lines[-1] + 1
+    import pyarrow as pa
+
+    with pa.ipc.open_stream(block.records[-1]) as stream:
+        return block.lines[-1] + int(stream.read_all().num_rows)
 
 
 def _lines(source: Source) -> Iterator[Block]:
     """The lines of a file that are not blank."""
-    with opened(source) as handle:
-        yield from _filled(source, _numbered(handle))
+    yield from _filled(source, "jsonl", _numbered(source))
 
 
-def _numbered(handle: Any) -> Iterator[tuple[int, bytes]]:
+def _numbered(source: Source) -> Iterator[tuple[int, bytes]]:
     number = 0
-    while raw := handle.readline(LINE_LIMIT + 1):
-        number += 1
-        if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise ValueError("it is UTF-16; save it as UTF-8")
-        if number == 1:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
-        if len(raw) > LINE_LIMIT:
-            raw = _skip(handle, raw)
-        if raw.strip():
-            yield number, raw
+    with opened(source.path, source.squeezed) as handle:
+        while raw := handle.readline(LINE_LIMIT + 1):
+            number += 1
+            if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise ValueError("it is UTF-16; save it as UTF-8")
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if len(raw) > LINE_LIMIT:
+                raw = _skip(handle, raw)
+            if raw.strip():
+                yield number, raw
 
 
-def _filled(source: Source, records: Iterable[tuple[int, bytes]]) -> Iterator[Block]:
-    """Blocks of numbered records, each as large as a block may be."""
-    block, size = Block(file=source.name, kind="jsonl", lines=[], records=[]), 0
-    for number, raw in records:
-        block.lines.append(number)
-        block.records.append(raw)
-        size += len(raw)
-        if len(block.lines) == BLOCK_ROWS or size >= BLOCK_BYTES:
+def _filled(
+    source: Source, kind: str, records: Iterable[tuple[int, bytes]], header: list[str] | None = None
+) -> Iterator[Block]:
+    """Blocks of numbered records, each as large as a block may be; what came before an error is handed on first."""
+
+    def empty() -> Block:
+        return Block(file=source.name, kind=kind, lines=[], records=[], header=[] if header is None else header)
+
+    block, size = empty(), 0
+    try:
+        for number, raw in records:
+            block.lines.append(number)
+            block.records.append(raw)
+            size += len(raw)
+            if len(block.lines) == BLOCK_ROWS or size >= BLOCK_BYTES:
+                yield block
+                block, size = empty(), 0
+    except UNREADABLE:
+        if block.lines:
             yield block
-            block, size = Block(file=source.name, kind="jsonl", lines=[], records=[]), 0
+        raise
     if block.lines:
         yield block
 
@@ -239,46 +265,71 @@ def _skip(handle: Any, raw: bytes) -> bytes:
 
 def _json(source: Source) -> Iterator[Block]:
     """The elements of a JSON array, one after the other; a file of objects, one a line, is read as such."""
-    with opened(source) as handle:
-        head = handle.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    with opened(source.path, source.squeezed) as handle:
+        head = handle.read1(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if head[:1] == b"{":
+        _refuse_one_object(source)
         yield from _lines(source)
         return
-    with opened(source) as handle:
+    yield from _filled(source, "jsonl", _elements(source))
+
+
+def _refuse_one_object(source: Source) -> None:
+    """DATA-006 where a file is no list and has no row a line: an object over several lines, or one with all rows."""
+    try:
+        with opened(source.path, source.squeezed) as handle:
+            raw = handle.read(LINE_LIMIT)
+    except UNREADABLE:  # which is said where it breaks off
+        return
+    several, inside = one_object(raw.decode("utf-8-sig", "ignore"), whole=len(raw) < LINE_LIMIT)
+    why, file = "a .json file is a list of rows, or has one row on each line", shlex.quote(str(source.path))
+    if inside:
+        fix = f"jq -c '.{inside}[]' {file} > rows.jsonl" if _PLAIN.fullmatch(inside) else "a file of that list"
+        raise DataError("DATA-006", f"{source.name} is one object with its rows under {inside!r}", why, fix)
+    if several:
+        fix = f"jq -c . {file} > rows.jsonl"
+        raise DataError("DATA-006", f"{source.name} begins with an object over several lines", why, fix)
+
+
+def _elements(source: Source) -> Iterator[tuple[int, bytes]]:
+    with opened(source.path, source.squeezed) as handle:
         text = io.TextIOWrapper(handle, "utf-8-sig", newline="")
-        yield from _filled(source, enumerate((e.encode() for e in elements(text, LINE_LIMIT)), 1))
+        yield from enumerate((element.encode() for element in elements(text, LINE_LIMIT)), 1)
 
 
 def _text(source: Source) -> Iterator[Block]:
     """A text file is one document."""
-    with opened(source) as handle:
+    with opened(source.path, source.squeezed) as handle:
         text = handle.read().decode("utf-8-sig")
     yield Block(file=source.name, kind="values", lines=[1], records=[json.dumps({"text": text}).encode()])
 
 
 def _cells(source: Source) -> Iterator[Block]:
+    header: list[str] = []  # filled when the first record is read
+    yield from _filled(source, "csv", _table(source, header), header)
+
+
+def _table(source: Source, header: list[str]) -> Iterator[tuple[int, bytes]]:
+    """The cells of each record that is not blank, with the line that it begins in; puts the names into `header`."""
     csv.field_size_limit(LINE_LIMIT)
-    with opened(source) as handle:
-        text = io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(text, strict=True, delimiter="\t" if ".tsv" in source.path.name else ",")
-        header = next(reader, [])
-        if any("\ud800" <= c <= "\udfff" for name in header for c in name):
-            raise ValueError("its header is not UTF-8")
-        double = [name for i, name in enumerate(header) if name in header[:i]]
-        if double or not header:
-            raise ValueError(f"its header names {double[0]!r} twice" if double else "it has no header")
-        block = Block(file=source.name, kind="csv", lines=[], records=[], header=header)
-        start = reader.line_num + 1
-        for cells in reader:
-            if cells:
-                block.lines.append(start)
-                block.records.append(json.dumps(cells, ensure_ascii=True).encode())
+    start = 1
+    try:
+        with opened(source.path, source.squeezed) as handle:
+            text = io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape", newline="")
+            reader = csv.reader(text, strict=True, delimiter="\t" if ".tsv" in source.path.name else ",")
+            header += next(reader, [])
+            if any("\ud800" <= c <= "\udfff" for name in header for c in name):
+                raise ValueError("its header is not UTF-8")
+            double = [name for i, name in enumerate(header) if name in header[:i]]
+            if double or not header:
+                raise ValueError(f"its header names {double[0]!r} twice" if double else "it has no header")
             start = reader.line_num + 1
-            if len(block.lines) == BLOCK_ROWS:
-                yield block
-                block = Block(file=source.name, kind="csv", lines=[], records=[], header=header)
-        if block.lines:
-            yield block
+            for cells in reader:
+                if cells:
+                    yield start, json.dumps(cells, ensure_ascii=True).encode()
+                start = reader.line_num + 1
+    except UNREADABLE as error:
+        raise _BrokenOff(start, _why(error)) from error
 
 
 def _parquet(source: Source) -> Iterator[Block]:
@@ -323,8 +374,3 @@ def _ipc(batch: Any) -> bytes:
     with pa.ipc.new_stream(sink, batch.schema) as stream:
         stream.write_batch(batch)
     return bytes(sink.getvalue())
-
-
-def _unreadable(source: Source, line: int, why: str) -> DataError:
-    where = f" behind line {line}" if line else ""
-    return DataError("DATA-006", f"{source.name} cannot be read{where}", why, "a whole file of this kind")

@@ -160,12 +160,13 @@ def _read(jobs: Iterator[Job], folder: Path, key: str) -> Dataset:
     from datasets.exceptions import DatasetGenerationError
 
     texts = {name: Value("string") for name in ("file", "kind", "format", "side", "prefix")}
-    lists = {"lines": List(Value("int64")), "records": List(Value("large_binary")), "header": List(Value("string"))}
+    lists = {"lines": List(Value("int64")), "records": List(Value("large_binary"))}
+    lists |= {"header": List(Value("string")), "usual": List(Value("string"))}
 
     def rows() -> Iterator[dict[str, Any]]:
         for job in jobs:
             block = {name: getattr(job.block, name) for name in BLOCK}
-            yield block | {"format": job.format, "side": job.side, "prefix": job.prefix}
+            yield block | {name: getattr(job, name) for name in ("format", "side", "prefix", "usual")}
 
     try:
         return Dataset.from_generator(

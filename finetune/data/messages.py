@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.data.nested import parsed
+from finetune.data.nested import parsed, without_nulls
 
 ROLES = ("system", "user", "assistant", "tool")
+"""Roles that chat templates know. OpenAI's `developer` is read as `system`, which it has replaced there."""
 MESSAGE = (
     "role",
     "content",
@@ -31,6 +32,7 @@ def message(m: Any, at: str, tools: set[str], faults: list[str]) -> dict[str, An
         if key not in MESSAGE:
             faults.append(f"DATA-002 @ {at} has the unknown key {key!r}")
     role = m["role"] if "role" in m else None
+    role = "system" if role == "developer" else role
     if role not in ROLES:
         seen = repr(role)[:40] if isinstance(role, str) else type_name(role)
         faults.append(f"DATA-001 @ {at}.role is {seen}, expected one of {', '.join(ROLES)}")
@@ -110,15 +112,8 @@ def tools_of(value: dict[str, Any], faults: list[str]) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             faults.append(f"DATA-025 @ tools[{i}].function.name is missing, expected str")
         else:
-            made.append({"type": "function", "function": _bare(function)})
+            made.append({"type": "function", "function": without_nulls(function)})
     return made
-
-
-def _bare(value: Any) -> Any:
-    """Without the empty fields that Arrow adds to make all rows alike."""
-    if isinstance(value, dict):
-        return {key: _bare(item) for key, item in value.items() if item is not None}
-    return [_bare(item) for item in value] if isinstance(value, list) else value
 
 
 def order(messages: list[dict[str, Any]]) -> list[str]:

@@ -1,8 +1,9 @@
-"""JSON texts as values, unless they are nested so deeply that whatever walks through them later would fail."""
+"""JSON texts as values, unless nested so deeply that whatever walks through them would fail; and what is in them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 DEPTH = 100
@@ -33,3 +34,23 @@ def too_deep(value: Any) -> bool:
         if not level:
             return False
     return True
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Every text, number and null in a value, the names in its objects among them."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield name
+            yield from leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the empty fields that Arrow adds to objects, to make all rows alike."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value

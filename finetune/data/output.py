@@ -214,13 +214,16 @@ def dataset(path: Path) -> Any:
 
 def _summary(facts: Facts, split: int, path: Path, digest: Any) -> dict[str, Any]:
     """Counts of a split, read once more from the file; its rows enter the digest of the content."""
+    from pyarrow import compute
+
     classes: Counter[str] = Counter()
     lengths: list[Any] = [np.zeros(0, np.int32)]
     trainable = 0
     for batch in _batches(path):
         lengths.append(batch["input_ids"].value_lengths().to_numpy(zero_copy_only=False))
         labels = batch["labels"].flatten().to_numpy()
-        trainable += int((labels != IGNORED).sum())
+        firsts = compute.list_element(batch["labels"], 0).to_numpy()  # nothing predicts these
+        trainable += int((labels != IGNORED).sum() - (firsts != IGNORED).sum())
         digest.update("\n".join(batch["row"].to_pylist()).encode())
         for values in (lengths[-1], batch["input_ids"].flatten().to_numpy(), labels):
             digest.update(np.ascontiguousarray(values).tobytes())

@@ -10,10 +10,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from finetune.data.cleaner import Cleaner, texts
 from finetune.data.encoder import Encoder
@@ -53,6 +54,16 @@ FACTS: dict[str, str] = {
 """Column -> type. `need` is the length that keeps the row's answer; `place` the order that a card has given it."""
 
 
+_ORDINARY = (
+    r""".,;:!?'"()\[\]{}\-"""
+    r"\u2010-\u2015\u2018-\u201f\u2022\u2026\u2039\u203a\u00a1\u00ab\u00bb\u00bf"  # dashes, quotation marks, dots
+    r"\u3001\u3002\u3008-\u3011\uff01\uff08\uff09\uff0c\uff0e\uff1a\uff1b\uff1f"  # Chinese and Japanese
+    r"\u060c\u061b\u061f\u06d4\u0964\u0965"  # Arabic, Hindi
+    r"\u00ad\u200b\u200e\u200f\u2060\ufe0e\ufe0f\ufeff"  # what nobody sees
+)
+_SIGNS = re.compile(rf"\w+|-(?=\d)|!(?==)|[^\w\s{_ORDINARY}]")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """What every process that makes parts must know."""
@@ -79,6 +90,8 @@ class Job:
     """`train` or `heldout` where the file decides it, else empty."""
     prefix: str
     """What stands before ids, so that those of several files differ."""
+    usual: list[str] = field(default_factory=list)
+    """Columns that most rows at the beginning of the file have."""
 
 
 def of_card(rows: list[Row]) -> Block:
@@ -119,6 +132,7 @@ class Maker:
         facts = [_fact(row) for row in rows]
         for row, fact in zip(rows, facts, strict=True):
             if not row.code:
+                row.decoded = self.encoder.decoded(row) if row.input_ids else []
                 self.cleaner.clean(row, fact)
         good = [i for i, row in enumerate(rows) if not row.code]
         out: list[list[dict[str, Any]]] = [[] for _ in rows]
@@ -157,7 +171,7 @@ class Maker:
             row = Row(file=job.block.file, line=record.line, id=f"{name}:{record.line}", sha256=record.sha256)
             row.split = job.side
             value = renamed(record.value, data.columns) if isinstance(record.value, dict) else record.value
-            faults = list(record.faults) or conversation(row, value, job.format, extra)
+            faults = list(record.faults) or conversation(row, value, job.format, extra, job.usual)
             faults = faults or grouped(row, value, data.group_by, data.time_by)
             row.id = job.prefix + row.id
             if faults:
@@ -246,7 +260,16 @@ def part_schema(*, near: bool) -> Any:
 
 def key(text: str) -> int:
     """The first 64 bits of a text's sha256: rows, groups and questions are compared and ordered by it."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def said(text: str) -> str:
+    """What two texts have in common that count as copies: no case, spacing and ordinary punctuation.
+
+    Signs stay, as do the vowels of scripts that write them as marks: 4*1 is not 4/1, a smile no frown, and -5 not 5.
+    """
+    text = text.lower()
+    return " ".join(_SIGNS.findall(text if text.isascii() else normalize("NFC", text)))
 
 
 def _fact(row: Row) -> dict[str, Any]:
@@ -255,7 +278,8 @@ def _fact(row: Row) -> dict[str, Any]:
     fact |= dict.fromkeys(("tokens", "trainable", "need", "text_key", "prompt_key", "group_key"), 0)
     fact |= {"further": row.part > 1, "place": row.place, "truncated": False, "order_key": key(row.id)}
     if not row.code:
-        words = re.findall(r"\w+", (row.fields["text"] if "text" in row.fields else "\n".join(texts(row))).lower())
-        fact["text_key"] = key(" ".join(words) or repr(row.input_ids))
+        text = row.fields["text"] if "text" in row.fields else "\n".join(texts(row))
+        tools = json.dumps(row.tools, sort_keys=True) if row.tools else ""
+        fact["text_key"] = key(said(text) + tools or text or repr(row.input_ids))
         fact["prompt_key"], fact["group_key"] = key(prompt_key(row)), key(row.group)
     return fact

@@ -18,7 +18,7 @@ from finetune.data.page import show_report
 from finetune.data.part import Job, Work, of_card
 from finetune.data.records import records
 from finetune.data.rows import Row
-from finetune.data.shape import FORMATS, detect, renamed
+from finetune.data.shape import FORMATS, detect, renamed, usual
 from finetune.data.store import Store, address_of, decoder, put
 from finetune.data.verdicts import Facts, decide
 from finetune.data.wording import SPLITS, about, from_card
@@ -57,8 +57,9 @@ def prepare(run_dir: RunDir) -> None:
     from finetune.source import base_folder
 
     recipe = read_recipe(run_dir.recipe)
+    folder = prepared(recipe, base_folder(recipe), run_dir.rejected)
     _look_ahead(recipe)
-    put(prepared(recipe, base_folder(recipe), run_dir.rejected), run_dir.data)
+    put(folder, run_dir.data)
     show_report(read_json(run_dir.data / "report.json"), Console())
 
 
@@ -210,22 +211,22 @@ def _jobs(recipe: Recipe, found: Inputs, told: Told) -> Iterator[Job]:
     for source, side in found.files:
         stream = blocks(source)
         first = list(islice(stream, 1))
-        kind = format_of(first, recipe.data)
+        kind, own = shape_of(first, recipe.data)
         told.notes.append(f"{source.name}: {kind}" + ("" if recipe.data.format != "auto" else ", by its keys"))
         prefix = f"{source.name}#" if len(found.files) > 1 else ""
         for block in chain(first, stream):
-            yield Job(block=block, format=kind, side=side, prefix=prefix)
+            yield Job(block=block, format=kind, side=side, prefix=prefix, usual=own)
 
 
-def format_of(first: list[Block], data: Data) -> str:
-    """The format of a file: what the recipe says, else by the keys of its first row that can be read."""
-    if data.format != "auto":
-        return data.format
-    for block in first:
-        for record in records(block):
-            if isinstance(record.value, dict) and (kind := detect(renamed(record.value, data.columns))):
-                return kind
-    return next(iter(FORMATS))
+def shape_of(first: list[Block], data: Data) -> tuple[str, list[str]]:
+    """The format of a file and its usual columns, by the rows at its beginning that can be read.
+
+    The format is what the recipe says, else that of the first row with the keys of one.
+    """
+    read = (record.value for block in first for record in records(block))
+    values = [renamed(value, data.columns) for value in read if isinstance(value, dict)]
+    found = (kind for value in values if (kind := detect(value)))
+    return data.format if data.format != "auto" else next(found, next(iter(FORMATS))), usual(values)
 
 
 def _limits(data: Data) -> list[str]:

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.data.files import LINE_LIMIT, TOO_LONG, Block
-from finetune.data.nested import parsed
+from finetune.data.nested import parsed, without_nulls
 
-JSON_COLUMNS = ("messages", "conversations", "tools", "choices", "input_ids", "labels", "prompt", "completion")
-"""CSV columns whose cells may hold JSON."""
+JSON_COLUMNS = ("messages", "conversations", "tools", "choices", "input_ids", "labels")
+"""CSV columns whose cells hold JSON."""
+
+MESSAGE_COLUMNS = ("prompt", "completion")
+"""CSV columns whose cells hold a text, or messages as JSON: any other JSON there is a text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,9 @@ def records(block: Block) -> Iterator[Record]:
     for line, raw in zip(block.lines, block.records, strict=True):
         if block.kind == "jsonl":
             yield _parse(line, raw)
+        elif block.kind == "broken":
+            fault = f"DATA-006 @ cannot be read, nor anything behind it: {raw.decode()}"
+            yield Record(line=line, sha256=hashlib.sha256(raw).hexdigest(), value=None, faults=(fault,))
         elif block.kind == "csv":
             yield _row_of(line, block.header, raw)
         elif block.kind == "arrow":
@@ -42,7 +48,7 @@ def records(block: Block) -> Iterator[Record]:
 
             with pa.ipc.open_stream(raw) as stream:
                 for number, value in enumerate(stream.read_all().to_pylist(), line):
-                    yield _valued(number, {k: v for k, v in value.items() if v is not None})
+                    yield _valued(number, without_nulls(value))
         else:
             yield _valued(line, json.loads(raw))
 
@@ -65,6 +71,12 @@ def _parse(line: int, raw: bytes) -> Record:
         return wrong(f"DATA-021 @ is not UTF-8 at byte {error.start}")
     if "\ufeff" in text[:1]:
         return wrong("DATA-021 @ begins with a byte order mark: files were joined")
+    value, fault = _loaded(text, "@", "" if raw.endswith(b"\n") else "; the file ends inside this row")
+    return wrong(fault) if fault else Record(line=line, sha256=sha256, value=value)
+
+
+def _loaded(text: str, at: str, ends: str = "") -> tuple[Any, str]:
+    """The value of a JSON text, or its fault, which names the place `at`; `ends` is added where it is no JSON."""
     twice: list[str] = []
     odd: list[str] = []
 
@@ -77,15 +89,12 @@ def _parse(line: int, raw: bytes) -> Record:
     try:
         value = parsed(text, object_pairs_hook=pairs, parse_constant=odd.append)
     except json.JSONDecodeError as error:
-        ends = "" if raw.endswith(b"\n") else "; the file ends inside this row"
-        return wrong(f"DATA-022 @ is not JSON: {error.msg} at character {error.pos + 1}{ends}")
+        return None, f"DATA-022 {at} is not JSON: {error.msg} at character {error.pos + 1}{ends}"
     except ValueError:
-        return wrong("DATA-022 @ is not JSON that can be read: nested too deeply, or a number too long")
+        return None, f"DATA-022 {at} is not JSON that can be read: nested too deeply, or a number too long"
     if twice:
-        return wrong(f"DATA-023 @ has the key {twice[0]!r} twice in one object")
-    if odd:
-        return wrong(f"DATA-022 @ has {odd[0]}, which is not JSON")
-    return Record(line=line, sha256=sha256, value=value)
+        return None, f"DATA-023 {at} has the key {twice[0]!r} twice in one object"
+    return (None, f"DATA-022 {at} has {odd[0]}, which is not JSON") if odd else (value, "")
 
 
 def _valued(line: int, value: Any) -> Record:
@@ -109,9 +118,19 @@ def _row_of(line: int, header: list[str], raw: bytes) -> Record:
         if cell == "":
             continue
         value[name] = cell
-        if name in JSON_COLUMNS and cell[:1] in "[{":
-            try:
-                value[name] = parsed(cell)
-            except ValueError as error:
-                return wrong(f"DATA-022 @ {name} is not JSON: {error}")
+        if (name in JSON_COLUMNS and cell[0] in "[{") or (name in MESSAGE_COLUMNS and _are_messages(cell)):
+            value[name], fault = _loaded(cell, f"@ {name}")
+            if fault:
+                return wrong(fault)
     return Record(line=line, sha256=sha256, value=value)
+
+
+def _are_messages(cell: str) -> bool:
+    """Whether a text is a list of messages as JSON."""
+    if cell[0] != "[" or '"role"' not in cell:
+        return False
+    try:
+        found = parsed(cell)
+    except ValueError:
+        return False
+    return bool(found) and all(isinstance(m, dict) and "role" in m for m in found)

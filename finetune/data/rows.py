@@ -59,6 +59,8 @@ class Row:
     """Tokens that the user made, instead of a conversation."""
     labels: list[int] = field(default_factory=list)
     """Their labels, -100 where nothing is learnt."""
+    decoded: list[str] = field(default_factory=list)
+    """What these tokens say, for the checks of words alone: before the first trained one, and from it on."""
     ignored: list[str] = field(default_factory=list)
     """Columns of the file that have no meaning here."""
     choices: list[str] = field(default_factory=list)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from finetune.data.messages import message, order, tools_of, type_name
@@ -27,6 +29,9 @@ FORMATS = {
 
 OWN = ("id", "group", "choices")
 """Keys that every format may have beside its own."""
+
+SHORT = 4
+"""Letters from which an unknown key may be one of ours misspelt: idx, uid and qid are columns of their own."""
 
 SHAREGPT = {
     "human": "user",
@@ -55,10 +60,17 @@ def renamed(value: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     return {columns[key] if key in columns else key: item for key, item in value.items()} if columns else value
 
 
-def conversation(row: Row, value: Any, kind: str, extra: tuple[str, ...] = ()) -> list[str]:
+def usual(values: list[dict[str, Any]]) -> list[str]:
+    """Columns that more than half of some rows have, and two at least: a file's own, whatever they are called."""
+    counts = Counter(key for value in values for key in value)
+    return [key for key, count in counts.items() if count > max(1, len(values) / 2)]
+
+
+def conversation(row: Row, value: Any, kind: str, extra: Sequence[str] = (), usual: Sequence[str] = ()) -> list[str]:
     """Fills `row` from a parsed record of the format `kind`; the faults that it has, empty when it is a good row.
 
-    `extra` are columns that settings name (`data.group_by`, `data.time_by`).
+    `extra` are columns that settings name (`data.group_by`, `data.time_by`). `usual` are those that rows of the file
+    mostly have: none of them is one of ours misspelt.
     """
     if not isinstance(value, dict):
         return [f"DATA-001 @ is {type_name(value)}, expected an object such as {{{FORMATS[kind][0]!r}: ...}}"]
@@ -71,7 +83,7 @@ def conversation(row: Row, value: Any, kind: str, extra: tuple[str, ...] = ()) -
     faults = []
     for key in value:
         if key not in keys and key not in extra and value[key] is not None:
-            near = _near({key: 0}, keys)
+            near = _near({key: 0}, keys) if len(key) >= SHORT and key not in usual else ""
             if near:
                 faults.append(f"DATA-002 @ has the unknown key {key!r}{near}")
             else:
@@ -233,7 +245,9 @@ def _tokens(row: Row, value: dict[str, Any]) -> list[str]:
         return [f"DATA-028 @ labels has {len(row.labels)} entries, expected {len(row.input_ids)} as input_ids has"]
     if any(label not in (-100, token) for label, token in zip(row.labels, row.input_ids, strict=True)):
         return ["DATA-028 @ labels differ from input_ids, expected the same ids or -100"]
-    return [] if any(label != -100 for label in row.labels) else ["DATA-003 @ labels has no trained token"]
+    if any(label != -100 for label in row.labels[1:]):
+        return []
+    return ["DATA-003 @ labels has no trained token behind the first, which nothing can predict"]
 
 
 _READERS = {

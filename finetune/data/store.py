@@ -36,7 +36,10 @@ TOKENIZER = (
 )
 """Files of a base that change tokens or masks."""
 
-LIBRARIES = ("transformers", "tokenizers", "rensa", "py3langid", "python-stdnum", "phonenumbers", "detect-secrets")
+LIBRARIES = (
+    *("transformers", "tokenizers", "jinja2", "trl", "datasets", "pyarrow"),
+    *("rensa", "py3langid", "python-stdnum", "phonenumbers", "detect-secrets"),
+)
 """Whose versions change what is found or made."""
 
 ELSEWHERE = ("train_files", "heldout_files", "mixture", "benchmarks", "card", "workers")

@@ -31,8 +31,9 @@ class Tokens:
 
     @property
     def trainable(self) -> int:
-        """Tokens that are trained."""
-        return len(self.labels) - self.labels.count(IGNORED)
+        """Tokens that are trained; never the first, which nothing can predict."""
+        behind = self.labels[1:]
+        return len(behind) - behind.count(IGNORED)
 
 
 def cut(tokens: Tokens, length: int) -> Tokens:
