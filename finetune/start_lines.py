@@ -24,6 +24,8 @@ QUIET = {
 """What a server sees beside the offline switches of `finetune/__init__.py`, which are in our own environment."""
 VLLM_ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """What vLLM's build for CPUs needs where memory is small and cores are shared; the environment overrules it."""
+WORDS_ON_CPU = ("--enforce-eager", "--max-num-seqs", "4")
+"""Words of its command line, for the same reason."""
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN", "WANDB_API_KEY", "FINETUNE_API_KEY")
 """What a server has no use for."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -113,7 +115,7 @@ def _vllm(server: Server, order: Order, name: str) -> list[str]:
     words = [server.program, "-m", "vllm.entrypoints.openai.api_server", "--model", str(order.model.resolve())]
     words += ["--served-model-name", BASE if order.adapter else name]
     if server.package == "vllm-cpu":
-        words += ["--enforce-eager", "--max-num-seqs", "4"]
+        words += WORDS_ON_CPU
     if order.context:
         words += ["--max-model-len", str(order.context)]
     if order.adapter:

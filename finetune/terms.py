@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from finetune.families import FAMILIES
 from finetune.licences import Licence, find_licence, licences, recognise
 from finetune.recipe import Recipe
+from finetune.rundir import sha256_file
 
 EU = frozenset((
     "AT", "BE", "BG", "CY", "CZ", "DE", "DK", "EE", "ES", "FI", "FR", "GR", "HR", "HU",
@@ -22,6 +24,8 @@ NON_COMMERCIAL = re.compile(r"\bNC\b|non-?commercial|research[ -]only", re.IGNOR
 """Names of licences, of rows, that exclude commercial use."""
 TEXTS = ("LICENSE*", "LICENCE*", "COPYING*")
 """Files beside weights that hold a licence text."""
+OTHERWISE = "If these weights are under another licence, put its text as LICENSE beside them: model.source=THAT_FOLDER."
+"""What to type where the rules are those of the family's best-known release, and the recipe names another licence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +68,7 @@ def verdicts(
     `accepted` are hashes of texts that the user has accepted, `rows` the licence of the rows. Random weights of a
     rehearsal are under no licence: see `applies`.
     """
-    found = [verdict for licence in bound_by(recipe, text) for verdict in _of_base(recipe, licence)]
+    found = _of_bases(recipe, bound_by(recipe, text))
     return [*found, *_of_text(recipe, text, {recipe.licence.accept, *accepted} - {""}), *_of_rows(recipe, rows)]
 
 
@@ -88,8 +92,9 @@ def open_questions(recipe: Recipe) -> list[str]:
 
 def by_settings(recipe: Recipe) -> list[Verdict]:
     """The rules that need nothing but the settings."""
-    of_base = [verdict for licence in bound_by(recipe, None) for verdict in _of_base(recipe, licence)]
-    return [*of_base, *_of_rows(recipe, recipe.licence.of_rows)]
+    text = text_at_hand(recipe)
+    family = None if text and recognise(text.words) else _strict_family(recipe)  # the text's own rules: `permits`
+    return [*_of_bases(recipe, _known(_named(recipe), family)), *_of_rows(recipe, recipe.licence.of_rows)]
 
 
 def applies(recipe: Recipe) -> bool:
@@ -104,9 +109,57 @@ def key_of(recipe: Recipe) -> str:
 
 
 def bound_by(recipe: Recipe, text: Text | None) -> list[Licence]:
-    """The licences whose rules are checked: the one that the recipe names, and the one that the text is."""
-    either = (find_licence(key_of(recipe)), recognise(text.words) if text else None)
+    """The licences whose rules are checked: the one that the recipe names, and the one that the text is.
+
+    Where the text is none that is known, also that of the family's best-known release, if it prescribes names or
+    excludes the European Union: a word in a recipe does not change under which licence weights are.
+    """
+    is_one = recognise(text.words) if text else None
+    return _known(_named(recipe), is_one, None if is_one else _strict_family(recipe))
+
+
+def text_at_hand(recipe: Recipe) -> Text | None:
+    """The licence text beside the weights when `model.source` is a folder that has one, or None."""
+    folder = Path(recipe.model.source).expanduser()
+    return licence_text(folder) if recipe.model.source and folder.is_dir() else None
+
+
+def licence_text(base: Path) -> Text | None:
+    """The licence text beside a base's weights, or None. Of several that of the model, not of its code."""
+
+    def rank(path: Path) -> tuple[bool, bool, str]:
+        return "MODEL" not in path.name.upper(), "CODE" in path.name.upper(), path.name
+
+    found = sorted({p for pattern in TEXTS for p in base.glob(pattern) if p.is_file()}, key=rank)
+    if not found:
+        return None
+    words = found[0].read_bytes().decode("utf-8", errors="replace")
+    return Text(file=found[0].name, sha256=sha256_file(found[0]), words=words)
+
+
+def _named(recipe: Recipe) -> Licence | None:
+    return find_licence(key_of(recipe))
+
+
+def _strict_family(recipe: Recipe) -> Licence | None:
+    """The licence of the family's best-known release where it prescribes names or excludes somebody, or None."""
+    key = FAMILIES[recipe.model.family].licence if recipe.model.family in FAMILIES else ""
+    licence = find_licence(key)
+    return licence if licence and (licence.name_prefix or licence.eu_excluded) else None
+
+
+def _known(*either: Licence | None) -> list[Licence]:
     return list({licence.key: licence for licence in either if licence}.values())
+
+
+def _of_bases(recipe: Recipe, bound: Sequence[Licence]) -> list[Verdict]:
+    """What each of the licences says, and what to do if it is the family's and not that of these weights."""
+    found = []
+    for licence in bound:
+        doubted = licence == _strict_family(recipe) and licence != _named(recipe)
+        for verdict in _of_base(recipe, licence):
+            found.append(replace(verdict, fix=f"{verdict.fix} {OTHERWISE}") if doubted else verdict)
+    return found
 
 
 def _of_base(recipe: Recipe, licence: Licence) -> Iterator[Verdict]:

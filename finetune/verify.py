@@ -1,4 +1,4 @@
-"""Whether a finished run is still what its record says: `verify(run_dir)`, `findings(run_dir)`. Offline.
+"""Whether a finished run is still what its record says: `verify(run_dir)`, `look(run_dir)`. Offline.
 
 Looked at: the form of the record, every hash, what follows from the run's files, the chain of events, parity against
 its limits, the licences' rules, and the signatures when there is a key to check them with.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,15 @@ class Finding:
         return f"{self.name} {self.what}"
 
 
-def verify(run_dir: RunDir, public_key: Path | None = None) -> int:
-    """How many files are as recorded. Raises RunError (VER-001) naming all that is not as it was or must be."""
-    if found := findings(run_dir, public_key):
+def verify(run_dir: RunDir, public_key: Path | None = None, say: Callable[[str], None] = print) -> int:
+    """How many files are as recorded; `say` is told what could not be looked at.
+
+    Raises RunError (VER-001) naming all that is not as it was or must be.
+    """
+    found, unchecked = look(run_dir, public_key)
+    for phrase in unchecked:
+        say(f"not checked: {phrase}")
+    if found:
         raise RunError(
             "VER-001",
             f"{run_dir.path} is not what its record says",
@@ -56,11 +62,18 @@ def differences(run_dir: RunDir) -> list[str]:
 
 
 def findings(run_dir: RunDir, public_key: Path | None = None) -> list[Finding]:
-    """Everything that is not as recorded. Reads every byte of inputs and outputs.
+    """Everything that is not as recorded. Raises what `look` raises."""
+    return look(run_dir, public_key)[0]
 
-    Raises RunError when there is no record (RUN-002), or none that can be read (VER-002).
+
+def look(run_dir: RunDir, public_key: Path | None = None) -> tuple[list[Finding], list[str]]:
+    """(everything that is not as recorded, a phrase for all that could not be looked at).
+
+    Reads every byte of inputs and outputs. Raises RunError when there is no record (RUN-002), or none that can be read
+    (VER-002).
     """
     read = _read(run_dir)
+    unchecked: list[str] = []
     wrong = [Finding(about="record", name="run.json:", what=phrase) for phrase in record.schema_problems(read)]
     files = list(_files(run_dir, read))
     found = [*wrong, *files]
@@ -70,17 +83,20 @@ def findings(run_dir: RunDir, public_key: Path | None = None) -> list[Finding]:
         if "recipe.yaml" not in changed:
             recipe = read_recipe(run_dir.recipe)
             found += [*_parity(recipe, read), *_licences(run_dir, recipe, read)]
-            found += [] if changed else _derived(run_dir, recipe, read)  # named already, and by the file
-    return found + _signatures(run_dir, read, public_key)
+            if not changed:  # named already, and by the file
+                derived, unchecked = _derived(run_dir, recipe, read)
+                found += derived
+    return found + _signatures(run_dir, read, public_key), unchecked
 
 
 def as_json(run_dir: RunDir, public_key: Path | None = None) -> dict[str, Any]:
     """The findings of a run as plain values, with what was looked at."""
-    found, read = findings(run_dir, public_key), _read(run_dir)
+    (found, unchecked), read = look(run_dir, public_key), _read(run_dir)
     return {
         "run": str(run_dir.path),
         "verified": not found,
         "files": len(read["inputs"]) + len(read["outputs"]),
+        "not_checked": unchecked,
         "signature": signature_state(run_dir, public_key),
         "findings": [{"about": f.about, "name": f.name, "what": f.what} for f in found],
     }
@@ -110,25 +126,27 @@ def _events(run_dir: RunDir, read: dict[str, Any]) -> list[Finding]:
     return [Finding(about="events", name="events.jsonl:", what=phrase) for phrase in broken]
 
 
-def _derived(run_dir: RunDir, recipe: Recipe, read: dict[str, Any]) -> Iterator[Finding]:
-    """Parts of the record that its own files contradict: somebody wrote other numbers into it, or into them."""
+def _derived(run_dir: RunDir, recipe: Recipe, read: dict[str, Any]) -> tuple[list[Finding], list[str]]:
+    """(parts of the record that its own files contradict, why they were not compared): other numbers were written."""
     from finetune.source import base_folder
 
-    if read["finetune"] != __version__:
-        return  # another version derives other things
+    numbers = "whether the numbers of the record follow from its files"
+    if read["finetune"] != __version__:  # which derives other things
+        then = read["finetune"]
+        return [], [f"{numbers}: finetune {then} wrote it, this is {__version__}. Try: pip install finetune=={then}"]
+    base = None
     try:
         base = base_folder(recipe)
         now = json.loads(json.dumps(record.derived(run_dir, recipe, base)))
-    except FinetuneError:
-        return  # the base is not here: its files are named as missing
     except Exception as error:  # whoever made the files can have put anything where a number belongs
-        what = f"cannot be compared with its files ({type(error).__name__})"
-        yield Finding(about="record", name="run.json:", what=what)
-        return
+        why = error.sentence() if isinstance(error, FinetuneError) else type(error).__name__
+        if base is None and isinstance(error, FinetuneError):
+            return [], [f"{numbers}: {why}"]  # the base is not here: its files are named as missing
+        return [Finding(about="record", name="run.json:", what=f"cannot be compared with its files ({why})")], []
     now["recipe"] = _as_then(now["recipe"], read["recipe"], json.loads(json.dumps(dataclasses.asdict(Recipe()))))
-    for part, value in now.items():
-        if part != "events" and value != read[part]:  # events are compared in words
-            yield Finding(about="record", name=f"run.json: {part}", what="is not what the files of the run say")
+    what = "is not what the files of the run say"
+    other = [part for part, value in now.items() if part != "events" and value != read[part]]  # those in words
+    return [Finding(about="record", name=f"run.json: {part}", what=what) for part in other], []
 
 
 def _as_then(now: dict[str, Any], then: dict[str, Any], unset: dict[str, Any]) -> dict[str, Any]:

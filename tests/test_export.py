@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from finetune.errors import GateError, RunError
 from finetune.export import export, link_tree
 from finetune.parity import Parity
-from finetune.rundir import RunDir, read_json
+from finetune.rundir import RunDir, read_json, sha256_file, write_json
 
 
 @pytest.fixture
@@ -48,6 +48,9 @@ def test_a_merged_file_that_answers_as_something_else_is_not_exported(merged, tm
     shard = sorted(merged.merged.glob("*.safetensors"))[0]
     values = {key: torch.randn_like(value) for key, value in load_file(shard).items()}
     save_file(values, shard, metadata={"format": "pt"})
+    note = merged.merged / "merge.json"
+    told = read_json(note)
+    write_json(note, told | {"sha256": told["sha256"] | {shard.name: sha256_file(shard)}})  # as if it were proved
     with pytest.raises(GateError, match=r"EXP-030 hf in transformers"):
         export(merged)
     assert merged.adapter.exists() and not merged.export.exists()
@@ -69,6 +72,45 @@ def test_an_adapter_per_expert_and_a_start_line_are_exported_beside_a_note_of_wh
     told = {entry["format"]: entry for entry in read_json(merged.export / "clients.json")["clients"]}
     assert told["hf"]["asked"] and not told["vllm"]["asked"] and not told["peft_per_expert"]["asked"]
     assert "vllm was not asked" in (merged.export / "README.md").read_text()
+
+
+def test_an_adapter_per_expert_is_asked_in_vllm_also_where_llama_cpp_gets_it(merged, monkeypatch):
+    class Tool:
+        log = merged.logs / "converter.log"
+
+        def model(self, source, target, kind, family):
+            target.write_bytes(b"GGUF")
+
+        def adapter(self, base, source, target, family):
+            target.parent.mkdir()
+            target.write_bytes(b"GGUF")
+
+    monkeypatch.setattr("finetune.export.asked.found", list)
+    monkeypatch.setattr("finetune.export._converter", lambda job: Tool())
+    recipe = merged.recipe.read_text().replace("  - peft\n", "  - peft_per_expert\n", 1)
+    merged.recipe.write_text(recipe.replace("gguf_adapter: false", "gguf_adapter: true"))
+    export(merged)
+    told = read_json(merged.export / "clients.json")["clients"]
+    asked = [(entry["format"], entry["client"], entry["asked"]) for entry in told]
+    assert ("peft_per_expert", "vllm", False) in asked and ("peft_per_expert as GGUF", "llama.cpp", False) in asked
+    assert "- peft_per_expert: vllm was not asked: " in (merged.export / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["merged", "adapter"])
+def test_a_byte_that_changed_after_the_proof_is_not_exported(name, merged):
+    path = sorted((merged.path / name).glob("*.safetensors"))[-1]
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(RunError, match=rf"MRG-015 not what the merge has proved: {name}/{path.name} has changed"):
+        export(merged)
+    assert not merged.export.exists() and not list(merged.path.glob(".partial-*"))
+
+
+def test_the_merge_notes_a_hash_of_every_file_that_it_proved(merged):
+    told = read_json(merged.merged / "merge.json")
+    found = {path.name for path in merged.merged.iterdir()} - {"merge.json"}
+    assert set(told["sha256"]) == found and {"config.json", "parity.json", "answers.json"} < found
+    assert set(told["trained"]) == {path.name for path in merged.adapter.iterdir()}
 
 
 def test_without_a_proof_there_is_no_export(merged):

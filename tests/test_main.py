@@ -303,7 +303,7 @@ def test_verify_prints_how_many_files_are_as_recorded_and_names_a_change(
     run_dir = run(ready(tmp_path), launch=Stages())
     capsys.readouterr()
     assert main(["verify", f"run={run_dir.path}"]) == 0
-    assert "14 files are as recorded" in capsys.readouterr().out
+    assert "15 files are as recorded" in capsys.readouterr().out
     run_dir.report.write_text("changed")
     assert main(["verify", f"run={run_dir.path}"]) == 3
     assert "report.html has changed" in capsys.readouterr().err

@@ -243,6 +243,13 @@ def test_each_gate_can_fail_and_a_good_proof_passes():
     refuse(figures(rounding=0.0, precision="bf16"), Recipe())
     with pytest.raises(GateError, match="MRG-010"):
         refuse(figures(mean_kl=float("nan")), Recipe())
+    for bad in ({"max_kl": 25.0}, {"max_kl": 2.01}, {"max_kl": float("nan")}):
+        with pytest.raises(GateError, match=r"MRG-010 at one token .* export.max_single_kl=2 are allowed"):
+            refuse(figures(**bad), Recipe())
+    for share in (0.0, 0.74, float("nan")):
+        with pytest.raises(GateError, match=r"MRG-010 .* likeliest at .*, export.min_top1=0.75 is demanded"):
+            refuse(figures(top1_agreement=share), Recipe())
+    refuse(figures(max_kl=25.0, top1_agreement=0.0), Recipe(export=Export(max_single_kl=30.0, min_top1=0.0)))
     with pytest.raises(GateError, match=r"MRG-012 1 tensors are not .*model\.x"):
         refuse(figures(strangers=["model.x"]), Recipe())
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from finetune import record
+from finetune import record, sealed
 from finetune.errors import RunError
 from finetune.record import PACKAGES, content, output_names, schema_problems
 from finetune.run import carry_on, run
 from finetune.rundir import RunDir, read_json, write_json
-from finetune.verify import differences, verify
+from finetune.verify import as_json, differences, verify
 from tests.job import PARITY, WEIGHTS, Stages, ready
 
 
@@ -44,7 +44,7 @@ def test_the_record_holds_a_hash_of_every_output_but_itself_the_events_and_the_l
     told = json.loads(done.record.read_text())
     files = {p.relative_to(done.path).as_posix() for p in done.path.rglob("*") if p.is_file()}
     assert files - set(told["outputs"]) <= {"run.json", ".lock", "logs/events", "events.jsonl"}
-    assert "logs/events" in files and len(told["outputs"]) == 12
+    assert "logs/events" in files and len(told["outputs"]) == 13
     for name, sha in told["outputs"].items():
         assert hashlib.sha256((done.path / name).read_bytes()).hexdigest() == sha
 
@@ -110,13 +110,13 @@ def test_a_record_of_another_form_is_told_where(done: RunDir, keys: tuple[str, .
 
 def test_an_untouched_run_verifies(done: RunDir) -> None:
     assert differences(done) == []
-    assert verify(done) == 15
+    assert verify(done) == 16
 
 
 def test_every_changed_byte_is_found_by_the_name_of_its_file(done: RunDir, tmp_path: Path) -> None:
     paths = [*(done.path / name for name in output_names(done)), tmp_path / "base" / "model.safetensors"]
     rooms = {path.parent.name for path in paths}
-    assert len(paths) == 13 and done.scores_rows in paths and {"adapter", "merged", "export", "data"} <= rooms
+    assert len(paths) == 14 and done.scores_rows in paths and {"adapter", "merged", "export", "data"} <= rooms
     for path in paths:
         before = path.read_bytes()
         path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
@@ -176,7 +176,79 @@ def test_missing_and_new_files_are_named_all_at_once(done: RunDir) -> None:
 def test_a_new_log_line_is_no_difference(done: RunDir) -> None:
     (done.logs / "events").write_text("more")
     (done.path / "error.log").write_text("?")
+    (done.path / ".partial-export-1").mkdir()
+    (done.path / ".partial-export-1" / "half").write_text("?")
     assert differences(done) == []
+
+
+@pytest.mark.parametrize("name", ["export/hf/x.log", "export/.partial-x", "merged/.partial-y/z", "data/.partial-w"])
+def test_a_new_file_below_the_top_is_found_whatever_it_is_called(done: RunDir, name: str) -> None:
+    (done.path / name).parent.mkdir(exist_ok=True)
+    (done.path / name).write_text("?")
+    assert differences(done) == [f"{name} is not in the record"]
+
+
+def test_what_another_version_wrote_is_not_derived_again_and_that_is_said(done: RunDir, capsys: Any) -> None:
+    assert as_json(done)["not_checked"] == []
+    write_json(done.record, read_json(done.record) | {"finetune": "0.0.1", "seed": 18})
+    told = as_json(done)
+    assert told["verified"] and len(told["not_checked"]) == 1
+    said: list[str] = []
+    assert verify(done, say=said.append) == told["files"]
+    assert said == [f"not checked: {told['not_checked'][0]}"]
+    assert "finetune 0.0.1 wrote it, this is" in said[0] and "pip install finetune==0.0.1" in said[0]
+    verify(done)
+    assert capsys.readouterr().out.splitlines()[-1] == said[0]
+
+
+# --- between the proof and the record ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["merged/model.safetensors", "merged/parity.json", "adapter/adapter_model.safetensors"]
+)
+@pytest.mark.parametrize("how", ["changed", "gone"])
+def test_a_byte_that_changes_after_the_proof_gets_no_record(tmp_path: Path, name: str, how: str) -> None:
+    run_dir = run(ready(tmp_path), until="merge", launch=Stages())
+    before = (run_dir.path / name).read_bytes()
+    (run_dir.path / name).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    if how == "gone":
+        (run_dir.path / name).unlink()
+    what = {"changed": "has changed", "gone": "is missing"}[how]
+    with pytest.raises(RunError, match=rf"MRG-015 not what the merge has proved: {name} {what}") as caught:
+        carry_on(run_dir, launch=Stages())
+    assert f"python -m finetune report run={run_dir.path}" in caught.value.fix
+    assert ("a new run" in caught.value.fix) == name.startswith("adapter/")
+    assert not run_dir.record.exists()
+    (run_dir.path / name).write_bytes(before)
+    assert differences(carry_on(run_dir, launch=Stages())) == []
+
+
+def test_a_file_that_came_after_the_proof_and_a_copy_that_is_none_get_no_record(tmp_path: Path) -> None:
+    run_dir = run(ready(tmp_path), until="export", launch=Stages())
+    (run_dir.merged / "pytorch_model.bin").write_bytes(b"?")
+    with pytest.raises(RunError, match=r"MRG-015 .*: merged/pytorch_model.bin was not there"):
+        carry_on(run_dir, launch=Stages())
+    (run_dir.merged / "pytorch_model.bin").unlink()
+    for folder, name in (("hf", "model.safetensors"), ("peft", "adapter_model.safetensors")):
+        (run_dir.export / folder).mkdir()
+        (run_dir.export / folder / name).write_bytes(b"?")
+        with pytest.raises(RunError, match=rf"MRG-015 .*: export/{folder}/{name} has changed"):
+            carry_on(run_dir, launch=Stages())
+        (run_dir.export / folder / name).unlink()
+    assert differences(carry_on(run_dir, launch=Stages())) == []
+
+
+def test_a_merge_of_before_these_hashes_is_compared_by_those_of_its_weights(tmp_path: Path) -> None:
+    run_dir = run(ready(tmp_path), until="merge", launch=Stages())
+    note = run_dir.merged / "merge.json"
+    weights = {"model.safetensors": read_json(note)["sha256"]["model.safetensors"]}
+    write_json(note, {"schema": 1, "sha256": weights})
+    (run_dir.merged / "notes.txt").write_text("?")
+    sealed.refuse(run_dir)
+    (run_dir.merged / "model.safetensors").write_bytes(b"?")
+    with pytest.raises(RunError, match=r"MRG-015 .*: merged/model.safetensors has changed"):
+        sealed.refuse(run_dir)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"inputs": {}}', '{"inputs": {}, "outputs": {"a": 1}}', "{"])
@@ -200,7 +272,7 @@ def test_a_base_that_changed_while_it_was_trained_gets_no_record(tmp_path: Path)
         carry_on(run_dir, launch=Stages())
     assert not run_dir.record.exists()
     weights.write_bytes(WEIGHTS)  # another time, the same bytes
-    assert verify(carry_on(run_dir, launch=Stages())) == 14
+    assert verify(carry_on(run_dir, launch=Stages())) == 15
 
 
 def test_files_that_share_their_bytes_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

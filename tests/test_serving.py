@@ -3,8 +3,14 @@
 Servers are found as `finetune.servers.found` finds them; `scripts/setup_serving.sh` installs them.
 """
 
+import contextlib
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,16 +21,19 @@ import transformers
 import finetune.tiny
 from finetune import machine, servers
 from finetune.adapters import attach
-from finetune.asking import complete
+from finetune.asking import Endpoint, complete, models
 from finetune.base import load_base
 from finetune.compose import read_recipe, recipe_yaml
+from finetune.errors import ServerError
 from finetune.export import export
+from finetune.export.asked import EXACT, compared
 from finetune.export.converter import converter
 from finetune.export.per_expert import write_per_expert
 from finetune.export.stock import stock_answers
 from finetune.families import FAMILIES
 from finetune.recipe import Adapter
 from finetune.rundir import RunDir, read_json
+from finetune.start_lines import foreign
 from tests import serving_job
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(1800)]
@@ -42,6 +51,7 @@ CONVERTED = {
     "qwen3_moe": {"mlp_only_layers": []},
 }
 """Families whose tiny models llama.cpp loads, with what their config must say for it."""
+ALL_FORMATS = ["hf", "peft", "peft_per_expert", "gguf", "ollama", "vllm"]
 PROMPTS = ["What does this clause mean, and who pays?", "The 3 parties agree: nothing is owed.", "Hello world, how are"]
 LIMIT = 0.01
 """Largest distance of log-probabilities in nats, token by token, at f32 with a cache in fp16."""
@@ -70,27 +80,89 @@ def tool(finished, tmp_path_factory):
     return converter(read_recipe(finished.recipe), tmp_path_factory.mktemp("logs") / "converter.log")
 
 
-def test_every_format_of_a_real_run_answers_in_its_own_client_as_the_adapter_does(finished, tmp_path, llama_cpp):
-    run_dir = RunDir(tmp_path / "run")
+@pytest.fixture(scope="module")
+def everything(finished, tmp_path_factory, llama_cpp):
+    """That run with an export in every format; a client that answers otherwise raises."""
+    return exported(finished, tmp_path_factory.mktemp("everything") / "run", ALL_FORMATS, ["f16", "q8_0"])
+
+
+def exported(finished, path, formats, types):
+    run_dir = RunDir(path)
     shutil.copytree(finished.path, run_dir.path, copy_function=link)
     recipe = read_recipe(run_dir.recipe)
-    recipe.export.formats = ["hf", "peft", "peft_per_expert", "gguf", "ollama", "vllm"]
-    recipe.export.gguf = ["f16", "q8_0", *(["q4_k_m"] if machine.quantiser() else [])]
-    recipe.export.gguf_adapter = True
+    recipe.export.formats, recipe.export.gguf = formats, types
+    recipe.export.gguf_adapter = "peft_per_expert" in formats
     run_dir.recipe.unlink()
     run_dir.recipe.write_text(recipe_yaml(recipe))
-    export(run_dir)  # a client that answers otherwise raises
+    export(run_dir)
+    return run_dir
+
+
+def test_every_format_of_a_real_run_answers_in_its_own_client_as_the_adapter_does(everything):
+    run_dir = everything
     told = {entry["format"]: entry for entry in read_json(run_dir.export / "clients.json")["clients"]}
-    names = ["hf", "peft", "peft_per_expert as GGUF", *(f"gguf {kind}" for kind in recipe.export.gguf)]
+    names = ["hf", "peft", "peft_per_expert as GGUF", "gguf f16", "gguf q8_0"]
     assert all(told[name]["asked"] for name in names)
     for name in ("hf", "peft", "peft_per_expert as GGUF", "gguf f16"):
         assert told[name]["same_first"] >= 0.95 and told[name]["mean_gap"] < 0.05
         assert told[name]["like_base"] == 0.0
     assert told["vllm"]["asked"] == any(server.name == "vllm" for server in servers.found())
-    assert told["ollama"]["asked"] is False
+    assert told["ollama"]["asked"] is False and "peft_per_expert" in told
     readme = (run_dir.export / "README.md").read_text()
     assert "| gguf f16 | llama.cpp " in readme and "ollama was not asked" in readme
     assert (run_dir.export / "ollama" / "Modelfile").read_text().startswith("FROM ../gguf/")
+
+
+def test_a_file_in_fewer_bits_is_made_by_llama_cpps_quantiser_and_answers(finished, tmp_path, llama_cpp):
+    if not machine.quantiser():
+        pytest.skip("no llama-quantize on the PATH and no llama-cpp-python: k-quants are not made on this machine")
+    run_dir = exported(finished, tmp_path / "run", ["gguf"], ["q4_k_m"])
+    (told,) = read_json(run_dir.export / "clients.json")["clients"]
+    assert told["format"] == "gguf q4_k_m" and told["asked"]
+    (small,), merged = (run_dir.export / "gguf").iterdir(), run_dir.merged.glob("*.safetensors")
+    assert small.stat().st_size < 0.6 * sum(path.stat().st_size for path in merged)
+
+
+def test_the_start_line_of_the_export_starts_vllm_and_it_answers_as_the_adapter_does(everything, tmp_path, tokenizer):
+    if not any(server.name == "vllm" for server in servers.found()):
+        pytest.skip("no vLLM here: bash scripts/setup_serving.sh makes a Python that has it")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    seen = foreign() | {"PYTHON": servers.choose("vllm").program, "PORT": str(port)}
+    words = ["sh", str(everything.export / "vllm" / "start.sh")]
+    with (tmp_path / "log").open("wb") as log:
+        child = subprocess.Popen(
+            words, env=seen, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True
+        )
+    try:
+        endpoint = ready(child, f"http://127.0.0.1:{port}/v1", tmp_path / "log")
+        answers = read_json(everything.answers)
+        prompt = next(prompt for prompt in answers["prompts"] if prompt["tuned"]["ids"] != prompt["base"]["ids"])
+        answer = complete(endpoint, prompt["text"], max_tokens=answers["max_new_tokens"], timeout_s=600)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGTERM)
+        try:
+            child.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    figures = compared(answers | {"prompts": [prompt]}, [answer], tokenizer)
+    assert figures.within(EXACT) and figures.tokens > 0 and figures.like_base == 0.0
+
+
+def ready(child, url, log, wait_s=900):
+    """The only model at an address, once the server lists it."""
+    until = time.monotonic() + wait_s
+    while True:
+        assert child.poll() is None, servers.said(log)
+        assert time.monotonic() < until, servers.said(log)
+        try:
+            (model,) = models(Endpoint(url, ""), timeout_s=5)
+            return Endpoint(url, model["id"], "vllm")
+        except (ServerError, OSError):
+            time.sleep(1)
 
 
 def link(source, target):

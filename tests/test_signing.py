@@ -63,7 +63,7 @@ def names(run_dir: RunDir, key: Path) -> list[str]:
 def test_a_signed_run_verifies_with_the_other_half_of_the_key(signed: tuple[RunDir, Path]) -> None:
     run_dir, key = signed
     assert (run_dir.export / "model.sig").is_file() and run_dir.signature.is_file()
-    assert verify(run_dir, key) == verify(run_dir) == 14
+    assert verify(run_dir, key) == verify(run_dir) == 15
 
 
 def test_the_command_of_model_signing_checks_it_too(signed: tuple[RunDir, Path]) -> None:
@@ -118,7 +118,7 @@ def test_a_run_that_goes_on_is_signed_anew(once: tuple[Path, RunDir], tmp_path: 
     run_dir = RunDir(tmp_path / "run")
     run_dir.report.unlink()
     carry_on(run_dir, launch=Stages())
-    assert verify(run_dir, once[0] / "key.pub.pem") == 14
+    assert verify(run_dir, once[0] / "key.pub.pem") == 15
 
 
 def test_what_cannot_sign_is_refused_before_a_run_begins(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_key_with_a_passphrase_signs_with_it(tmp_path: Path, monkeypatch: pyte
     private, public = write_key(tmp_path, words="open sesame")
     monkeypatch.setenv("FINETUNE_KEY_PASSPHRASE", "open sesame")
     run_dir = run(ready(tmp_path, sign=str(private)), launch=Stages())
-    assert verify(run_dir, public) == 14
+    assert verify(run_dir, public) == 15
     assert all(b"sesame" not in p.read_bytes() for p in run_dir.path.rglob("*") if p.is_file())
 
 

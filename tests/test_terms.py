@@ -61,6 +61,23 @@ def test_a_card_that_names_no_licence_is_under_that_of_its_family() -> None:
     assert rules(recipe) == ["LIC-001"]
 
 
+def test_a_word_in_the_recipe_does_not_free_a_base_from_the_licence_of_its_family(tmp_path: Path) -> None:
+    words = ["export.name=acme", "licence.established_in=DE", "licence.monthly_users=700000001"]
+    for licence in ("mit", "apache-2.0", "acme-1.0"):
+        recipe = load_recipe("llama4_70b_legal", f"model.licence={licence}", *words)
+        found = check.problems(recipe)
+        assert [sentence[:7] for sentence in found] == ["LIC-001", "LIC-004", "LIC-006"]
+        assert all("put its text as LICENSE beside them" in sentence for sentence in found)
+        assert {"LIC-001", "LIC-004", "LIC-006"} <= {v.rule for v in permits.broken_rules(recipe, None)}
+    recipe.model.source, recipe.model.licence = str(tmp_path), "mit"
+    for text, bound in ((LLAMA, True), ("Terms that nobody knows.", True), (mit(), False)):
+        (tmp_path / "LICENSE").write_text(text)
+        told = {*rules(recipe), *(verdict.rule for verdict in permits.broken_rules(recipe, tmp_path))}
+        assert ({"LIC-001", "LIC-004", "LIC-006"} <= told) == bound
+    assert rules(recipe) == [] and permits.broken_rules(recipe, tmp_path) == []
+    assert rules(good(model__licence="mit", export__name="acme")) == []
+
+
 @pytest.mark.parametrize("country", ["DE", "FR", "IE", "EU"])
 def test_a_multimodal_base_that_gives_no_rights_in_the_european_union_is_refused_there(country: str) -> None:
     (sentence,) = check.problems(load_recipe("llama4_70b_legal", f"licence.established_in={country}"))

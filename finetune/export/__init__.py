@@ -7,7 +7,7 @@
 | `peft_per_expert` | the adapter with a pair per expert and map | vLLM where it can, llama.cpp as GGUF |
 | `gguf` | the merged weights for llama.cpp, in the types of `export.gguf` | llama.cpp |
 | `ollama` | a Modelfile for the GGUF file | nobody here |
-| `vllm` | a start line for `hf` | vLLM |
+| `vllm` | a start line for `hf` | vLLM, started by the words of that line |
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune import sealed
 from finetune.check import GGUF_TYPES
 from finetune.compose import read_recipe
 from finetune.errors import WeightsError
@@ -72,7 +73,8 @@ def export(run_dir: RunDir) -> None:
     The merge has proved that its weights are what was trained; without it there is nothing to export. Raises
     RecipeError (LIC-00x) where a licence forbids it, and GateError (exit code 4): EXP-020 and EXP-021 when the
     tokenizer does not write or stop as in training, EXP-030 and EXP-031 when a client answers otherwise than the
-    adapter or cannot load a format. Adapter and merged weights stay.
+    adapter or cannot load a format. Adapter and merged weights stay. Raises RunError MRG-015 when a byte of either is
+    not what the merge has proved.
     """
     from rich.console import Console
     from transformers import AutoTokenizer
@@ -84,8 +86,9 @@ def export(run_dir: RunDir) -> None:
     console = Console()
     base = base_folder(recipe)
     require_permits(run_dir, recipe, base)
+    parity = Parity.read(run_dir.require(run_dir.parity, "merge"))
+    sealed.refuse(run_dir)
     with atomic_folder(run_dir.export) as folder:
-        parity = Parity.read(run_dir.require(run_dir.parity, "merge"))
         trained = AutoTokenizer.from_pretrained(base, local_files_only=True)
         clients = Clients(
             answers=read_json(run_dir.require(run_dir.answers, "merge")),
@@ -140,9 +143,9 @@ def peft_per_expert(job: Job) -> dict[str, Any]:
     """The adapter with a pair per expert and map, and where llama.cpp may have it, as GGUF beside it."""
     folder = job.folder / "peft_per_expert"
     done = write_per_expert(job.base, job.run_dir.adapter, folder)
+    if job.recipe.export.ask:
+        job.clients.vllm("peft_per_expert", job.base, folder)
     if not job.recipe.export.gguf_adapter:
-        if job.recipe.export.ask:
-            job.clients.vllm("peft_per_expert", job.base, folder)
         return done
     target = job.folder / "gguf_adapter" / f"{job.name}-adapter.gguf"
     tool = _converter(job)
@@ -199,11 +202,14 @@ def ollama(job: Job) -> dict[str, Any]:
 
 
 def vllm(job: Job) -> dict[str, Any]:
-    """A start line for vLLM."""
-    write_text(job.folder / "vllm" / "start.sh", vllm_start(job.folder / "hf", job.name))
+    """A start line for vLLM: the one by which it is asked, with what depends on the machine as variables."""
+    folder, asked = job.folder / "hf", job.clients
+    context = max(asked.context(), job.recipe.data.max_length)
+    text = vllm_start(folder, job.name, dtype=asked.dtype(), context=context)
+    write_text(job.folder / "vllm" / "start.sh", text)
     (job.folder / "vllm" / "start.sh").chmod(0o755)
     if job.recipe.export.ask:
-        job.clients.vllm("vllm", job.folder / "hf")
+        asked.vllm("vllm", folder, name=job.name, context=context)
     return {}
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -104,27 +105,30 @@ class Clients:
         if server is None:
             return self.not_asked(kind, "llama.cpp", INSTALL["llama.cpp"])
         try:
-            with started(
-                server, model, adapter=adapter, log=self.logs / "llama.cpp.log", context=self._context()
-            ) as at:
+            with started(server, model, adapter=adapter, log=self.logs / "llama.cpp.log", context=self.context()) as at:
                 told = [self._complete(at, prompt) for prompt in self.answers["prompts"]]
         except ServerError as error:
             raise _broken(kind, server.name, error.sentence()) from error
         return self._judge(kind, server.name, server.version, told, limits)
 
-    def vllm(self, kind: str, model: Path, adapter: Path | None = None) -> None:
-        """Asks vLLM, or notes why not: not installed, or it could not start here. Raises GateError EXP-030."""
+    def vllm(self, kind: str, model: Path, adapter: Path | None = None, name: str = "", context: int = 0) -> None:
+        """Asks vLLM, or notes why not: not installed, or it could not start here. `context` 0 is room for the prompts.
+
+        Raises GateError EXP-030, and EXP-031 when it was ready and then does not answer.
+        """
         server = self._server("vllm")
         if server is None:
             return self.not_asked(kind, "vllm", INSTALL["vllm"])
-        dtype = "float32" if self.answers["precision"] == "fp32" else "bfloat16"
-        try:
-            with started(
-                server, model, adapter=adapter, log=self.logs / "vllm.log", dtype=dtype, context=self._context()
-            ) as at:
+        words: dict[str, Any] = {"dtype": self.dtype(), "context": context or self.context(), "name": name}
+        with ExitStack() as running:
+            try:
+                at = running.enter_context(started(server, model, adapter=adapter, log=self.logs / "vllm.log", **words))
+            except ServerError as error:
+                return self.not_asked(kind, "vllm", f"it did not start here: {error.what}: {error.why}"[:400])
+            try:
                 told = [self._complete(at, prompt) for prompt in self.answers["prompts"]]
-        except ServerError as error:
-            return self.not_asked(kind, "vllm", f"it did not start here: {error.what}: {error.why}"[:400])
+            except ServerError as error:
+                raise _broken(kind, server.name, error.sentence()) from error
         return self._judge(kind, server.name, server.version, told, EXACT)
 
     def not_asked(self, kind: str, client: str, why: str) -> None:
@@ -153,7 +157,11 @@ class Clients:
         gib = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
         return gib * (2 if self.answers["precision"] == "fp32" else 1) * ROOM
 
-    def _context(self) -> int:
+    def dtype(self) -> str:
+        """Arithmetic of vLLM: that of the merge's proof."""
+        return "float32" if self.answers["precision"] == "fp32" else "bfloat16"
+
+    def context(self) -> int:
         """Room for the longest prompt and its answer, and no more: some servers take memory for all of it."""
         longest = max(len(prompt["ids"]) for prompt in self.answers["prompts"])
         return 256 * math.ceil((longest + self.answers["max_new_tokens"] + 8) / 256)

@@ -21,6 +21,7 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
+from finetune import sealed
 from finetune.compose import read_recipe
 from finetune.errors import RunError
 from finetune.gpus import gpus
@@ -68,6 +69,7 @@ def merge(run_dir: RunDir) -> None:
         parity = Parity.read(folder / "parity.json")
         _say(console, parity.sentence())
         refuse(parity, recipe)
+        sealed.seal(folder)  # the proof itself, too
 
 
 def merge_folder(
@@ -95,7 +97,8 @@ def merging(base: Path, adapter: Path, target: Path, how: How, console: Console 
         _write_all(plan, planned, place, console)
         _write_small(plan, planned, place.folder)
         told = summary(plan, place)
-        write_json(place.folder / "merge.json", told)
+        write_json(place.folder / sealed.NOTE, told)
+        sealed.seal(place.folder)
         if console is not None:
             for sentence in sentences(told):
                 _say(console, sentence)
@@ -152,7 +155,7 @@ def summary(plan: Plan, place: Staging) -> dict[str, Any]:
     wanted = [change for change in (*plan.changes.values(), *plan.extras) if change.is_wanted]
     types = sorted({"BF16" if c.weight.is_quantised and not plan.keeps_layout else _type(c) for c in wanted})
     return {
-        "schema": 1,
+        "schema": sealed.SCHEMA,
         "model_type": str(plan.names.model_type),
         "base": "dequantised" if plan.how.four_bit else "original",
         "quantised": plan.how.quantised if plan.quantisation else "none",
@@ -164,6 +167,7 @@ def summary(plan: Plan, place: Staging) -> dict[str, Any]:
         "stored_as": types,
         "rounding_over_update": tally.lost(),
         "four_bit_over_update": tally.distance() if plan.how.four_bit else None,
+        "trained": place.identity["adapter"],
         "sha256": {name: entry["sha256"] for name, entry in sorted(place.files.items())},
     }
 
