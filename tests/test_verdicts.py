@@ -1,4 +1,4 @@
-"""Copies, splits, leaks, mixtures and limits: decided over all rows, each with its reason in the ledger."""
+"""Copies, splits, mixtures and limits: decided over all rows, each with its reason in the ledger."""
 
 from __future__ import annotations
 
@@ -45,44 +45,6 @@ def test_copies_are_found_whatever_case_and_punctuation_and_only_the_first_is_ke
     kept = prepare(tmp_path, base, tmp_path / "rows.jsonl", duplicates="report")
     assert report(kept)["kept"] == 22
     assert [line["resembles"] for line in ledger(kept) if "resembles" in line] == ["rows.jsonl:4", "rows.jsonl:6"]
-
-
-def test_near_copies_are_reported_or_dropped(tmp_path: Path, base: Path) -> None:
-    rows = [qa(words(40), words(40)) for _ in range(60)]
-    near = [qa(row["messages"][0]["content"] + " indeed", row["messages"][1]["content"]) for row in rows[:10]]
-    path = jsonl(tmp_path / "rows.jsonl", *rows, *near)
-    counted = prepare(tmp_path, base, path, near_duplicates="report", heldout_fraction=0.02)
-    assert any("are nearly earlier ones, e.g. rows.jsonl:6" in note for note in report(counted)["notes"])
-    dropped = prepare(tmp_path, base, path, near_duplicates="drop", heldout_fraction=0.02)
-    lines = [line for line in ledger(dropped) if line["code"] == "near-copy"]
-    assert 9 <= len(lines) <= 10
-    assert all(line["line"] > 60 or line["why"] for line in lines)
-    assert lines[-1]["why"].startswith("nearly the same words as rows.jsonl:")
-
-
-def test_a_near_copy_between_the_users_own_files_is_a_leak(tmp_path: Path, base: Path) -> None:
-    rows = [qa(words(40), words(40)) for _ in range(20)]
-    train = jsonl(tmp_path / "train.jsonl", *rows)
-    other = qa(rows[7]["messages"][0]["content"] + " indeed", rows[7]["messages"][1]["content"])
-    held = jsonl(tmp_path / "held.jsonl", qa(words(40), "yes"), other)
-    own = {"heldout_files": [str(held)], "near_duplicates": "report"}
-    with pytest.raises(
-        DataError, match=r"DATA-013 .*nearly held-out ones(.|\n)*train\.jsonl:8 is \d+% held-out held\.jsonl:2"
-    ):
-        prepare(tmp_path, base, train, **own)
-    folder = prepare(tmp_path, base, train, **own, leakage="drop")
-    assert [(line["line"], line["code"]) for line in ledger(folder) if line["code"]] == [(8, "near-copy")]
-
-
-def test_a_question_on_both_sides_is_dropped_only_if_so_wished(tmp_path: Path, base: Path) -> None:
-    train = jsonl(tmp_path / "train.jsonl", qa("one?", "1"), qa("two?", "2"))
-    held = jsonl(tmp_path / "held.jsonl", qa("three?", "3"), qa("Two? ", "zwei"))
-    with pytest.raises(DataError, match=r"DATA-013 (.|\n)*held\.jsonl:2 asks what train\.jsonl:2 trains on"):
-        prepare(tmp_path, base, train, heldout_files=[str(held)])
-    folder = prepare(tmp_path, base, train, heldout_files=[str(held)], leakage="drop")
-    lines = {(line["file"], line["line"]): line for line in ledger(folder)}
-    assert lines["train.jsonl", 2]["code"] == "leak"
-    assert lines["train.jsonl", 2]["why"] == "asks what is held out in held.jsonl:2"
 
 
 def test_documents_are_never_split(tmp_path: Path, base: Path) -> None:

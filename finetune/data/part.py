@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,7 @@ class Maker:
 
         from finetune.data.near import PERMUTATIONS, signature
 
-        made = numpy.concatenate([signature("\n".join(texts(row)) if not row.code else "") for row in rows])
+        made = numpy.concatenate([signature("\n".join(_own_texts(row)) if not row.code else "") for row in rows])
         return pa.FixedSizeListArray.from_arrays(pa.array(made, pa.uint32()), PERMUTATIONS)
 
 
@@ -247,6 +247,11 @@ def part_schema(*, near: bool) -> Any:
 def key(text: str) -> int:
     """The first 64 bits of a text's sha256: rows, groups and questions are compared and ordered by it."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _own_texts(row: Row) -> list[str]:
+    """The words of a row without the system message, which all rows of an assistant have."""
+    return texts(replace(row, messages=[m for m in row.messages if m["role"] != "system"]))
 
 
 def _fact(row: Row) -> dict[str, Any]:

@@ -239,6 +239,13 @@ def _limits(data: Data) -> list[str]:
             f"near duplicates: of pairs with {near:.0%} of their five-word runs in common {chance(near):.0%} are "
             f"found, with {more:.0%} {chance(near, more):.0%}; the same said in other words is not"
         )
+    if data.near_duplicates == "report" and not data.card:
+        from finetune.data.copies import LEAST, TEMPLATE
+
+        told.append(
+            f"near duplicates of held-out rows: wording that {TEMPLATE} rows share (in small sets a quarter of them, "
+            f"{LEAST} at least) counts as a template, so a text in as many variants may stand on both sides"
+        )
     if data.privacy != "off":
         told.append("personal data: names, addresses and whatever has no pattern or check digit")
     if data.benchmarks:

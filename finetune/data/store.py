@@ -19,7 +19,7 @@ from finetune.data.card import read_card
 from finetune.recipe import Recipe
 from finetune.rundir import atomic_folder, read_json, sha256_file, write_json
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised whenever the same input would be prepared in another way."""
 
 TOKENIZER = (

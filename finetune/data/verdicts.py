@@ -114,7 +114,10 @@ def decide(facts: Facts, data: Data, *, given: bool, long: str, near: Callable[[
         (HELDOUT, "heldout", "data.heldout_files=[...] or a larger data.heldout_fraction"),
     ):
         if not (facts.split == split).any():
-            why = ", ".join(f"{n} {code}" for code, n in dropped(facts).items())
+            codes = dropped(facts)
+            why = ", ".join(f"{n} {code}" for code, n in codes.items())
+            if next(iter(codes), "") == "near-copy":  # more rows of the kind would be dropped as well
+                fix = f"data.near_duplicates=off, or data.near_share above {data.near_share:g}"
             raise DataError("DATA-009", f"no {name} row is left of {len(facts)}", f"dropped: {why or 'none'}", fix)
     return told
 
