@@ -81,6 +81,32 @@ def test_a_mixture_takes_its_shares_and_repeats_nothing(tmp_path: Path, base: Pa
     assert report(folder)["dropped"]["mixture"] == 390 - report(folder)["kept"]
 
 
+def test_a_mixture_tells_files_of_one_name_apart(tmp_path: Path, base: Path) -> None:
+    for folder, count in (("a", 90), ("b", 90)):
+        (tmp_path / folder).mkdir()
+        jsonl(tmp_path / folder / "train.jsonl", *(qa(f"{folder} {i}", "a") for i in range(count)))
+    one, two = tmp_path / "a" / "train.jsonl", tmp_path / "b" / "train.jsonl"
+    folders = [
+        prepare(tmp_path, base, one, two, mixture={str(one): share, str(two): 1 - share}) for share in (0.9, 0.1, 0.5)
+    ]
+    assert len(set(folders)) == 3, "each has its address"
+    for folder, share in zip(folders, (0.9, 0.1, 0.5), strict=True):
+        train = Counter(name.partition("/")[0] for name in dataset(folder / "train.arrow")["row"])
+        assert train["a"] / train.total() == pytest.approx(share, abs=0.02)
+        assert train.total() > 80
+
+
+def test_a_mixture_in_which_a_share_has_no_rows_or_two_have_the_same_is_refused(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    one = jsonl(tmp_path / "rows" / "one.jsonl", *(qa(f"one {i}", "a") for i in range(30)))
+    two = jsonl(tmp_path / "rows" / "two.jsonl", *(qa(f"one {i}", "a") for i in range(30)))
+    with pytest.raises(DataError, match=r"DATA-031 data\.mixture: \S*two\.jsonl has no training row.*Try: rows for it"):
+        prepare(tmp_path, base, one, two, mixture={str(one): 0.5, str(two): 0.5})
+    jsonl(two, *(qa(f"two {i}", "a") for i in range(30)))
+    with pytest.raises(DataError, match=r"DATA-031 data\.mixture: \S*one\.jsonl and \S* both have one\.jsonl"):
+        prepare(tmp_path, base, one.parent, one, mixture={str(one.parent): 0.5, str(one): 0.5})
+
+
 def test_a_row_is_cut_only_if_so_wished_and_must_keep_something_to_learn(tmp_path: Path, base: Path) -> None:
     rows = [qa("q", "a" * n) for n in (5, 50, 500)] + [qa(f"{i}", "a") for i in range(17)]
     path = jsonl(tmp_path / "rows.jsonl", *rows)

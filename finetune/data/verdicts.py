@@ -269,13 +269,23 @@ def _mix(facts: Facts, data: Data) -> None:
     """Leaves out training rows until sources stand in the shares of `data.mixture`."""
     if not data.mixture:
         return
-    from finetune.data.files import sources
+    from finetune.data.files import named, sources
 
-    names = {entry: {s.name for s in sources([entry])} for entry in data.mixture}
+    names = named(list(data.mixture), sources([*data.train_files, *data.heldout_files]))
+    owner: dict[str, str] = {}
+    for entry, name in ((entry, name) for entry, found in names.items() for name in found):
+        if name in owner:
+            why, fix = "each share is of other rows", "every file in one entry of data.train_files only"
+            raise DataError("DATA-031", f"data.mixture: {entry} and {owner[name]} both have {name}", why, fix)
+        owner[name] = entry
     train = facts.split == TRAIN
     numbers = {entry: [i for i, file in enumerate(facts.files) if file in names[entry]] for entry in data.mixture}
     rows = {entry: np.flatnonzero(train & np.isin(facts.file, numbers[entry])) for entry in data.mixture}
-    whole = min(len(rows[entry]) / share for entry, share in data.mixture.items() if share > 0)
+    if empty := next((entry for entry in rows if not len(rows[entry])), ""):
+        why = "its shares are kept by leaving out rows of the other entries: all of them"
+        fix = f"rows for it, or data.train_files and data.mixture without {empty}"
+        raise DataError("DATA-031", f"data.mixture: {empty} has no training row", why, fix)
+    whole = min(len(rows[entry]) / share for entry, share in data.mixture.items())
     for entry, share in data.mixture.items():
         facts.drop(by_class(facts, rows[entry])[round(whole * share + 1e-9) :], "mixture")
 
