@@ -155,7 +155,7 @@ class Data:
     near_share: float = 0.7
     """Share of five-word runs in common (Jaccard) from which two rows are near duplicates."""
     leakage: str = one_of("error", "drop")
-    """A held-out question that is also trained on: the run ends, or the training row is dropped."""
+    """A held-out question that is also trained on, in any turn: the run ends, or the training row is dropped."""
     privacy: str = one_of("report", "redact", "drop", "off")
     """Personal data and secrets: counted, replaced by [EMAIL] and the like, or their rows dropped."""
     quality: str = one_of("report", "drop", "off")

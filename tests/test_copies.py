@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finetune.errors import DataError
-from tests.test_data import jsonl, qa
+from tests.test_data import conversation, jsonl, qa
 from tests.test_shape import ledger, prepare
 from tests.test_verdicts import report
 
@@ -98,3 +98,75 @@ def test_a_question_on_both_sides_is_dropped_only_if_so_wished(tmp_path: Path, b
     lines = {(line["file"], line["line"]): line for line in ledger(folder)}
     assert lines["train.jsonl", 2]["code"] == "leak"
     assert lines["train.jsonl", 2]["why"] == "asks what is held out in held.jsonl:2"
+
+
+def talk(*texts: str, system: str = "") -> dict[str, Any]:
+    opening = [{"role": "system", "content": system}] if system else []
+    return {"messages": [*opening, *conversation(*texts)]}
+
+
+HIDDEN: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("other punctuation", talk("Who pays the rent?", "B"), talk("Who  pays the “rent”", "A")),
+    ("full-width punctuation", talk("\u8c01\u4ed8\uff1f", "B"), talk("\u8c01\u4ed8", "A")),
+    ("a system message in training only", talk("Who pays?", "B"), talk("Who pays?", "A", system="Be short.")),
+    ("a system message held out only", talk("Who pays?", "B", system="Be short."), talk("Who pays?", "A")),
+    ("the first turn of a conversation", talk("Who pays?", "B"), talk("Who pays?", "B", "When?", "Now.")),
+    ("a later turn", talk("Hi.", "Yes?", "Who pays?", "B"), talk("Hi", "Yes.", "Who pays?", "A", "When?", "Now.")),
+    ("no words at all", talk("?!", "B"), talk("?!", "A")),
+]
+"""How -> a held-out row, and a training row that teaches what it asks."""
+
+UNLIKE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("another sign", talk("7 + 3", "10"), talk("7 - 3", "4")),
+    ("another number", talk("1.5 kg?", "10"), talk("15 kg?", "4")),
+    ("no words", talk("?!", "B"), talk("...", "A")),
+    ("another task", talk("rent", "Miete", system="In German."), talk("rent", "loyer", system="In French.")),
+    ("the last turn after another", talk("When?", "Now."), talk("Who pays?", "A", "When?", "Now.")),
+]
+"""The same for a training row that is another question."""
+
+
+@pytest.mark.parametrize(("held", "train"), [case[1:] for case in HIDDEN], ids=[case[0] for case in HIDDEN])
+def test_a_held_out_question_is_found_in_training_whatever_stands_around_it(
+    tmp_path: Path, base: Path, held: dict[str, Any], train: dict[str, Any]
+) -> None:
+    path = jsonl(tmp_path / "train.jsonl", qa("another", "1"), train, qa("and one more", "2"))
+    other = jsonl(tmp_path / "held.jsonl", qa("something else", "1"), held)
+    with pytest.raises(
+        DataError, match=r"DATA-013 1 training rows (.|\n)*held\.jsonl:2 asks what train\.jsonl:2 trains"
+    ):
+        prepare(tmp_path, base, path, heldout_files=[str(other)])
+    folder = prepare(tmp_path, base, path, heldout_files=[str(other)], leakage="drop")
+    assert [(line["line"], line["code"]) for line in ledger(folder) if line["code"]] == [(2, "leak")]
+    assert any(limit.startswith("leaks: ") for limit in report(folder)["not_detected"])
+
+
+@pytest.mark.parametrize(("held", "train"), [case[1:] for case in UNLIKE], ids=[case[0] for case in UNLIKE])
+def test_another_question_is_no_leak(tmp_path: Path, base: Path, held: dict[str, Any], train: dict[str, Any]) -> None:
+    path, other = jsonl(tmp_path / "train.jsonl", train), jsonl(tmp_path / "held.jsonl", held)
+    assert report(prepare(tmp_path, base, path, heldout_files=[str(other)]))["kept"] == 2
+
+
+def test_a_turn_that_is_not_trained_leaks_nothing(tmp_path: Path, base: Path) -> None:
+    row = talk("Who pays?", "B", "When?", "Now.")
+    other = jsonl(tmp_path / "held.jsonl", qa("Who pays?", "B"))
+    path = jsonl(tmp_path / "train.jsonl", row)
+    prepare(tmp_path, base, path, heldout_files=[str(other)], turns="last")
+    row["messages"][1]["weight"] = 0
+    prepare(tmp_path, base, jsonl(path, row), heldout_files=[str(other)])
+
+
+def test_a_conversation_that_goes_on_from_a_held_out_row_is_dropped_where_the_split_is_ours(
+    tmp_path: Path, base: Path
+) -> None:
+    rows = [talk(f"Who pays {i}?", "B") for i in range(50)]
+    rows += [talk(f"Who pays {i}?", "B", "When?", f"In {i} days.") for i in range(50)]
+    folder = prepare(tmp_path, base, jsonl(tmp_path / "rows.jsonl", *rows), heldout_fraction=0.2)
+    lines = {line["line"]: line for line in ledger(folder)}
+    short = {i for i in range(1, 51) if lines[i]["split"] == "heldout"}
+    leaks = {i for i in lines if lines[i]["code"] == "leak"}
+    assert leaks == {i + 50 for i in short if lines[i + 50]["split"] != "heldout"} and len(leaks) > 3
+    assert (
+        f"{len(leaks)} training rows ask what is held out, and are dropped: the split put them there"
+        in report(folder)["notes"]
+    )

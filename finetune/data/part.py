@@ -19,7 +19,7 @@ from finetune.data.cleaner import Cleaner, texts
 from finetune.data.encoder import Encoder
 from finetune.data.files import Block
 from finetune.data.records import records
-from finetune.data.rows import Row, prompt_key
+from finetune.data.rows import Row, plain, prompt_key, prompt_keys
 from finetune.data.shape import conversation, grouped, renamed
 from finetune.data.tokens import Tokens, cut, load_tokenizer, stop_tokens, vocabulary_rows, windows
 from finetune.errors import DataError
@@ -43,6 +43,7 @@ FACTS: dict[str, str] = {
     "need": "int32",
     "text_key": "uint64",
     "prompt_key": "uint64",
+    "system_key": "uint64",
     "group_key": "uint64",
     "order_key": "uint64",
     "privacy": "string",
@@ -50,7 +51,8 @@ FACTS: dict[str, str] = {
     "language": "string",
     "benchmarks": "string",
 }
-"""Column -> type. `need` is the length that keeps the row's answer; `place` the order that a card has given it."""
+"""Column -> type. `need` is the length that keeps the row's answer; `place` the order that a card has given it;
+`system_key` 0 where there is no system message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +118,7 @@ class Maker:
     def make(self, job: Job) -> Any:
         """The part of a block, a table with the columns of `part_schema`."""
         rows = list(self._rows(job))
-        facts = [_fact(row) for row in rows]
+        facts = [_fact(row, self.work.data.turns) for row in rows]
         for row, fact in zip(rows, facts, strict=True):
             if not row.code:
                 self.cleaner.clean(row, fact)
@@ -140,6 +142,7 @@ class Maker:
         schema = part_schema(near=self.work.near)
         columns = [pa.array([fact[name] for fact in facts], schema.field(name).type) for name in FACTS]
         columns.append(pa.array([row.ignored for row in rows], schema.field("ignored").type))
+        columns.append(pa.array([fact["asks"] for fact in facts], schema.field("asks").type))
         flat = pa.RecordBatch.from_pylist([row for each in made for row in each], schema=rows_schema())
         ends = pa.array([0, *accumulate(map(len, made))], pa.int32())
         columns.append(pa.ListArray.from_arrays(ends, flat.to_struct_array(), type=schema.field("made").type))
@@ -230,13 +233,15 @@ def rows_schema() -> Any:
 def part_schema(*, near: bool) -> Any:
     """Columns of a part, which are FACTS and some more.
 
-    `ignored`: columns of the file without a meaning here. `made`: the prepared rows that became of the row, each a
-    struct of `rows_schema`. With `near`, `signature`: PERMUTATIONS values of uint32.
+    `ignored`: columns of the file without a meaning here. `asks`: the `prompt_key` of every answer that is trained.
+    `made`: the prepared rows that became of the row, each a struct of `rows_schema`. With `near`, `signature`:
+    PERMUTATIONS values of uint32.
     """
     import pyarrow as pa
 
     columns = [(name, getattr(pa, kind if kind != "bool" else "bool_")()) for name, kind in FACTS.items()]
-    columns += [("ignored", pa.list_(pa.string())), ("made", pa.list_(pa.struct(list(rows_schema()))))]
+    columns += [("ignored", pa.list_(pa.string())), ("asks", pa.list_(pa.uint64()))]
+    columns += [("made", pa.list_(pa.struct(list(rows_schema()))))]
     if near:
         from finetune.data.near import PERMUTATIONS
 
@@ -254,13 +259,24 @@ def _own_texts(row: Row) -> list[str]:
     return texts(replace(row, messages=[m for m in row.messages if m["role"] != "system"]))
 
 
-def _fact(row: Row) -> dict[str, Any]:
-    fact: dict[str, Any] = dict.fromkeys(FACTS, "")
+def _fact(row: Row, turns: str) -> dict[str, Any]:
+    fact: dict[str, Any] = dict.fromkeys(FACTS, "") | {"asks": []}
     fact |= {"line": row.line, "id": row.id, "sha256": row.sha256, "label": row.label, "time": row.time}
-    fact |= dict.fromkeys(("tokens", "trainable", "need", "text_key", "prompt_key", "group_key"), 0)
+    fact |= dict.fromkeys(("tokens", "trainable", "need", "text_key", "prompt_key", "system_key", "group_key"), 0)
     fact |= {"further": row.part > 1, "place": row.place, "truncated": False, "order_key": key(row.id)}
     if not row.code:
         words = re.findall(r"\w+", (row.fields["text"] if "text" in row.fields else "\n".join(texts(row))).lower())
         fact["text_key"] = key(" ".join(words) or repr(row.input_ids))
         fact["prompt_key"], fact["group_key"] = key(prompt_key(row)), key(row.group)
+        fact["system_key"], fact["asks"] = _system_key(row), _asks(row, turns) or [fact["prompt_key"]]
     return fact
+
+
+def _system_key(row: Row) -> int:
+    return next((key(plain(m["content"])) for m in row.messages[:1] if m["role"] == "system"), 0)
+
+
+def _asks(row: Row, turns: str) -> list[int]:
+    keys = prompt_keys(row)
+    wanted = list(keys) if turns == "all" else list(keys)[-1:]
+    return [key(keys[i]) for i in wanted if "weight" not in row.messages[i] or row.messages[i]["weight"]]

@@ -230,7 +230,10 @@ def format_of(first: list[Block], data: Data) -> str:
 
 def _limits(data: Data) -> list[str]:
     """What the checks of this run cannot find."""
-    told = []
+    told = [
+        "leaks: a held-out question in other words, behind other turns, before the last answer of a held-out row, or "
+        "under another system message"
+    ]
     if data.near_duplicates != "off" and not data.card:
         from finetune.data.near import chance
 

@@ -24,6 +24,8 @@ TRAIN, HELDOUT = 1, 2
 """Values of `Facts.split`; 0 is neither."""
 
 SPLITS = {"": 0, "train": TRAIN, "heldout": HELDOUT}
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+
 FAULT = re.compile(r"[A-Z]+-\d+")
 """Codes of faults; other codes are words, and say why a good row is not used."""
 
@@ -220,7 +222,7 @@ def listed_rows(facts: Facts, rows: Any, title: str, share: float = 0.0) -> Data
 
 def _copies(facts: Facts, data: Data) -> None:
     rows = np.flatnonzero(facts.open)
-    keys = facts.column("text_key")[rows] ^ (facts.split[rows].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    keys = facts.column("text_key")[rows] ^ (facts.split[rows].astype(np.uint64) * _ODD)
     late, first = earlier(keys)  # with files for both sides a copy across them is a leak, told as such
     if data.duplicates == "drop":
         facts.drop(rows[late], "copy", rows[first])
@@ -291,19 +293,63 @@ def _mix(facts: Facts, data: Data) -> None:
 
 
 def _leaks(facts: Facts, data: Data) -> list[str]:
-    train, held = np.flatnonzero(facts.split == TRAIN), np.flatnonzero(facts.split == HELDOUT)
-    asks = facts.column("prompt_key")
-    both = train[np.isin(asks[train], asks[held])]
-    if not len(both):
-        return []
-    asked = {int(asks[row]): int(row) for row in held[np.isin(asks[held], asks[both])]}
-    if data.leakage == "drop":
-        facts.drop(both, "leak", [asked[int(asks[row])] for row in both])
-        return [f"{len(both)} training rows ask what is held out, and are dropped, as data.leakage=drop says"]
-    lines = [f"  {facts.where(asked[int(asks[r])])} asks what {facts.where(int(r))} trains on" for r in both[:SHOWN]]
-    more = [f"  and {len(both) - SHOWN} more"] if len(both) > SHOWN else []
-    title = f"{len(both)} training rows ask questions that are held out:"
+    """Training rows with a held-out question are an error, or dropped.
+
+    Where the split is ours, nobody chose that a conversation goes on from a held-out row: it is dropped in any case.
+    """
+    rows, others, last = leaking(facts)
+    gone = np.full(len(rows), data.leakage == "drop") | ~last & (not data.heldout_files)
+    told = []
+    if gone.any():
+        facts.drop(rows[gone], "leak", others[gone])
+        said = ", as data.leakage=drop says" if data.leakage == "drop" else ": the split put them there"
+        told = [f"{gone.sum()} training rows ask what is held out, and are dropped{said}"]
+    rows, others = rows[~gone], others[~gone]
+    if not len(rows):
+        return told
+    lines = [
+        f"  {facts.where(b)} asks what {facts.where(a)} trains on"
+        for a, b in zip(rows[:SHOWN].tolist(), others[:SHOWN].tolist(), strict=True)
+    ]
+    more = [f"  and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
+    title = f"{len(rows)} training rows ask questions that are held out:"
     raise DataError("DATA-013", "\n".join([title, *lines, *more]), "", "remove them, or data.leakage=drop")
+
+
+def leaking(facts: Facts) -> tuple[Any, Any, Any]:
+    """(training rows that train on a held-out question, that held-out row, whether it is their last one), each once.
+
+    A held-out row asks what stands before its last answer; a training row what stands before any answer it trains. The
+    system message counts only where both have one: there it may say what is to be done with the question.
+    """
+    held = np.flatnonzero(facts.split == HELDOUT)
+    asks, system = (facts.column(name)[held] for name in ("prompt_key", "system_key"))
+    bare = system == 0
+    known = [_ordered(asks ^ system * _ODD, held), _ordered(asks[bare], held[bare]), _ordered(asks, held)]
+    found, start = [], 0
+    for part in facts.table.select(["asks", "prompt_key", "system_key"]).to_batches():
+        of = part["asks"].value_parent_indices().to_numpy()
+        keys, rows = part["asks"].flatten().to_numpy(), start + of
+        own, last = part["system_key"].to_numpy()[of], keys == part["prompt_key"].to_numpy()[of]
+        other = np.full(len(rows), -1)
+        training = facts.split[rows] == TRAIN
+        for (ordered, numbers), query, may in zip(
+            known, (keys ^ own * _ODD, keys, keys), (training, training, training & (own == 0)), strict=True
+        ):
+            if len(ordered):
+                at = np.minimum(np.searchsorted(ordered, query), len(ordered) - 1)
+                other = np.where((other < 0) & may & (ordered[at] == query), numbers[at], other)
+        hits = np.flatnonzero(other >= 0)[::-1]  # so that the last turn is the first
+        _, first = np.unique(rows[hits], return_index=True)
+        found.append(np.stack([rows[hits], other[hits], last[hits]])[:, first])
+        start += len(part)
+    every = np.concatenate(found, axis=1)
+    return every[0], every[1], every[2] > 0
+
+
+def _ordered(keys: Any, rows: Any) -> tuple[Any, Any]:
+    order = np.argsort(keys, kind="stable")
+    return keys[order], rows[order]
 
 
 def _too_long(facts: Facts, data: Data, long: str) -> None:
