@@ -72,6 +72,35 @@ def test_the_newest_rows_are_held_out_and_their_groups_leave_the_past(tmp_path: 
     assert [line["code"] for line in lines.values() if line["code"]] == ["group-held-out"]
 
 
+@pytest.mark.parametrize(
+    "times",
+    [
+        [500 * i for i in range(1, 24)],
+        [1990 + i for i in range(30)],
+        [f"{1990 + i}" + "-07-01" * (i % 2) for i in range(30)],
+        [*(1e15 * i for i in range(1, 10)), 1.001e16, 1.002e16, 2.5e16],
+        [0.5 * i for i in range(-10, 10)],
+    ],
+    ids=["counter", "years", "years and dates", "large numbers", "numbers below zero"],
+)
+def test_a_column_of_times_is_of_dates_or_of_numbers(tmp_path: Path, base: Path, times: list[Any]) -> None:
+    rows = [qa(f"q{i}", "a", step=time) for i, time in enumerate(times)]
+    DRAW.shuffle(rows)
+    folder = prepare(tmp_path, base, jsonl(tmp_path / "r.jsonl", *rows), time_by="step", heldout_fraction=0.2)
+    held = [rows[line["line"] - 1]["step"] for line in ledger(folder) if line["split"] == "heldout"]
+    assert sorted(held, key=times.index) == times[-round(len(times) / 5) :]
+
+
+def test_a_date_that_no_calendar_has_is_a_fault_of_its_row(tmp_path: Path, base: Path) -> None:
+    rows = [qa(f"q{i}", "a", date=f"2024-{1 + i % 12:02d}-01") for i in range(120)]
+    rows[7]["date"] = "2024-13-45"
+    path = jsonl(tmp_path / "r.jsonl", *rows)
+    with pytest.raises(DataError, match=r"DATA-001 r\.jsonl:8 date is no date, expected YYYY-MM-DD or a number"):
+        prepare(tmp_path, base, path, time_by="date")
+    folder = prepare(tmp_path, base, path, time_by="date", on_bad_row="drop")
+    assert [(line["line"], line["code"]) for line in ledger(folder) if line["code"]] == [(8, "DATA-001")]
+
+
 def test_a_mixture_takes_its_shares_and_repeats_nothing(tmp_path: Path, base: Path) -> None:
     one = jsonl(tmp_path / "one.jsonl", *(qa(f"one {i}", "a") for i in range(90)))
     two = jsonl(tmp_path / "two.jsonl", *(qa(f"two {i}", "a") for i in range(300)))

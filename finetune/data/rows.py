@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ SHOWN = 20
 SHOW_ROWS = "FINETUNE_SHOW_ROWS"
 """Variable that --show-rows sets, for this process and those it starts: errors may repeat words of rows."""
 
+
+NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?")
+"""How a number is written by whoever has read it from a file."""
 
 _OPENING = "\"'\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb\u00a1\u00bf"
 _CLOSING = ".,;:!?\u2026\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f" + _OPENING  # those of full width among them
@@ -152,3 +156,18 @@ def plain(text: str) -> str:
     """
     words = text.lower().split()
     return " ".join(w for word in words if (w := word.lstrip(_OPENING).rstrip(_CLOSING))) or " ".join(words)
+
+
+def moment(text: str, *, years: bool) -> float | None:
+    """A date or number as what times are ordered by: seconds, or the number. None where it is neither.
+
+    `years`: whether a number of four digits is a year.
+    """
+    if NUMBER.fullmatch(text) and not (years and re.fullmatch(r"\d{4}", text)):
+        return float(text)
+    import numpy as np
+
+    try:
+        return float(np.datetime64(text.replace(" ", "T").removesuffix("Z"), "s").astype(np.int64))
+    except (ValueError, OverflowError):
+        return None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune.data.rows import SHOWN, quoted
+from finetune.data.rows import NUMBER, SHOWN, moment
 from finetune.errors import DataError
 from finetune.recipe import Data
 
@@ -252,19 +252,13 @@ def _held_out(facts: Facts, data: Data) -> None:
 
 
 def times(facts: Facts) -> Any:
-    """Seconds or numbers by which rows are ordered in time."""
-    return np.array([_time(text) for chunk in facts.table["time"].chunks for text in chunk.to_pylist()])
+    """Seconds or numbers by which rows are ordered in time; 0 for a row that has none, which is a faulty one.
 
-
-def _time(text: str) -> float:
-    if re.fullmatch(r"\d+(\.\d+)?", text) and len(text) != 4:
-        return float(text)
-    try:
-        return float(np.datetime64(text.replace(" ", "T").removesuffix("Z"), "s").astype(np.int64)) if text else 0.0
-    except ValueError:
-        raise DataError(
-            "DATA-001", f"the time {quoted(text)} is no date", "data.time_by names its column", "YYYY-MM-DD"
-        ) from None
+    A number of four digits is a year only in a column that has dates as well.
+    """
+    texts = [text for chunk in facts.table["time"].chunks for text in chunk.to_pylist()]
+    years = not all(NUMBER.fullmatch(text) for text in texts if text)
+    return np.array([moment(text, years=years) if text else 0.0 for text in texts], dtype=np.float64)
 
 
 def _mix(facts: Facts, data: Data) -> None:
