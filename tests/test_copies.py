@@ -170,3 +170,20 @@ def test_a_conversation_that_goes_on_from_a_held_out_row_is_dropped_where_the_sp
         f"{len(leaks)} training rows ask what is held out, and are dropped: the split put them there"
         in report(folder)["notes"]
     )
+
+
+@pytest.mark.parametrize("kind", ["the question", "nearly the row"])
+def test_the_rejected_ledger_has_an_error_for_every_leaking_row(tmp_path: Path, base: Path, kind: str) -> None:
+    rows = [qa(words(40), words(40)) for _ in range(40)]
+    path = jsonl(tmp_path / "train.jsonl", *rows)
+    more = "?" if kind == "the question" else " indeed"
+    leaks = [qa(row["messages"][0]["content"] + more, row["messages"][1]["content"] + more) for row in rows[5:30]]
+    held = jsonl(tmp_path / "held.jsonl", *leaks, qa("another", "row"))
+    near = "off" if kind == "the question" else "report"
+    with pytest.raises(DataError, match=r"DATA-013 25 (.|\n)*and 5 more(.|\n)*ledger\.jsonl names every row"):
+        prepare(tmp_path, base, path, heldout_files=[str(held)], near_duplicates=near)
+    lines = [line for line in ledger(tmp_path / "rejected") if line["verdict"] == "error"]
+    assert [(line["file"], line["line"], line["code"]) for line in lines] == [
+        ("train.jsonl", i, "DATA-013") for i in range(6, 31)
+    ]
+    assert [line["why"] for line in lines] == [f"trains on what is held out in held.jsonl:{i}" for i in range(1, 26)]

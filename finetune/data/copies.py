@@ -50,6 +50,7 @@ def _across(facts: Facts, data: Data, scratch: Path) -> list[str]:
         more = [f"  and {len(pairs) - SHOWN} more"] if len(pairs) > SHOWN else []
         title = f"{len(pairs)} training rows are nearly held-out ones (share of five-word runs):"
         fix = "remove them, or data.leakage=drop, or data.near_duplicates=off"
+        facts.drop([row for row, _, _ in pairs], "DATA-013", [other for _, other, _ in pairs])
         raise DataError("DATA-013", "\n".join([title, *lines, *more]), "", fix)
     facts.drop([row for row, _, _ in pairs], "near-copy", [other for _, other, _ in pairs])
     return [f"{len(pairs)} training rows are nearly held-out ones and are dropped"]

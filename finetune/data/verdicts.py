@@ -307,6 +307,7 @@ def _leaks(facts: Facts, data: Data) -> list[str]:
     ]
     more = [f"  and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
     title = f"{len(rows)} training rows ask questions that are held out:"
+    facts.drop(rows, "DATA-013", others)
     raise DataError("DATA-013", "\n".join([title, *lines, *more]), "", "remove them, or data.leakage=drop")
 
 
