@@ -261,6 +261,26 @@ def test_the_share_without_a_template_is_that_of_the_other_runs(tmp_path: Path, 
     assert list(near_copies(parts, 0.76, None, tmp_path, common=common)) == []
 
 
+def test_what_only_one_of_two_rows_has_beside_the_template_counts_as_well(tmp_path: Path) -> None:
+    own, rows = noise(200) >> np.uint32(1), np.repeat(noise(1, seed=2) | np.uint32(1 << 31), 400, axis=0)
+    rows[:200, :12] = own[:, :12]
+    rows[200:, 4:16] = own[:, 4:16]  # 8 places of 16 that are not the template's
+    parts = saved(tmp_path, rows)
+    common = common_values(parts, np.ones(400, dtype=bool), 20)
+    assert list(near_copies(parts, 0.5, None, tmp_path, common=common)) == [(200 + i, i, 0.5) for i in range(200)]
+    assert list(near_copies(parts, 0.51, None, tmp_path, common=common)) == []
+
+
+def test_rows_that_share_a_template_only_are_not_even_compared(tmp_path: Path, compared: list[int]) -> None:
+    rows = noise(2000)
+    rows[:, 24:] = 7
+    rows[1000:1100] = rows[:100]
+    parts, held = saved(tmp_path, rows), np.arange(2000) < 1000
+    common = common_values(parts, np.ones(2000, dtype=bool), 20)
+    found = list(near_copies(parts, 0.5, None, tmp_path, against=held, common=common))
+    assert found == [(1000 + i, i, 1.0) for i in range(100)] and compared == [1] * 100
+
+
 def test_values_are_common_from_so_many_eligible_rows_on(tmp_path: Path) -> None:
     rows = noise(60)
     rows[:20, 3], rows[20:39, 3], rows[40:, 9] = 7, 8, 9
