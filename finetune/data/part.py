@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -267,16 +268,16 @@ def _fact(row: Row, turns: str) -> dict[str, Any]:
     if not row.code:
         words = re.findall(r"\w+", (row.fields["text"] if "text" in row.fields else "\n".join(texts(row))).lower())
         fact["text_key"] = key(" ".join(words) or repr(row.input_ids))
-        fact["prompt_key"], fact["group_key"] = key(prompt_key(row)), key(row.group)
-        fact["system_key"], fact["asks"] = _system_key(row), _asks(row, turns) or [fact["prompt_key"]]
+        keys = {i: key(told) for i, told in prompt_keys(row).items()} or {-1: key(prompt_key(row))}
+        fact["prompt_key"], fact["group_key"], fact["system_key"] = list(keys.values())[-1], key(row.group), 0
+        if row.messages and row.messages[0]["role"] == "system":
+            fact["system_key"] = _system_key(row.messages[0]["content"])
+        wanted = list(keys) if turns == "all" else list(keys)[-1:]
+        weights = {i: m["weight"] for i, m in enumerate(row.messages) if "weight" in m}
+        fact["asks"] = [keys[i] for i in wanted if i not in weights or weights[i]]
     return fact
 
 
-def _system_key(row: Row) -> int:
-    return next((key(plain(m["content"])) for m in row.messages[:1] if m["role"] == "system"), 0)
-
-
-def _asks(row: Row, turns: str) -> list[int]:
-    keys = prompt_keys(row)
-    wanted = list(keys) if turns == "all" else list(keys)[-1:]
-    return [key(keys[i]) for i in wanted if "weight" not in row.messages[i] or row.messages[i]["weight"]]
+@lru_cache(maxsize=64)
+def _system_key(text: str) -> int:
+    return key(plain(text))

@@ -144,7 +144,7 @@ def prompt_keys(row: Row) -> dict[int, str]:
     for i, message in enumerate(row.messages):
         if message["role"] == "assistant":
             keys[i] = told.hexdigest()
-        if message["role"] != "system":
+        if message["role"] != "system" and i < len(row.messages) - 1:
             told.update(f"{message['role']}:{plain(message['content'])}\n".encode())
     return keys
 
