@@ -150,11 +150,12 @@ class Data:
     duplicates: str = one_of("drop", "report")
     """Rows whose words are those of an earlier row on their side, whatever case and punctuation."""
     near_duplicates: str = one_of("report", "drop", "off")
-    """Rows that share most five-word runs with an earlier row or a held-out one (MinHash; see `near_share`)."""
+    """Rows that share most five-word runs with an earlier row or a held-out one (MinHash; see `near_share`). A template
+    that many rows share makes none of them a copy of a held-out one, unless `drop`."""
     near_share: float = 0.7
     """Share of five-word runs in common (Jaccard) from which two rows are near duplicates."""
     leakage: str = one_of("error", "drop")
-    """A held-out question that is also trained on: the run ends, or the training row is dropped."""
+    """A held-out question that is also trained on, in any turn: the run ends, or the training row is dropped."""
     privacy: str = one_of("report", "redact", "drop", "off")
     """Personal data and secrets: counted, replaced by [EMAIL] and the like, or their rows dropped."""
     quality: str = one_of("report", "drop", "off")

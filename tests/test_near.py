@@ -21,6 +21,7 @@ from finetune.data.near import (
     bands_of,
     chance,
     chance_to_meet,
+    common_values,
     near_copies,
     signature,
 )
@@ -233,6 +234,62 @@ def test_training_rows_are_compared_with_every_held_out_row(tmp_path: Path) -> N
     expected = {row: equal[row] for row in np.flatnonzero((equal >= 0.8) & ~held_out)}
     found = {row: share for row, _, share in near_copies(saved(tmp_path, rows), 0.8, None, tmp_path, against=held_out)}
     assert len(expected) > 150 and found == expected
+
+
+def test_a_template_that_many_rows_share_makes_no_near_copies_of_them(tmp_path: Path) -> None:
+    template, held = words(60, 1), np.arange(230) < 30
+    texts = [[*template, *words(20, 100 + i)] for i in range(220)]
+    texts += [[*texts[i][:-1], "otherwise"] for i in range(10)]  # 16 of 17 own runs: the same but for its last word
+    parts = saved(tmp_path, of(texts), parts=7)
+    everybody = np.ones(230, dtype=bool)
+    plain = list(near_copies(parts, 0.5, None, tmp_path, against=held))
+    assert len(plain) > 150, "56 of 96 runs are those of the template"
+    common = common_values(parts, everybody, 20)
+    found = list(near_copies(parts, 0.5, None, tmp_path, against=held, common=common))
+    assert [(row, other) for row, other, _ in found] == [(220 + i, i) for i in range(10)]
+
+
+@pytest.mark.parametrize("own", [12, 24, 48])
+def test_the_share_without_a_template_is_that_of_the_other_runs(tmp_path: Path, own: int) -> None:
+    rows = noise(400)
+    rows[:, own:] = noise(1, seed=2)[:, own:] & np.uint32(0xFF)  # small: the smallest of both texts, and common
+    rows[200:, : own * 3 // 4] = rows[:200, : own * 3 // 4]
+    parts = saved(tmp_path, rows)
+    common = common_values(parts, np.ones(400, dtype=bool), 20)
+    assert [len(values) for values in common] == [0] * own + [1] * (PERMUTATIONS - own)
+    assert list(near_copies(parts, 0.75, None, tmp_path, common=common)) == [(200 + i, i, 0.75) for i in range(200)]
+    assert list(near_copies(parts, 0.76, None, tmp_path, common=common)) == []
+
+
+def test_what_only_one_of_two_rows_has_beside_the_template_counts_as_well(tmp_path: Path) -> None:
+    own, rows = noise(200) >> np.uint32(1), np.repeat(noise(1, seed=2) | np.uint32(1 << 31), 400, axis=0)
+    rows[:200, :12] = own[:, :12]
+    rows[200:, 4:16] = own[:, 4:16]  # 8 places of 16 that are not the template's
+    parts = saved(tmp_path, rows)
+    common = common_values(parts, np.ones(400, dtype=bool), 20)
+    assert list(near_copies(parts, 0.5, None, tmp_path, common=common)) == [(200 + i, i, 0.5) for i in range(200)]
+    assert list(near_copies(parts, 0.51, None, tmp_path, common=common)) == []
+
+
+def test_rows_that_share_a_template_only_are_not_even_compared(tmp_path: Path, compared: list[int]) -> None:
+    rows = noise(2000)
+    rows[:, 24:] = 7
+    rows[1000:1100] = rows[:100]
+    parts, held = saved(tmp_path, rows), np.arange(2000) < 1000
+    common = common_values(parts, np.ones(2000, dtype=bool), 20)
+    found = list(near_copies(parts, 0.5, None, tmp_path, against=held, common=common))
+    assert found == [(1000 + i, i, 1.0) for i in range(100)] and compared == [1] * 100
+
+
+def test_values_are_common_from_so_many_eligible_rows_on(tmp_path: Path) -> None:
+    rows = noise(60)
+    rows[:20, 3], rows[20:39, 3], rows[40:, 9] = 7, 8, 9
+    parts = saved(tmp_path, rows, parts=5)
+    assert [values.tolist() for values in common_values(parts, np.arange(60) != 50, 20)] == [
+        [7] if place == 3 else [] for place in range(PERMUTATIONS)
+    ]
+    assert common_values(parts, np.ones(60, dtype=bool), 20)[9].tolist() == [9]
+    assert all(len(values) == 0 for values in common_values(parts, np.arange(60) < 19, 20))
 
 
 def test_rows_that_take_no_part_are_neither_found_nor_found_near(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Copies, splits, leaks, mixtures and limits: decided over all rows, each with its reason in the ledger."""
+"""Copies, splits, mixtures and limits: decided over all rows, each with its reason in the ledger."""
 
 from __future__ import annotations
 
@@ -47,44 +47,6 @@ def test_copies_are_found_whatever_case_and_punctuation_and_only_the_first_is_ke
     assert [line["resembles"] for line in ledger(kept) if "resembles" in line] == ["rows.jsonl:4", "rows.jsonl:6"]
 
 
-def test_near_copies_are_reported_or_dropped(tmp_path: Path, base: Path) -> None:
-    rows = [qa(words(40), words(40)) for _ in range(60)]
-    near = [qa(row["messages"][0]["content"] + " indeed", row["messages"][1]["content"]) for row in rows[:10]]
-    path = jsonl(tmp_path / "rows.jsonl", *rows, *near)
-    counted = prepare(tmp_path, base, path, near_duplicates="report", heldout_fraction=0.02)
-    assert any("are nearly earlier ones, e.g. rows.jsonl:6" in note for note in report(counted)["notes"])
-    dropped = prepare(tmp_path, base, path, near_duplicates="drop", heldout_fraction=0.02)
-    lines = [line for line in ledger(dropped) if line["code"] == "near-copy"]
-    assert 9 <= len(lines) <= 10
-    assert all(line["line"] > 60 or line["why"] for line in lines)
-    assert lines[-1]["why"].startswith("nearly the same words as rows.jsonl:")
-
-
-def test_a_near_copy_between_the_users_own_files_is_a_leak(tmp_path: Path, base: Path) -> None:
-    rows = [qa(words(40), words(40)) for _ in range(20)]
-    train = jsonl(tmp_path / "train.jsonl", *rows)
-    other = qa(rows[7]["messages"][0]["content"] + " indeed", rows[7]["messages"][1]["content"])
-    held = jsonl(tmp_path / "held.jsonl", qa(words(40), "yes"), other)
-    own = {"heldout_files": [str(held)], "near_duplicates": "report"}
-    with pytest.raises(
-        DataError, match=r"DATA-013 .*nearly held-out ones(.|\n)*train\.jsonl:8 is \d+% held-out held\.jsonl:2"
-    ):
-        prepare(tmp_path, base, train, **own)
-    folder = prepare(tmp_path, base, train, **own, leakage="drop")
-    assert [(line["line"], line["code"]) for line in ledger(folder) if line["code"]] == [(8, "near-copy")]
-
-
-def test_a_question_on_both_sides_is_dropped_only_if_so_wished(tmp_path: Path, base: Path) -> None:
-    train = jsonl(tmp_path / "train.jsonl", qa("one?", "1"), qa("two?", "2"))
-    held = jsonl(tmp_path / "held.jsonl", qa("three?", "3"), qa("Two? ", "zwei"))
-    with pytest.raises(DataError, match=r"DATA-013 (.|\n)*held\.jsonl:2 asks what train\.jsonl:2 trains on"):
-        prepare(tmp_path, base, train, heldout_files=[str(held)])
-    folder = prepare(tmp_path, base, train, heldout_files=[str(held)], leakage="drop")
-    lines = {(line["file"], line["line"]): line for line in ledger(folder)}
-    assert lines["train.jsonl", 2]["code"] == "leak"
-    assert lines["train.jsonl", 2]["why"] == "asks what is held out in held.jsonl:2"
-
-
 def test_documents_are_never_split(tmp_path: Path, base: Path) -> None:
     rows = [qa(f"q{i}", f"a{i}") | {"document": f"d{i % 7}"} for i in range(70)]
     folder = prepare(tmp_path, base, jsonl(tmp_path / "r.jsonl", *rows), group_by="document", heldout_fraction=0.3)
@@ -110,6 +72,35 @@ def test_the_newest_rows_are_held_out_and_their_groups_leave_the_past(tmp_path: 
     assert [line["code"] for line in lines.values() if line["code"]] == ["group-held-out"]
 
 
+@pytest.mark.parametrize(
+    "times",
+    [
+        [500 * i for i in range(1, 24)],
+        [1990 + i for i in range(30)],
+        [f"{1990 + i}" + "-07-01" * (i % 2) for i in range(30)],
+        [*(1e15 * i for i in range(1, 10)), 1.001e16, 1.002e16, 2.5e16],
+        [0.5 * i for i in range(-10, 10)],
+    ],
+    ids=["counter", "years", "years and dates", "large numbers", "numbers below zero"],
+)
+def test_a_column_of_times_is_of_dates_or_of_numbers(tmp_path: Path, base: Path, times: list[Any]) -> None:
+    rows = [qa(f"q{i}", "a", step=time) for i, time in enumerate(times)]
+    DRAW.shuffle(rows)
+    folder = prepare(tmp_path, base, jsonl(tmp_path / "r.jsonl", *rows), time_by="step", heldout_fraction=0.2)
+    held = [rows[line["line"] - 1]["step"] for line in ledger(folder) if line["split"] == "heldout"]
+    assert sorted(held, key=times.index) == times[-round(len(times) / 5) :]
+
+
+def test_a_date_that_no_calendar_has_is_a_fault_of_its_row(tmp_path: Path, base: Path) -> None:
+    rows = [qa(f"q{i}", "a", date=f"2024-{1 + i % 12:02d}-01") for i in range(120)]
+    rows[7]["date"] = "2024-13-45"
+    path = jsonl(tmp_path / "r.jsonl", *rows)
+    with pytest.raises(DataError, match=r"DATA-001 r\.jsonl:8 date is no date, expected YYYY-MM-DD or a number"):
+        prepare(tmp_path, base, path, time_by="date")
+    folder = prepare(tmp_path, base, path, time_by="date", on_bad_row="drop")
+    assert [(line["line"], line["code"]) for line in ledger(folder) if line["code"]] == [(8, "DATA-001")]
+
+
 def test_a_mixture_takes_its_shares_and_repeats_nothing(tmp_path: Path, base: Path) -> None:
     one = jsonl(tmp_path / "one.jsonl", *(qa(f"one {i}", "a") for i in range(90)))
     two = jsonl(tmp_path / "two.jsonl", *(qa(f"two {i}", "a") for i in range(300)))
@@ -117,6 +108,32 @@ def test_a_mixture_takes_its_shares_and_repeats_nothing(tmp_path: Path, base: Pa
     train = Counter(name.partition("#")[0] for name in dataset(folder / "train.arrow")["row"])
     assert train["two.jsonl"] == pytest.approx(3 * train["one.jsonl"], abs=2)
     assert report(folder)["dropped"]["mixture"] == 390 - report(folder)["kept"]
+
+
+def test_a_mixture_tells_files_of_one_name_apart(tmp_path: Path, base: Path) -> None:
+    for folder, count in (("a", 90), ("b", 90)):
+        (tmp_path / folder).mkdir()
+        jsonl(tmp_path / folder / "train.jsonl", *(qa(f"{folder} {i}", "a") for i in range(count)))
+    one, two = tmp_path / "a" / "train.jsonl", tmp_path / "b" / "train.jsonl"
+    folders = [
+        prepare(tmp_path, base, one, two, mixture={str(one): share, str(two): 1 - share}) for share in (0.9, 0.1, 0.5)
+    ]
+    assert len(set(folders)) == 3, "each has its address"
+    for folder, share in zip(folders, (0.9, 0.1, 0.5), strict=True):
+        train = Counter(name.partition("/")[0] for name in dataset(folder / "train.arrow")["row"])
+        assert train["a"] / train.total() == pytest.approx(share, abs=0.02)
+        assert train.total() > 80
+
+
+def test_a_mixture_in_which_a_share_has_no_rows_or_two_have_the_same_is_refused(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    one = jsonl(tmp_path / "rows" / "one.jsonl", *(qa(f"one {i}", "a") for i in range(30)))
+    two = jsonl(tmp_path / "rows" / "two.jsonl", *(qa(f"one {i}", "a") for i in range(30)))
+    with pytest.raises(DataError, match=r"DATA-031 data\.mixture: \S*two\.jsonl has no training row.*Try: rows for it"):
+        prepare(tmp_path, base, one, two, mixture={str(one): 0.5, str(two): 0.5})
+    jsonl(two, *(qa(f"two {i}", "a") for i in range(30)))
+    with pytest.raises(DataError, match=r"DATA-031 data\.mixture: \S*one\.jsonl and \S* both have one\.jsonl"):
+        prepare(tmp_path, base, one.parent, one, mixture={str(one.parent): 0.5, str(one): 0.5})
 
 
 def test_a_row_is_cut_only_if_so_wished_and_must_keep_something_to_learn(tmp_path: Path, base: Path) -> None:

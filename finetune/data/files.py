@@ -123,6 +123,15 @@ def sources(patterns: list[str]) -> list[Source]:
     return [dataclasses.replace(source, name=_name(source.path, list(found))) for source in found.values()]
 
 
+def named(entries: list[str], every: list[Source]) -> dict[str, list[str]]:
+    """Entry -> the names that its files have among `every`, in their order; none for a file that is not among them.
+
+    A name is as long as it takes to tell a file from all others, so an entry by itself would give shorter ones.
+    """
+    found = {entry: {source.path.resolve() for source in sources([entry])} for entry in entries}
+    return {entry: [s.name for s in every if s.path.resolve() in paths] for entry, paths in found.items()}
+
+
 def _name(path: Path, every: list[Path]) -> str:
     """As much of the end of a path as tells it from the others: names do not depend on where the data lie."""
     parts = path.resolve().parts

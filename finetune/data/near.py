@@ -45,6 +45,8 @@ _SEED = 1
 _NOTHING = np.uint32(0xFFFFFFFF)
 """All values of the signature of a text without words, which is a near copy of nothing."""
 _BLOCK = 1 << 14
+_PLACES = 2
+"""Places of all signatures that are sorted at a time."""
 _ODD, _HALF, _ROW = np.uint64(0x9E3779B97F4A7C15), np.uint64(32), np.uint64(MOST_ROWS - 1)
 _WORD = re.compile(r"\w+")
 _PLAIN = "".join(chr(i) if _WORD.fullmatch(chr(i)) else " " for i in range(128))
@@ -71,6 +73,7 @@ def near_copies(
     scratch: Path,
     against: NDArray[np.bool_] | None = None,
     tick: Callable[[int, int], None] | None = None,
+    common: list[NDArray[np.uint32]] | None = None,
 ) -> Iterator[tuple[int, int, float]]:
     """(row, kept row that it is a near copy of, their estimated share in common), in the order of rows, each row once.
 
@@ -83,11 +86,14 @@ def near_copies(
     With `against`, its rows are all kept, and every other row is compared with them alone, those behind it too. To
     clear two sides: first train against held-out, then each side by itself, with `eligible` less what was dropped.
 
+    `common`, of `common_values`: wording that does not count. A pair must then have `share` of all its runs, and also
+    of those that are not common, which is told; rows that have nothing else in common are not compared.
+
     Where several kept rows are near enough, it is the nearest one, of these the first. Files in `scratch` have no name
     and go when the iterator does; OSError when there is no room for them. `tick(done, total)` hears of progress, in
     steps that are no rows. Raises DataError: NEAR-001 a part without such signatures, NEAR-002 too many rows.
     """
-    signatures = _Signatures(parts)
+    signatures = _Signatures(parts, common)
     if not share or not len(signatures):
         return
     bands, width = bands_of(share)
@@ -96,7 +102,7 @@ def near_copies(
     with tempfile.TemporaryFile(dir=scratch) as file:
         taking = np.ones(rows, dtype=bool) if eligible is None else eligible.copy()
         for start, block in signatures.blocks():
-            _write_bands(file, block, start, rows, width)
+            _write_bands(file, block, start, rows, width, signatures.known(block))
             taking[start : start + len(block)] &= (block != _NOTHING).any(axis=1)
             tick(start + len(block), total)
         kept = taking if against is None else taking & against
@@ -110,8 +116,29 @@ def near_copies(
             meets = (block != np.arange(start, start + block.shape[1], dtype=np.uint32)).any(axis=0)
             if against is not None:
                 meets &= ~against[start : start + _BLOCK]
-            yield from _sweep(np.flatnonzero(meets) + start, signatures, links, kept, _equal_values(share))
+            yield from _sweep(np.flatnonzero(meets) + start, signatures, links, kept, share)
             tick(rows * (bands + 1) + (start + block.shape[1]) * bands, total)
+
+
+def common_values(parts: list[NDArray[np.uint32]], eligible: NDArray[np.bool_], least: int) -> list[NDArray[np.uint32]]:
+    """For each place of a signature the values, in ascending order, that `least` of the eligible rows or more have.
+
+    A value stands for one run of the text. So these stand for the runs that many rows share: a question's template. The
+    smaller of two rows' values is a random run of both together, so that places where it is common can be left out, and
+    the others still estimate the share in common of all other runs. Memory is below 20 bytes per row.
+    """
+    signatures, found = _Signatures(parts, None), []
+    for first in range(0, PERMUTATIONS, _PLACES):
+        columns, done = np.empty((_PLACES, int(eligible.sum())), np.uint32), 0
+        for start, block in signatures.blocks():
+            those = block[eligible[start : start + len(block)], first : first + _PLACES]
+            columns[:, done : done + len(those)] = those.T
+            done += len(those)
+        columns.sort(axis=1)
+        for column in columns:
+            later = column[least - 1 :]
+            found.append(np.unique(later[later == column[: len(later)]]))
+    return found
 
 
 def chance(share: float, true: float | None = None) -> float:
@@ -169,7 +196,7 @@ def _equal_values(share: float) -> int:
 class _Signatures:
     """The rows of all parts one after the other, read from disk where they are looked at."""
 
-    def __init__(self, parts: list[NDArray[np.uint32]]) -> None:
+    def __init__(self, parts: list[NDArray[np.uint32]], common: list[NDArray[np.uint32]] | None) -> None:
         for part in parts:
             if part.dtype != np.uint32 or part.shape[1:] != (PERMUTATIONS,):
                 what = f"a part has no signatures of {PERMUTATIONS} values: {part.dtype} of shape {part.shape}"
@@ -177,6 +204,7 @@ class _Signatures:
                 raise DataError("NEAR-001", what, "another version wrote it", fix)
         # A memmap checks every slice of it for being one too. A plain array of the same memory does not.
         self.parts = [part.view(np.ndarray) for part in parts]
+        self.common = common
         self.starts = [0]
         for part in self.parts:
             self.starts.append(self.starts[-1] + len(part))
@@ -204,34 +232,58 @@ class _Signatures:
             done = stop
         return np.concatenate(counts)
 
+    def own(self, row: int, others: list[int]) -> NDArray[np.float64]:
+        """The share of what `row` and each of the others have in common, without what is common to many rows."""
+        mine = self._rows(row, [row])
+        theirs = np.concatenate([self._rows(other, [other]) for other in others])
+        counts = ~np.where(mine <= theirs, self.known(mine), self.known(theirs))
+        shared: NDArray[np.float64] = (counts & (mine == theirs)).sum(axis=1) / np.maximum(counts.sum(axis=1), 1)
+        return shared
+
+    def known(self, block: NDArray[np.uint32]) -> NDArray[np.bool_]:
+        """Which values of some signatures are common."""
+        known = np.zeros(block.shape, dtype=bool)
+        for place, values in enumerate(self.common or []):
+            if len(values):
+                at = np.minimum(np.searchsorted(values, block[:, place]), len(values) - 1)
+                known[:, place] = values[at] == block[:, place]
+        return known
+
     def _rows(self, first: int, rows: list[int]) -> NDArray[np.uint32]:
         part = bisect_right(self.starts, first) - 1
         return self.parts[part][np.array(rows) - self.starts[part]]
 
 
-def _write_bands(file: IO[bytes], block: NDArray[np.uint32], start: int, rows: int, width: int) -> None:
-    """Writes 32 bits of hash for every band of the block. Texts that meet by accident of them are told apart later."""
+def _write_bands(
+    file: IO[bytes], block: NDArray[np.uint32], start: int, rows: int, width: int, known: NDArray[np.bool_]
+) -> None:
+    """Writes 32 bits of hash for every band of the block, 0 where all its values are `known` to be common.
+
+    Texts that meet by accident of these bits are told apart later.
+    """
     for band in range(PERMUTATIONS // width):
         hashes = np.zeros(len(block), dtype=np.uint64)
         for column in range(band * width, (band + 1) * width):
             hashes = (hashes ^ block[:, column]) * _ODD
             hashes ^= hashes >> _HALF
+        short = np.maximum((hashes >> _HALF).astype(np.uint32), 1)
+        short[known[:, band * width : (band + 1) * width].all(axis=1)] = 0
         file.seek(4 * (band * rows + start))
-        file.write((hashes >> _HALF).astype(np.uint32).tobytes())
+        file.write(short.tobytes())
 
 
 def _link(file: IO[bytes], band: int, taking: NDArray[np.bool_], kept: NDArray[np.bool_]) -> None:
-    """Puts in place of each row's hash the row before it in its bucket: itself for the first and for who takes no part.
+    """Puts in place of each row's hash the row before it in its bucket: itself for the first and for who has no bucket.
 
     Rows that may be dropped stand behind all that are kept from the start.
     """
     rows = len(taking)
     file.seek(4 * band * rows)
     column = np.fromfile(file, dtype=np.uint32, count=rows)
-    keys = np.empty(int(taking.sum()), dtype=np.uint64)  # hash, side, row
+    keys = np.empty(int((taking & (column > 0)).sum()), dtype=np.uint64)  # hash, side, row
     done = 0
     for start in range(0, rows, _BLOCK):
-        those = np.flatnonzero(taking[start : start + _BLOCK]) + start
+        those = np.flatnonzero(taking[start : start + _BLOCK] & (column[start : start + _BLOCK] > 0)) + start
         side = np.where(kept[those], 0, MOST_ROWS).astype(np.uint64)
         keys[done : done + len(those)] = column[those].astype(np.uint64) << _HALF | side | those.astype(np.uint64)
         done += len(those)
@@ -247,7 +299,7 @@ def _link(file: IO[bytes], band: int, taking: NDArray[np.bool_], kept: NDArray[n
 
 
 def _sweep(
-    rows: NDArray[np.int64], signatures: _Signatures, links: NDArray[np.uint32], kept: NDArray[np.bool_], needed: int
+    rows: NDArray[np.int64], signatures: _Signatures, links: NDArray[np.uint32], kept: NDArray[np.bool_], share: float
 ) -> Iterator[tuple[int, int, float]]:
     """Those of `rows` that are near copies. They are no longer `kept` from then on."""
     chains = [band.data for band in links]
@@ -261,10 +313,15 @@ def _sweep(
             continue
         candidates = sorted(others)
         equal = signatures.equal(row, candidates)
-        nearest = int(equal.argmax())
-        if equal[nearest] >= needed:
+        near = np.flatnonzero(equal >= _equal_values(share))
+        if not len(near):
+            continue
+        candidates = [candidates[i] for i in near]
+        shares = equal[near] / PERMUTATIONS if signatures.common is None else signatures.own(row, candidates)
+        nearest = int(shares.argmax())
+        if shares[nearest] >= share - 1e-9:
             keeps[row] = False
-            yield row, candidates[nearest], int(equal[nearest]) / PERMUTATIONS
+            yield row, candidates[nearest], float(shares[nearest])
 
 
 def _kept_before(row: int, chain: memoryview[int], kept: memoryview[int]) -> list[int]:

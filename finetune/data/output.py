@@ -148,7 +148,7 @@ def _why(facts: Facts, row: int, code: str) -> str:
     other = int(facts.other[row])
     if other >= 0:
         words = {"copy": "same words as", "near-copy": "nearly the same words as", "leak": "asks what is held out in"}
-        words |= {"DATA-002": "has the id of"}
+        words |= {"DATA-002": "has the id of", "DATA-013": "trains on what is held out in"}
         return f"{words[code] if code in words else 'same words as'} {facts.where(other)}"
     return {
         "rows-limit": "data.train_rows or data.heldout_rows is reached",

@@ -10,7 +10,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from finetune.data.cleaner import Cleaner, texts
 from finetune.data.encoder import Encoder
 from finetune.data.files import Block
 from finetune.data.records import records
-from finetune.data.rows import Row, prompt_key
+from finetune.data.rows import Row, plain, prompt_key, prompt_keys
 from finetune.data.shape import conversation, grouped, renamed
 from finetune.data.tokens import Tokens, cut, load_tokenizer, stop_tokens, vocabulary_rows, windows
 from finetune.errors import DataError
@@ -44,6 +45,7 @@ FACTS: dict[str, str] = {
     "need": "int32",
     "text_key": "uint64",
     "prompt_key": "uint64",
+    "system_key": "uint64",
     "group_key": "uint64",
     "order_key": "uint64",
     "privacy": "string",
@@ -51,7 +53,8 @@ FACTS: dict[str, str] = {
     "language": "string",
     "benchmarks": "string",
 }
-"""Column -> type. `need` is the length that keeps the row's answer; `place` the order that a card has given it."""
+"""Column -> type. `need` is the length that keeps the row's answer; `place` the order that a card has given it;
+`system_key` 0 where there is no system message."""
 
 
 _ORDINARY = (
@@ -129,7 +132,7 @@ class Maker:
     def make(self, job: Job) -> Any:
         """The part of a block, a table with the columns of `part_schema`."""
         rows = list(self._rows(job))
-        facts = [_fact(row) for row in rows]
+        facts = [_fact(row, self.work.data.turns) for row in rows]
         for row, fact in zip(rows, facts, strict=True):
             if not row.code:
                 row.decoded = self.encoder.decoded(row) if row.input_ids else []
@@ -154,6 +157,7 @@ class Maker:
         schema = part_schema(near=self.work.near)
         columns = [pa.array([fact[name] for fact in facts], schema.field(name).type) for name in FACTS]
         columns.append(pa.array([row.ignored for row in rows], schema.field("ignored").type))
+        columns.append(pa.array([fact["asks"] for fact in facts], schema.field("asks").type))
         flat = pa.RecordBatch.from_pylist([row for each in made for row in each], schema=rows_schema())
         ends = pa.array([0, *accumulate(map(len, made))], pa.int32())
         columns.append(pa.ListArray.from_arrays(ends, flat.to_struct_array(), type=schema.field("made").type))
@@ -218,7 +222,7 @@ class Maker:
 
         from finetune.data.near import PERMUTATIONS, signature
 
-        made = numpy.concatenate([signature("\n".join(texts(row)) if not row.code else "") for row in rows])
+        made = numpy.concatenate([signature("\n".join(_own_texts(row)) if not row.code else "") for row in rows])
         return pa.FixedSizeListArray.from_arrays(pa.array(made, pa.uint32()), PERMUTATIONS)
 
 
@@ -244,13 +248,15 @@ def rows_schema() -> Any:
 def part_schema(*, near: bool) -> Any:
     """Columns of a part, which are FACTS and some more.
 
-    `ignored`: columns of the file without a meaning here. `made`: the prepared rows that became of the row, each a
-    struct of `rows_schema`. With `near`, `signature`: PERMUTATIONS values of uint32.
+    `ignored`: columns of the file without a meaning here. `asks`: the `prompt_key` of every answer that is trained.
+    `made`: the prepared rows that became of the row, each a struct of `rows_schema`. With `near`, `signature`:
+    PERMUTATIONS values of uint32.
     """
     import pyarrow as pa
 
     columns = [(name, getattr(pa, kind if kind != "bool" else "bool_")()) for name, kind in FACTS.items()]
-    columns += [("ignored", pa.list_(pa.string())), ("made", pa.list_(pa.struct(list(rows_schema()))))]
+    columns += [("ignored", pa.list_(pa.string())), ("asks", pa.list_(pa.uint64()))]
+    columns += [("made", pa.list_(pa.struct(list(rows_schema()))))]
     if near:
         from finetune.data.near import PERMUTATIONS
 
@@ -272,14 +278,30 @@ def said(text: str) -> str:
     return " ".join(_SIGNS.findall(text if text.isascii() else normalize("NFC", text)))
 
 
-def _fact(row: Row) -> dict[str, Any]:
-    fact: dict[str, Any] = dict.fromkeys(FACTS, "")
+def _own_texts(row: Row) -> list[str]:
+    """The words of a row without the system message, which all rows of an assistant have."""
+    return texts(replace(row, messages=[m for m in row.messages if m["role"] != "system"]))
+
+
+def _fact(row: Row, turns: str) -> dict[str, Any]:
+    fact: dict[str, Any] = dict.fromkeys(FACTS, "") | {"asks": []}
     fact |= {"line": row.line, "id": row.id, "sha256": row.sha256, "label": row.label, "time": row.time}
-    fact |= dict.fromkeys(("tokens", "trainable", "need", "text_key", "prompt_key", "group_key"), 0)
+    fact |= dict.fromkeys(("tokens", "trainable", "need", "text_key", "prompt_key", "system_key", "group_key"), 0)
     fact |= {"further": row.part > 1, "place": row.place, "truncated": False, "order_key": key(row.id)}
     if not row.code:
         text = row.fields["text"] if "text" in row.fields else "\n".join(texts(row))
         tools = json.dumps(row.tools, sort_keys=True) if row.tools else ""
         fact["text_key"] = key(said(text) + tools or text or repr(row.input_ids))
-        fact["prompt_key"], fact["group_key"] = key(prompt_key(row)), key(row.group)
+        keys = {i: key(told) for i, told in prompt_keys(row).items()} or {-1: key(prompt_key(row))}
+        fact["prompt_key"], fact["group_key"], fact["system_key"] = list(keys.values())[-1], key(row.group), 0
+        if row.messages and row.messages[0]["role"] == "system":
+            fact["system_key"] = _system_key(row.messages[0]["content"])
+        wanted = list(keys) if turns == "all" else list(keys)[-1:]
+        weights = {i: m["weight"] for i, m in enumerate(row.messages) if "weight" in m}
+        fact["asks"] = [keys[i] for i in wanted if i not in weights or weights[i]]
     return fact
+
+
+@lru_cache(maxsize=64)
+def _system_key(text: str) -> int:
+    return key(plain(text))

@@ -231,7 +231,10 @@ def shape_of(first: list[Block], data: Data) -> tuple[str, list[str]]:
 
 def _limits(data: Data) -> list[str]:
     """What the checks of this run cannot find."""
-    told = []
+    told = [
+        "leaks: a held-out question in other words, behind other turns, before the last answer of a held-out row, or "
+        "under another system message"
+    ]
     if data.near_duplicates != "off" and not data.card:
         from finetune.data.near import chance
 
@@ -239,6 +242,13 @@ def _limits(data: Data) -> list[str]:
         told.append(
             f"near duplicates: of pairs with {near:.0%} of their five-word runs in common {chance(near):.0%} are "
             f"found, with {more:.0%} {chance(near, more):.0%}; the same said in other words is not"
+        )
+    if data.near_duplicates == "report" and not data.card:
+        from finetune.data.copies import LEAST, TEMPLATE
+
+        told.append(
+            f"near duplicates of held-out rows: wording that {TEMPLATE} rows share (in small sets a quarter of them, "
+            f"{LEAST} at least) counts as a template, so a text in as many variants may stand on both sides"
         )
     if data.privacy != "off":
         told.append("personal data: names, addresses and whatever has no pattern or check digit")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ SHOWN = 20
 
 SHOW_ROWS = "FINETUNE_SHOW_ROWS"
 """Variable that --show-rows sets, for this process and those it starts: errors may repeat words of rows."""
+
+
+NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?")
+"""How a number is written by whoever has read it from a file."""
+
+_OPENING = "\"'\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb\u00a1\u00bf"
+_CLOSING = ".,;:!?\u2026\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f" + _OPENING  # those of full width among them
 
 
 def quoted(text: str) -> str:
@@ -123,12 +131,45 @@ def listed(problems: list[str], title: str) -> DataError:
 
 
 def prompt_key(row: Row) -> str:
-    """Hash of everything before the last answer, without case and spacing: equal keys mean the same question.
+    """Hash of everything before the last answer as `plain` has it, less the system message: equal keys, one question.
 
     Plain text and tokens have no question; theirs is the hash of everything.
     """
     if row.messages:
-        text = "\n".join(f"{m['role']}:{' '.join(m['content'].lower().split())}" for m in row.messages[:-1])
-    else:
-        text = " ".join(row.text.lower().split()) or repr(row.input_ids)
-    return hashlib.sha256(text.encode()).hexdigest()
+        return list(prompt_keys(row).values())[-1]
+    return hashlib.sha256((plain(row.text) or repr(row.input_ids)).encode()).hexdigest()
+
+
+def prompt_keys(row: Row) -> dict[int, str]:
+    """Place of each answer in a conversation -> hash of everything before it, as in `prompt_key`."""
+    told, keys = hashlib.sha256(), {}
+    for i, message in enumerate(row.messages):
+        if message["role"] == "assistant":
+            keys[i] = told.hexdigest()
+        if message["role"] != "system" and i < len(row.messages) - 1:
+            told.update(f"{message['role']}:{plain(message['content'])}\n".encode())
+    return keys
+
+
+def plain(text: str) -> str:
+    """The text without case, spacing and punctuation at the ends of its words: signs between words may be the question.
+
+    A text of nothing but punctuation keeps it.
+    """
+    words = text.lower().split()
+    return " ".join(w for word in words if (w := word.lstrip(_OPENING).rstrip(_CLOSING))) or " ".join(words)
+
+
+def moment(text: str, *, years: bool) -> float | None:
+    """A date or number as what times are ordered by: seconds, or the number. None where it is neither.
+
+    `years`: whether a number of four digits is a year.
+    """
+    if NUMBER.fullmatch(text) and not (years and re.fullmatch(r"\d{4}", text)):
+        return float(text)
+    import numpy as np
+
+    try:
+        return float(np.datetime64(text.replace(" ", "T").removesuffix("Z"), "s").astype(np.int64))
+    except (ValueError, OverflowError):
+        return None

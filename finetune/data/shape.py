@@ -15,7 +15,7 @@ from typing import Any
 
 from finetune.data.messages import message, order, tools_of, type_name
 from finetune.data.nested import parsed
-from finetune.data.rows import Row, prompt_key
+from finetune.data.rows import NUMBER, Row, moment, prompt_key
 
 FORMATS = {
     "messages": ("messages", "tools"),
@@ -116,8 +116,10 @@ def grouped(row: Row, value: dict[str, Any], group_by: str, time_by: str) -> lis
             faults.append(f"DATA-001 @ {key} is {seen}, expected str or number, because data.{what}_by names it")
         else:
             setattr(row, what, str(value[key]))
-    if time_by and row.time and not re.match(r"\d{4}(-\d\d(-\d\d([T ].*)?)?)?$|\d+(\.\d+)?$", row.time):
+    dated = re.match(r"\d{4}(-\d\d(-\d\d([T ].*)?)?)?$|$", row.time) or NUMBER.fullmatch(row.time)
+    if not dated or (row.time and moment(row.time, years=True) is None):
         faults.append(f"DATA-001 @ {time_by} is no date, expected YYYY-MM-DD or a number")
+        row.time = ""
     row.group = row.group or prompt_key(row)
     return faults
 

@@ -19,7 +19,7 @@ from finetune.data.card import read_card
 from finetune.recipe import Recipe
 from finetune.rundir import atomic_folder, read_json, sha256_file, write_json
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised whenever the same input would be prepared in another way."""
 
 TOKENIZER = (
@@ -54,7 +54,7 @@ def address_of(
     The hashes of the user's files are also put into `source`.
     """
     from finetune import __version__
-    from finetune.data.files import sources
+    from finetune.data.files import named, sources
     from finetune.data.tokens import vocabulary_rows
 
     data = recipe.data
@@ -62,6 +62,7 @@ def address_of(
     if files:
         source["files"] = {name: digest for name, digest, _ in hashes}
     settings = {key: value for key, value in dataclasses.asdict(data).items() if key not in ELSEWHERE}
+    named_as = named(list(data.mixture), sources([*data.train_files, *data.heldout_files]) if data.mixture else [])
     too_long = read_card(data.card).too_long if data.card and data.too_long == "auto" else data.too_long
     return {
         "layout": LAYOUT,
@@ -70,7 +71,7 @@ def address_of(
         "tokenizer": {name: sha256_file(base / name) for name in TOKENIZER if (base / name).is_file()},
         "embedding_rows": vocabulary_rows(base),
         "settings": settings | {"too_long": too_long},
-        "mixture": {s.name: share for entry, share in data.mixture.items() for s in sources([entry])},
+        "mixture": {", ".join(named_as[entry]): share for entry, share in data.mixture.items()},
         "benchmarks": [[sha256_file(Path(p).expanduser()), policy] for p, policy in data.benchmarks.items()],
         "versions": {"finetune": __version__} | {name: version(name) for name in LIBRARIES},
     }

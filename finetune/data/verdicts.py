@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune.data.rows import SHOWN, quoted
+from finetune.data.rows import NUMBER, SHOWN, moment
 from finetune.errors import DataError
 from finetune.recipe import Data
 
@@ -24,8 +24,7 @@ TRAIN, HELDOUT = 1, 2
 """Values of `Facts.split`; 0 is neither."""
 
 SPLITS = {"": 0, "train": TRAIN, "heldout": HELDOUT}
-PIECE = 1 << 16
-"""Entries that are looked up at a time."""
+_ODD = np.uint64(0x9E3779B97F4A7C15)
 
 FAULT = re.compile(r"[A-Z]+-\d+")
 """Codes of faults; other codes are words, and say why a good row is not used."""
@@ -117,7 +116,10 @@ def decide(facts: Facts, data: Data, *, given: bool, long: str, near: Callable[[
         (HELDOUT, "heldout", "data.heldout_files=[...] or a larger data.heldout_fraction"),
     ):
         if not (facts.split == split).any():
-            why = ", ".join(f"{n} {code}" for code, n in dropped(facts).items())
+            codes = dropped(facts)
+            why = ", ".join(f"{n} {code}" for code, n in codes.items())
+            if next(iter(codes), "") == "near-copy":  # more rows of the kind would be dropped as well
+                fix = f"data.near_duplicates=off, or data.near_share above {data.near_share:g}"
             raise DataError("DATA-009", f"no {name} row is left of {len(facts)}", f"dropped: {why or 'none'}", fix)
     return told
 
@@ -170,16 +172,6 @@ def earlier(keys: Any) -> tuple[Any, Any]:
     return late[in_turn], origin[in_turn]
 
 
-def among(keys: Any, some: Any) -> Any:
-    """Which entries of `keys` are among `some`; a piece at a time, where `np.isin` would hold many copies of them."""
-    some = np.unique(some)
-    found = np.zeros(len(keys), dtype=bool)
-    for start in range(0, len(keys) if len(some) else 0, PIECE):
-        piece = keys[start : start + PIECE]
-        found[start : start + PIECE] = some[np.minimum(np.searchsorted(some, piece), len(some) - 1)] == piece
-    return found
-
-
 def _same_ids(facts: Facts) -> None:
     rows = np.flatnonzero(facts.open)
     late, first = earlier(facts.column("order_key")[rows])
@@ -228,7 +220,7 @@ def listed_rows(facts: Facts, rows: Any, title: str, share: float = 0.0) -> Data
 
 def _copies(facts: Facts, data: Data) -> None:
     rows = np.flatnonzero(facts.open)
-    keys = facts.column("text_key")[rows] ^ (facts.split[rows].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    keys = facts.column("text_key")[rows] ^ (facts.split[rows].astype(np.uint64) * _ODD)
     late, first = earlier(keys)  # with files for both sides a copy across them is a leak, told as such
     if data.duplicates == "drop":
         facts.drop(rows[late], "copy", rows[first])
@@ -266,50 +258,99 @@ def _held_out(facts: Facts, data: Data) -> None:
 
 
 def times(facts: Facts) -> Any:
-    """Seconds or numbers by which rows are ordered in time."""
-    return np.array([_time(text) for chunk in facts.table["time"].chunks for text in chunk.to_pylist()])
+    """Seconds or numbers by which rows are ordered in time; 0 for a row that has none, which is a faulty one.
 
-
-def _time(text: str) -> float:
-    if re.fullmatch(r"\d+(\.\d+)?", text) and len(text) != 4:
-        return float(text)
-    try:
-        return float(np.datetime64(text.replace(" ", "T").removesuffix("Z"), "s").astype(np.int64)) if text else 0.0
-    except ValueError:
-        raise DataError(
-            "DATA-001", f"the time {quoted(text)} is no date", "data.time_by names its column", "YYYY-MM-DD"
-        ) from None
+    A number of four digits is a year only in a column that has dates as well.
+    """
+    texts = [text for chunk in facts.table["time"].chunks for text in chunk.to_pylist()]
+    years = not all(NUMBER.fullmatch(text) for text in texts if text)
+    return np.array([moment(text, years=years) if text else 0.0 for text in texts], dtype=np.float64)
 
 
 def _mix(facts: Facts, data: Data) -> None:
     """Leaves out training rows until sources stand in the shares of `data.mixture`."""
     if not data.mixture:
         return
-    from finetune.data.files import sources
+    from finetune.data.files import named, sources
 
-    names = {entry: {s.name for s in sources([entry])} for entry in data.mixture}
+    names = named(list(data.mixture), sources([*data.train_files, *data.heldout_files]))
+    owner: dict[str, str] = {}
+    for entry, name in ((entry, name) for entry, found in names.items() for name in found):
+        if name in owner:
+            why, fix = "each share is of other rows", "every file in one entry of data.train_files only"
+            raise DataError("DATA-031", f"data.mixture: {entry} and {owner[name]} both have {name}", why, fix)
+        owner[name] = entry
     train = facts.split == TRAIN
     numbers = {entry: [i for i, file in enumerate(facts.files) if file in names[entry]] for entry in data.mixture}
     rows = {entry: np.flatnonzero(train & np.isin(facts.file, numbers[entry])) for entry in data.mixture}
-    whole = min(len(rows[entry]) / share for entry, share in data.mixture.items() if share > 0)
+    if empty := next((entry for entry in rows if not len(rows[entry])), ""):
+        why = "its shares are kept by leaving out rows of the other entries: all of them"
+        fix = f"rows for it, or data.train_files and data.mixture without {empty}"
+        raise DataError("DATA-031", f"data.mixture: {empty} has no training row", why, fix)
+    whole = min(len(rows[entry]) / share for entry, share in data.mixture.items())
     for entry, share in data.mixture.items():
         facts.drop(by_class(facts, rows[entry])[round(whole * share + 1e-9) :], "mixture")
 
 
 def _leaks(facts: Facts, data: Data) -> list[str]:
-    train, held = np.flatnonzero(facts.split == TRAIN), np.flatnonzero(facts.split == HELDOUT)
-    asks = facts.column("prompt_key")
-    both = train[among(asks[train], asks[held])]
-    if not len(both):
-        return []
-    asked = {int(asks[row]): int(row) for row in held[among(asks[held], asks[both])]}
-    if data.leakage == "drop":
-        facts.drop(both, "leak", [asked[int(asks[row])] for row in both])
-        return [f"{len(both)} training rows ask what is held out, and are dropped, as data.leakage=drop says"]
-    lines = [f"  {facts.where(asked[int(asks[r])])} asks what {facts.where(int(r))} trains on" for r in both[:SHOWN]]
-    more = [f"  and {len(both) - SHOWN} more"] if len(both) > SHOWN else []
-    title = f"{len(both)} training rows ask questions that are held out:"
+    """Training rows with a held-out question are an error, or dropped.
+
+    Where the split is ours, nobody chose that a conversation goes on from a held-out row: it is dropped in any case.
+    """
+    rows, others, last = leaking(facts)
+    gone = np.full(len(rows), data.leakage == "drop") | ~last & (not data.heldout_files)
+    told = []
+    if gone.any():
+        facts.drop(rows[gone], "leak", others[gone])
+        said = ", as data.leakage=drop says" if data.leakage == "drop" else ": the split put them there"
+        told = [f"{gone.sum()} training rows ask what is held out, and are dropped{said}"]
+    rows, others = rows[~gone], others[~gone]
+    if not len(rows):
+        return told
+    lines = [
+        f"  {facts.where(b)} asks what {facts.where(a)} trains on"
+        for a, b in zip(rows[:SHOWN].tolist(), others[:SHOWN].tolist(), strict=True)
+    ]
+    more = [f"  and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
+    title = f"{len(rows)} training rows ask questions that are held out:"
+    facts.drop(rows, "DATA-013", others)
     raise DataError("DATA-013", "\n".join([title, *lines, *more]), "", "remove them, or data.leakage=drop")
+
+
+def leaking(facts: Facts) -> tuple[Any, Any, Any]:
+    """(training rows that train on a held-out question, that held-out row, whether it is their last one), each once.
+
+    A held-out row asks what stands before its last answer; a training row what stands before any answer it trains. The
+    system message counts only where both have one: there it may say what is to be done with the question.
+    """
+    held = np.flatnonzero(facts.split == HELDOUT)
+    asks, system = (facts.column(name)[held] for name in ("prompt_key", "system_key"))
+    bare = system == 0
+    known = [_ordered(asks ^ system * _ODD, held), _ordered(asks[bare], held[bare]), _ordered(asks, held)]
+    found, start = [], 0
+    for part in facts.table.select(["asks", "prompt_key", "system_key"]).to_batches():
+        of = part["asks"].value_parent_indices().to_numpy()
+        keys, rows = part["asks"].flatten().to_numpy(), start + of
+        own, last = part["system_key"].to_numpy()[of], keys == part["prompt_key"].to_numpy()[of]
+        other = np.full(len(rows), -1)
+        training = facts.split[rows] == TRAIN
+        for (ordered, numbers), query, may in zip(
+            known, (keys ^ own * _ODD, keys, keys), (training, training, training & (own == 0)), strict=True
+        ):
+            if len(ordered):
+                at = np.minimum(np.searchsorted(ordered, query), len(ordered) - 1)
+                other = np.where((other < 0) & may & (ordered[at] == query), numbers[at], other)
+        hits = np.flatnonzero(other >= 0)[::-1]  # so that the last turn is the first
+        _, first = np.unique(rows[hits], return_index=True)
+        found.append(np.stack([rows[hits], other[hits], last[hits]])[:, first])
+        start += len(part)
+    every = np.concatenate(found, axis=1)
+    return every[0], every[1], every[2] > 0
+
+
+def _ordered(keys: Any, rows: Any) -> tuple[Any, Any]:
+    order = np.argsort(keys, kind="stable")
+    return keys[order], rows[order]
 
 
 def _too_long(facts: Facts, data: Data, long: str) -> None:
