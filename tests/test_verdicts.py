@@ -80,8 +80,9 @@ def test_the_newest_rows_are_held_out_and_their_groups_leave_the_past(tmp_path: 
         [f"{1990 + i}" + "-07-01" * (i % 2) for i in range(30)],
         [*(1e15 * i for i in range(1, 10)), 1.001e16, 1.002e16, 2.5e16],
         [0.5 * i for i in range(-10, 10)],
+        ["2024-01", "2024-01-02", "2024-01-02 07:00", *(f"2024-01-02T10:00:00.5-{i:02d}:00" for i in range(12))],
     ],
-    ids=["counter", "years", "years and dates", "large numbers", "numbers below zero"],
+    ids=["counter", "years", "years and dates", "large numbers", "numbers below zero", "zones"],
 )
 def test_a_column_of_times_is_of_dates_or_of_numbers(tmp_path: Path, base: Path, times: list[Any]) -> None:
     rows = [qa(f"q{i}", "a", step=time) for i, time in enumerate(times)]

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -163,13 +164,13 @@ def plain(text: str) -> str:
 def moment(text: str, *, years: bool) -> float | None:
     """A date or number as what times are ordered by: seconds, or the number. None where it is neither.
 
-    `years`: whether a number of four digits is a year.
+    A date may end behind its year or month, and is UTC where it names no zone. `years`: whether a number of four digits
+    is a year.
     """
     if NUMBER.fullmatch(text) and not (years and re.fullmatch(r"\d{4}", text)):
         return float(text)
-    import numpy as np
-
     try:
-        return float(np.datetime64(text.replace(" ", "T").removesuffix("Z"), "s").astype(np.int64))
-    except (ValueError, OverflowError):
+        found = datetime.fromisoformat(f"{text}-01-01"[:10] if len(text) < 10 else text)
+    except ValueError:
         return None
+    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
