@@ -301,9 +301,17 @@ class Boundary(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Raises NumbersError (NUM-001), on all ranks and before anything is saved, when a number is not finite."""
-        odd = [name for name in ("loss", "grad_norm") if logs and name in logs and not math.isfinite(logs[name])]
+        looked_at = ("loss", "grad_norm", "eval_loss")
+        odd = [name for name in looked_at if logs and name in logs and not math.isfinite(logs[name])]
         if not odd or logs is None:
             return
+        if odd == ["eval_loss"]:
+            raise NumbersError(
+                "NUM-001",
+                f"the held-out loss is {logs['eval_loss']} at step {state.global_step}",
+                "training cannot go on; earlier checkpoints are kept",
+                "a lower train.lr or train.max_grad_norm in a new run",
+            )
         numbers = [n for rank in self.ranks.gather(self._rows)[:: self.ranks.sharing] for batch in rank for n in batch]
         names = self.names(numbers)
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
