@@ -79,6 +79,8 @@ def carry_on(run_dir: RunDir, *, until: str = "report", launch: Callable[[str, R
     for number, stage in enumerate(stages, 1):
         if all(path.exists() for path in STAGES[stage](run_dir)):
             print(f"[{number}/{len(STAGES)}] {stage}: done before", flush=True)
+            if stage == "train":
+                run_dir.requeue.unlink(missing_ok=True)  # of a signal during its last update
         else:
             print(f"[{number}/{len(STAGES)}] {stage}", flush=True)
             run_dir.reopen()

@@ -211,7 +211,8 @@ def test_a_task_of_an_array_finds_its_own_run(tmp_path: Path) -> None:
 
 def test_the_script_knows_by_which_files_training_is_done() -> None:
     text = (HERE / "train.sh").read_text()
-    for path in STAGES["train"](RunDir(Path("/run"))):
+    run_dir = RunDir(Path("/run"))
+    for path in (*STAGES["train"](run_dir), run_dir.tuned):
         assert f'-e "$RUN/{path.name}"' in text
 
 
@@ -306,10 +307,23 @@ def test_an_old_request_to_requeue_does_not_count(tmp_path: Path, fake: FakeSlur
     assert fake.calls("scontrol requeue") == []
 
 
-def test_a_finished_training_is_not_repeated_and_later_stages_follow_when_asked(
+def test_a_warning_during_the_last_update_queues_the_job_again_only_for_the_stages_in_it(
     tmp_path: Path, fake: FakeSlurm
 ) -> None:
-    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    body = "mkdir -p RUN/tuned; touch RUN/train.json; echo USR1 after step 9 of 9 > RUN/REQUEUE; exit 0"
+    assert finish(begin(tmp_path, body))[0] == 0
+    assert fake.calls("scontrol requeue") == [] and not (tmp_path / "run" / "REQUEUE").exists()
+    (tmp_path / "run" / "train.json").unlink()
+    code, said = finish(begin(tmp_path, body, "report"))
+    assert "USR1 after step 9 of 9; queued again" in said
+    assert fake.calls("scontrol requeue") == ["scontrol requeue 41"]
+
+
+@pytest.mark.parametrize("left", ["adapter", "tuned"])
+def test_a_finished_training_is_not_repeated_and_later_stages_follow_when_asked(
+    tmp_path: Path, fake: FakeSlurm, left: str
+) -> None:
+    (tmp_path / "run" / left).mkdir(parents=True)
     (tmp_path / "run" / "train.json").touch()
     code, said = finish(begin(tmp_path, "exit 4", "report"))
     assert code == 4 and "train: done before" in said
