@@ -9,10 +9,12 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
+from finetune.__main__ import main
 from finetune.checkpoints import newest
 from finetune.launch import handed_on
 from finetune.rundir import read_json
 from finetune.stop import SIGNALS, asked_to_stop
+from finetune.train.trainer import Boundary
 from tests.trained import ADAPTER, begun, ended, kill_after, prepared, told, wait_for, with_deepspeed
 
 LORA = ("adapter=lora", "adapter.targets=attention", "adapter.dropout=0.1", "data.packing=true", "train.precision=fp32")
@@ -76,6 +78,26 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(tmp_path):
     assert code == 0, said
     assert not stopped.requeue.exists()
     assert told(stopped) == told(straight)
+
+
+def test_a_signal_during_the_last_update_ends_the_job_before_the_next_stage(tmp_path, monkeypatch, capsys):
+    run_dir = prepared(tmp_path, "train.max_steps=2", "evaluate.min_gain=-9")
+    ends = Boundary.on_step_end
+
+    def and_a_signal(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        ends(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(Boundary, "on_step_end", and_a_signal)
+    assert main(["evaluate", f"run={run_dir.path}"]) == 75
+    assert "TRN-005 stopped by SIGTERM after step 2 of 2" in capsys.readouterr().err
+    assert run_dir.adapter.exists() and run_dir.train.exists() and not run_dir.scores.exists()
+    assert run_dir.requeue.exists()
+    assert main(["evaluate", f"run={run_dir.path}"]) == 0
+    said = capsys.readouterr().out
+    assert "train: done before" in said
+    assert run_dir.scores.exists() and not run_dir.requeue.exists()
 
 
 @pytest.mark.parametrize("number", SIGNALS)
