@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from finetune.__main__ import main
 from finetune.checkpoints import newest
+from finetune.compose import read_recipe
 from finetune.launch import handed_on
 from finetune.rundir import read_json
 from finetune.stop import SIGNALS, asked_to_stop
@@ -186,14 +188,29 @@ def test_other_settings_are_refused_by_name_unless_they_are_allowed(tmp_path):
     run_dir.recipe.write_text(text.replace("lr: 0.001", "lr: 0.002"))
     code, said = ended(begun(run_dir))
     assert code == 3
-    assert "CKP-002 this run cannot go on as it was begun: settings: other content" in said
-    assert "train.allow_changed=[settings]" in said
+    assert "CKP-002 this run cannot go on as it was begun: settings: train.lr 0.001 is now 0.002" in said
+    assert f"python -m finetune run={run_dir.path} train.allow_changed=[settings]" in said
     assert not run_dir.adapter.exists()
     code, said = ended(begun(run_dir, more=["train.allow_changed=[settings]"]))
     assert code == 0, said
-    assert "; allowed: settings: other content" in said
-    assert read_json(run_dir.train)["resumed"][0]["changed"] == {"settings": "other content"}
+    assert "; allowed: settings: train.lr 0.001 is now 0.002" in said
+    assert read_json(run_dir.train)["resumed"][0]["changed"] == {"settings": "train.lr 0.001 is now 0.002"}
     assert read_json(run_dir.allowed)[0]["names"] == ["settings"]
+
+
+def test_a_run_goes_on_with_two_processes_and_another_learning_rate_as_it_is_told(tmp_path):
+    run_dir = prepared(tmp_path, "train.max_steps=12", "train.save_steps=2")
+    kill_after(begun(run_dir), run_dir, 4)
+    changed = ["launch.devices=2", "train.lr=0.002"]
+    code, said = ended(begun(run_dir, more=changed))
+    assert code == 2 and read_recipe(run_dir.recipe).launch.devices == 1
+    told = re.search(r"Type: python -m finetune train run=\S+ (.*), or", said)[1].split()
+    assert told == [*changed, "train.allow_changed=[world_size,settings]"]
+    code, said = ended(begun(run_dir, more=told))
+    assert code == 0, said
+    trained = read_json(run_dir.train)
+    changes = {"world_size": "1 is now 2", "settings": "train.lr 0.001 is now 0.002"}
+    assert (trained["processes"], trained["resumed"][0]["changed"]) == (2, changes)
 
 
 def test_weights_of_the_saved_adapter_are_those_of_the_last_checkpoint(tmp_path):

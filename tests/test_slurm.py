@@ -314,7 +314,7 @@ def test_a_warning_during_the_last_update_queues_the_job_again_only_for_the_stag
     assert finish(begin(tmp_path, body))[0] == 0
     assert fake.calls("scontrol requeue") == [] and not (tmp_path / "run" / "REQUEUE").exists()
     (tmp_path / "run" / "train.json").unlink()
-    code, said = finish(begin(tmp_path, body, "report"))
+    _, said = finish(begin(tmp_path, body, "report"))
     assert "USR1 after step 9 of 9; queued again" in said
     assert fake.calls("scontrol requeue") == ["scontrol requeue 41"]
 

@@ -26,8 +26,8 @@ def train(run_dir: RunDir) -> None:
     """Trains a new adapter on the run's training rows, from the newest whole checkpoint if there is one.
 
     With several processes every one of them calls it. Raises Preempted when a signal asked to stop (a checkpoint and
-    REQUEUE are written then; after the last update the adapter is written, too), RunError when the run is not what its checkpoint was of, NumbersError on a loss or
-    gradient that is not finite and on an adapter that does not learn.
+    REQUEUE are written then; after the last update the adapter, too), RunError when the run is not what its checkpoint
+    was of, NumbersError on a loss or gradient that is not finite and on an adapter that does not learn.
     """
     from rich.console import Console
 
@@ -226,7 +226,7 @@ def _run(job: Job) -> None:
         trainer.train()
     else:
         allowed = [*job.recipe.train.allow_changed, *_allowed(job.run_dir)]
-        changed = changes(start.about, trainer.keeping.about, allowed)
+        changed = changes(start.about, trainer.keeping.about, allowed, str(job.run_dir.path))
         job.console.print(
             f"going on after step {start.step} of {job.steps}, from {start.path.name}"
             + "".join(f"; allowed: {name}: {what}" for name, what in changed.items()),
