@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from safetensors.torch import load_file
 from finetune.__main__ import main
 from finetune.checkpoints import newest
 from finetune.compose import read_recipe
+from finetune.data import require_rows
+from finetune.errors import RunError
 from finetune.launch import handed_on
-from finetune.rundir import read_json
+from finetune.rundir import read_json, sha256_file
 from finetune.stop import SIGNALS, asked_to_stop
 from finetune.train.trainer import Boundary
 from tests.trained import ADAPTER, begun, ended, kill_after, prepared, told, wait_for, with_deepspeed
@@ -178,6 +181,47 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
     assert code == 0, said
     assert f"checkpoint passed over: step-{step:06d}: optimizer.safetensors has other bytes than were written" in said
     assert read_json(run_dir.train)["resumed"][0]["after_step"] < step
+
+
+def test_rows_that_have_changed_are_refused_and_prepared_again_by_what_is_told(tmp_path, capsys):
+    run_dir = prepared(tmp_path, "train.max_steps=2")
+    assert main(["train", f"run={run_dir.path}"]) == 0
+    file = run_dir.data / "train.arrow"
+    digest = sha256_file(file)
+    shutil.rmtree(run_dir.adapter)
+    flip(file)
+    assert main(["train", f"run={run_dir.path}"]) == 3
+    said = capsys.readouterr().err
+    assert f"RUN-011 {run_dir.data}: train.arrow is not what the data stage wrote" in said
+    assert not run_dir.adapter.exists()
+    doomed = re.search(r"Try: rm -rf (\S+) (\S+); python -m finetune run=", said)
+    for folder in doomed.groups():
+        shutil.rmtree(folder)
+    assert main(["train", f"run={run_dir.path}"]) == 0
+    assert "going on after step 2 of 2" in capsys.readouterr().out
+    assert sha256_file(file) == digest
+
+
+def test_every_file_of_rows_is_looked_at_before_training(tmp_path):
+    run_dir = prepared(tmp_path, "data.packing=true")
+    recipe = read_recipe(run_dir.recipe)
+    require_rows(run_dir, recipe)
+    for name in ("heldout.arrow", "packed.arrow", "train.arrow"):
+        flip(run_dir.data / name)
+        with pytest.raises(RunError, match=rf"RUN-011 {run_dir.data}: {name} is not what"):
+            require_rows(run_dir, recipe)
+        flip(run_dir.data / name)
+    (run_dir.data / "packed.arrow").unlink()
+    with pytest.raises(RunError, match=r"RUN-011 .*: packed.arrow is not what"):
+        require_rows(run_dir, recipe)
+
+
+def flip(file):
+    """Changes one bit in the middle of a file."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.chmod(0o644)
+    file.write_bytes(data)
 
 
 def test_other_settings_are_refused_by_name_unless_they_are_allowed(tmp_path):

@@ -76,7 +76,7 @@ def prepare(
     from transformers import PrinterCallback
 
     from finetune.adapters import coverage_table, keeping_fp32, print_coverage
-    from finetune.data import load_packed, load_splits
+    from finetune.data import load_packed, load_splits, require_rows
     from finetune.progress import Guard, TrainingProgress
     from finetune.recompute import Recompute
     from finetune.source import base_folder
@@ -94,6 +94,8 @@ def prepare(
 
     unsloth, folder = recipe.engine == "unsloth", base_folder(recipe)
     require_shareable(folder, ranks)
+    if ranks.first:
+        require_rows(run_dir, recipe)
     packed = load_packed(run_dir)
     rows = load_splits(run_dir).train if packed is None else packed
     whole = recipe.adapter.method == "full"
