@@ -53,7 +53,7 @@ def job(request: Request) -> int:
 
         _no_run(request)
         return sweep(request.settings, request.config_dir, until, console)
-    from finetune.run import carry_on, start
+    from finetune.run import before_training, carry_on, start
 
     recipe = recipe_of(request)
     queued = recipe.launch.kind == "slurm" and not request.here
@@ -65,6 +65,8 @@ def job(request: Request) -> int:
     if queued:
         return _submit(request.run_dir, until, console)
     run_dir = carry_on(request.run_dir, until=until)
+    if recipe.launch.kind == "slurm" and until == "data":  # the rest of the job starts the training itself
+        before_training(recipe, run_dir, "report")
     if until == "report":
         for what, where in (
             ("report", run_dir.report),

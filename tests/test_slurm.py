@@ -404,6 +404,34 @@ def test_rows_are_prepared_here_and_every_later_stage_waits_for_the_one_before(t
         assert f"RUN={run_dir.path}\nPYTHON={sys.executable}\n" in script.read_text()
 
 
+def test_inputs_are_hashed_and_the_text_beside_the_weights_is_read_before_there_is_a_job(
+    tmp_path: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [start(queued_recipe(tmp_path, adapter__rank=rank)) for rank in (8, 16)]
+    read: list[str] = []
+    monkeypatch.setattr("finetune.record.sha256_file", lambda path: read.append(path.name) or "a" * 64)
+    submit(runs, "report", print, link_folder(runs), launch=Stages())
+    assert sorted(read) == ["config.json", "model.safetensors"]  # of the same base once for all tasks
+    for run_dir in runs:
+        assert [Path(name).name for name in read_json(run_dir.inputs)] == ["config.json", "model.safetensors"]
+    assert not queue_run(tmp_path, "data")[0].inputs.exists()
+    late = start(queued_recipe(tmp_path))
+    (tmp_path / "base" / "LICENSE.txt").write_text("Terms of our own.")  # as if it had been fetched with the weights
+    jobs = fake.calls("sbatch")
+    with pytest.raises(RecipeError, match=r"LIC-007 the text of LICENSE\.txt"):
+        submit([late], "report", print, launch=Stages())
+    assert fake.calls("sbatch") == jobs and not late.inputs.exists()
+
+
+def test_a_job_that_prepares_rows_for_a_training_of_its_own_hashes_the_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.launch.work", lambda stage, run_dir, threads: Stages()(stage, run_dir))
+    run_dir = start(queued_recipe(tmp_path))
+    assert main(["data", f"run={run_dir.path}", "--here"]) == 0  # as train.sbatch types it
+    assert [Path(name).name for name in read_json(run_dir.inputs)] == ["config.json", "model.safetensors"]
+
+
 def test_only_what_is_not_done_is_queued_up_to_what_was_asked_for(tmp_path: Path, fake: FakeSlurm) -> None:
     run_dir, _, stages = queue_run(tmp_path, until="merge")
     assert [job.split()[-1] for job in fake.calls("sbatch")[1:]] == ["evaluate", "merge"]
