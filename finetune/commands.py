@@ -81,15 +81,20 @@ def job(request: Request) -> int:
 
 
 def table(request: Request) -> int:
-    """Prints the scores of the runs in a folder, as a sweep does at its end."""
+    """Prints the scores of the runs in a folder and writes them there, with a plot, as a sweep does at its end."""
     from rich.console import Console
 
-    from finetune.sweep import jobs_in
-    from finetune.sweep_table import show_jobs
+    from finetune.sweep import tabled
 
     if not request.run or request.settings:
         raise RecipeError(["CFG-010 table takes run=FOLDER alone. Type: python -m finetune table run=runs/NAME"])
-    show_jobs(jobs_in(Path(request.run)), Console())
+    try:
+        found = tabled(Path(request.run), Console())
+    except OSError as error:  # of somebody else's folder: what was asked for is on the terminal
+        _print(f"note: not written: {error.filename}: {error.strerror}")
+        return 0
+    plot = " and sweep.png" if found.picture.exists() else ""
+    _print(f"written: {found.path / 'sweep.md'}, sweep.json{plot}")
     return 0
 
 

@@ -529,10 +529,68 @@ def test_several_values_of_a_word_become_arrays(
     assert f"task 1: {tmp_path}/runs/legal_quickstart/0002" in said
     assert "train     job 1 (array of 2)" in said and "report    job 5 (array of 2), after 4" in said
     folder = f"{tmp_path}/runs/legal_quickstart/array-0001"
+    assert f"table  job 6, when all of these have ended: {folder}/sweep.md and sweep.png" in said
     assert f"python -m finetune table run={folder}" in said
+    job = fake.calls("sbatch")[5].split()
+    assert {"--dependency=afterany:1:2:3:4:5", f"{folder}/table.sbatch"} <= set(job)
+    asked = directives(Path(folder, "table.sbatch").read_text())
+    assert "--ntasks=1" in asked and f"--output={folder}/table-%j.log" in asked
+    assert not any(option.startswith(("--array", "--gpus")) for option in asked)
     assert main(["table", f"run={folder}"]) == 0
     assert "adapter.rank=2" in capsys.readouterr().out
     assert main(["table", "recipe=legal_quickstart"]) == 2
+
+
+def test_a_sweep_is_queued_also_where_slurm_refuses_the_job_of_its_table(
+    tmp_path: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.launch.work", lambda stage, run_dir, threads: Stages()(stage, run_dir))
+    page = Console(record=True, width=300)
+    recipes = [queued_recipe(tmp_path, adapter__rank=rank) for rank in (8, 16)]
+    assert sweep.queue(recipes, "train", page) == 0
+    assert len(fake.calls("sbatch")) == 1  # nothing is scored
+    fake.answer("fail_at", "4")
+    assert sweep.queue(recipes, "evaluate", page) == 0
+    assert "note: the table has no job of its own: SLM-006 sbatch failed: no more jobs" in page.export_text()
+    assert fake.calls("scancel") == []
+
+
+def test_the_job_at_the_end_of_a_sweep_leaves_a_table_and_a_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: FakeSlurm
+) -> None:
+    runs = [start(queued_recipe(tmp_path, adapter__rank=rank)) for rank in (8, 16, 32)]
+    links = link_folder(runs)
+    job = slurm.queue_table(links, [slurm.Queued("train", "7", Path())], queued_recipe(tmp_path))
+    assert job.log == links / "table-1.log"
+    for run_dir in runs[:2]:
+        carry_on(run_dir, launch=Stages())
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = subprocess.run(["bash", str(links / "table.sbatch")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"written: {links}/sweep.md, sweep.json and sweep.png" in done.stdout
+    kept = read_json(links / "sweep.json")["jobs"]
+    assert [(job["words"], job["run"], job["tuned_loss"]) for job in kept] == [
+        *((["adapter.rank=8"], "../0001", 1.0), (["adapter.rank=16"], "../0002", 1.0)),
+        (["adapter.rank=32"], "../0003", None),
+    ]
+    table = (links / "sweep.md").read_text()
+    assert table.startswith(f"`python -m finetune table run={links}`") and "| adapter.rank=32 | not scored |" in table
+    assert (links / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_of_a_folder_that_cannot_be_written_is_still_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    links = link_folder([start(ready_recipe(tmp_path, adapter__rank=rank)) for rank in (8, 16)])
+
+    def refused(target: Path, value: object) -> None:
+        raise PermissionError(13, "Permission denied", str(target))
+
+    monkeypatch.setattr("finetune.sweep_folder.write_json", refused)
+    assert main(["table", f"run={links}"]) == 0
+    said = capsys.readouterr().out
+    assert "adapter.rank=16" in said and f"note: not written: {links}/sweep.json: Permission denied" in said
 
 
 def test_a_job_is_queued_by_its_words_and_again_by_its_folder(
