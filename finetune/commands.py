@@ -65,7 +65,8 @@ def job(request: Request) -> int:
     if queued:
         return _submit(request.run_dir, until, console)
     run_dir = carry_on(request.run_dir, until=until)
-    if recipe.launch.kind == "slurm" and until == "data":  # the rest of the job starts the training itself
+    if recipe.launch.kind == "slurm" and until == "data" and not run_dir.train.exists():
+        # The rest of the job starts the training itself.
         before_training(recipe, run_dir, "report")
     if until == "report":
         for what, where in (
