@@ -26,13 +26,13 @@ def typed(run_dir: RunDir, *words: str, verb: str = "run") -> None:
 
 
 def test_settings_that_are_allowed_become_those_of_the_run_and_the_record_says_so(begun: RunDir) -> None:
-    changed = {"launch.devices": [1, 2], "train.batch_size": [1, 4], "seed": [17, 18]}
+    changed = {"launch.devices": [1, 2], "train.batch_size": [1, 8], "seed": [17, 18]}
     before = read_recipe(begun.recipe)
     changed["train.batch_size"][0], changed["seed"][0] = before.train.batch_size, before.seed
     words = [f"{key}={now}" for key, (_, now) in changed.items()]
     typed(begun, *words, "train.allow_changed=[world_size,settings,seed]")
     recipe = read_recipe(begun.recipe)
-    assert (recipe.launch.devices, recipe.train.batch_size, recipe.seed) == (2, 4, 18)
+    assert (recipe.launch.devices, recipe.train.batch_size, recipe.seed) == (2, 8, 18)
     assert recipe.train.allow_changed == []
     (entry,) = read_json(begun.allowed)
     assert entry["names"] == ["world_size", "settings", "seed"] and entry["settings"] == changed
