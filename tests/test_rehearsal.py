@@ -232,6 +232,7 @@ def test_a_save_is_written_before_step_one_as_large_as_a_real_one_and_leaves_not
 )
 def test_a_save_that_fails_ends_the_run_before_step_one(rehearsed, monkeypatch, capsys, where, error, said):
     run_dir = rehearsed(until="data")
+    capsys.readouterr()
 
     def fails(*_):
         raise error

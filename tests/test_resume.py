@@ -86,7 +86,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(tmp_path):
 
 
 def test_a_signal_during_the_last_update_ends_the_job_before_the_next_stage(tmp_path, monkeypatch, capsys):
-    run_dir = prepared(tmp_path, "train.max_steps=2", "evaluate.min_gain=-9")
+    run_dir = prepared(tmp_path, "train.max_steps=2", "evaluate.min_gain=-1")
     ends = Boundary.on_step_end
 
     def and_a_signal(self, args, state, control, **kwargs):
