@@ -11,10 +11,6 @@ from finetune.errors import RecipeError
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir, open_run
 
-ALLOW = "train.allow_changed="
-ACCEPT = "licence.accept="
-"""The two settings that may stand beside run=; the run folder keeps them apart, and the record with it."""
-
 
 @dataclass(kw_only=True, slots=True)
 class Request:
@@ -57,7 +53,7 @@ def job(request: Request) -> int:
 
         _no_run(request)
         return sweep(request.settings, request.config_dir, until, console)
-    from finetune.run import carry_on, start
+    from finetune.run import before_training, carry_on, start
 
     recipe = recipe_of(request)
     queued = recipe.launch.kind == "slurm" and not request.here
@@ -69,6 +65,9 @@ def job(request: Request) -> int:
     if queued:
         return _submit(request.run_dir, until, console)
     run_dir = carry_on(request.run_dir, until=until)
+    if recipe.launch.kind == "slurm" and until == "data" and not run_dir.train.exists():
+        # The rest of the job starts the training itself.
+        before_training(recipe, run_dir, "report")
     if until == "report":
         for what, where in (
             ("report", run_dir.report),
@@ -83,15 +82,20 @@ def job(request: Request) -> int:
 
 
 def table(request: Request) -> int:
-    """Prints the scores of the runs in a folder, as a sweep does at its end."""
+    """Prints the scores of the runs in a folder and writes them there, with a plot, as a sweep does at its end."""
     from rich.console import Console
 
-    from finetune.sweep import jobs_in
-    from finetune.sweep_table import show_jobs
+    from finetune.sweep import tabled
 
     if not request.run or request.settings:
         raise RecipeError(["CFG-010 table takes run=FOLDER alone. Type: python -m finetune table run=runs/NAME"])
-    show_jobs(jobs_in(Path(request.run)), Console())
+    try:
+        found = tabled(Path(request.run), Console())
+    except OSError as error:  # of somebody else's folder: what was asked for is on the terminal
+        _print(f"note: not written: {error.filename}: {error.strerror}")
+        return 0
+    plot = " and sweep.png" if found.picture.exists() else ""
+    _print(f"written: {found.path / 'sweep.md'}, sweep.json{plot}")
     return 0
 
 
@@ -278,41 +282,15 @@ def recipe_of(request: Request) -> Recipe:
         return _kept(request, compose(request.settings, request.config_dir))
     if not request.run:
         return compose(request.settings, request.config_dir)
-    if words := [word for word in request.settings if not word.startswith((ALLOW, ACCEPT))]:
-        sentence = f"CFG-010 {' '.join(words)}: a run keeps its settings. Leave out run= to start a new run with them."
-        raise RecipeError([sentence])
+    if not request.settings:
+        request.run_dir = open_run(request.run)
+        return read_recipe(request.run_dir.recipe)
+    from finetune import beside_run
+
+    beside_run.refuse(request.settings, request.verb, request.run)
     request.run_dir = open_run(request.run)
-    if request.settings:
-        _allow(request.run_dir, request.settings)
+    beside_run.allow(request.run_dir, request.settings)
     return read_recipe(request.run_dir.recipe)
-
-
-def _allow(run_dir: RunDir, words: list[str]) -> None:
-    """Notes in the run folder what may differ from its checkpoint, and which licence text is accepted."""
-    import re
-    import time
-
-    from finetune import events
-    from finetune.check import CHANGEABLE
-    from finetune.rundir import read_json, write_json
-
-    changes = [word.removeprefix(ALLOW) for word in words if word.startswith(ALLOW)]
-    texts = [word.removeprefix(ACCEPT) for word in words if word.startswith(ACCEPT)]
-    names = [n.strip() for word in changes for n in word.strip("[]").split(",") if n.strip()]
-    if wrong := sorted(set(names) - set(CHANGEABLE)):
-        raise RecipeError(
-            [f"LCH-003 {ALLOW[:-1]}: {', '.join(wrong)} is none of {', '.join(CHANGEABLE)}. Choose of them."]
-        )
-    if wrong := [text for text in texts if not re.fullmatch(r"[0-9a-f]{64}", text)]:
-        raise RecipeError([f"LIC-008 {ACCEPT}{wrong[0]} must be the 64 hex digits of the text. Type: sha256sum FILE"])
-    earlier = read_json(run_dir.allowed) if run_dir.allowed.exists() else []
-    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    now = [{"when": when, "names": names}] if changes else []
-    now += [{"when": when, "names": [], "licence": text} for text in texts]
-    write_json(run_dir.allowed, [*earlier, *now])
-    run_dir.reopen()
-    for entry in now:
-        events.note(run_dir, "allowed", changes=entry["names"], licence=entry["licence"] if "licence" in entry else "")
 
 
 def _keep(run_dir: RunDir, file: str) -> None:

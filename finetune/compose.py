@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 import functools
 import itertools
@@ -101,6 +102,21 @@ def from_config(config: Any) -> Recipe:
         raise RecipeError([f"CFG-004 {str(error).splitlines()[0]}. Give every setting a value."]) from None
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+def with_settings(recipe: Recipe, words: Sequence[str]) -> Recipe:
+    """A recipe with other values of some settings, given as `key=value`. Raises RecipeError with every problem."""
+    parsed, problems = _parse(words)
+    tree = dataclasses.asdict(recipe)
+    for word, override in parsed:
+        if override.is_sweep_override() or override.is_delete():
+            problems.append(f"CFG-003 {word}: one value is needed. Write {override.key_or_group}=VALUE.")
+            continue
+        *path, last = override.key_or_group.split(".")
+        functools.reduce(dict.__getitem__, path, tree)[last] = override.value()
+    if problems:
+        raise RecipeError(problems)
+    return from_config(tree)
 
 
 def read_recipe(path: Path) -> Recipe:

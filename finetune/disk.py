@@ -5,7 +5,7 @@ from __future__ import annotations
 from finetune import sizes
 from finetune.check import source_kind
 from finetune.figure import Figure, assumed, computed, given
-from finetune.recipe import Recipe
+from finetune.recipe import Recipe, Train
 
 GGUF_BITS = {
     "f32": 32.0,
@@ -32,7 +32,8 @@ def disk(recipe: Recipe) -> tuple[Figure, ...]:
     adapter = sizes.trained_parameters(weights, family, recipe.adapter) * sizes.FP32_BYTES / sizes.GIB
     tuned = "tuned" if recipe.adapter.method == "full" else "adapter"
     train, published = recipe.train, sizes.weights_gib(model)
-    saved = (train.keep_checkpoints + 1) * 3 * adapter  # values and two moments of AdamW
+    saved = states_at_most(train) * 3 * adapter  # values and two moments of AdamW
+    best = ", the best" if train.evaluate_steps else ""
     if model.tiny:
         download = given("download", 0.0, "GiB", "nothing is fetched, the model is made here")
     elif model.download_gib > 0:
@@ -46,10 +47,15 @@ def disk(recipe: Recipe) -> tuple[Figure, ...]:
         download,
         computed("cache", fetched + made, "GiB", "what is fetched or made once, for all runs"),
         computed(tuned, adapter, "GiB", "trainable parameters x 4 B"),
-        computed("checkpoints", saved, "GiB", f"{train.keep_checkpoints} and one in the making, x 3 x {tuned}"),
+        computed("checkpoints", saved, "GiB", f"{train.keep_checkpoints}{best} and one in the making, x 3 x {tuned}"),
         computed("merged", merged, "GiB", "all parameters x 2 B"),
         *(_export(name, recipe, merged, adapter) for name in recipe.export.formats),
     )
+
+
+def states_at_most(train: Train) -> int:
+    """Training states that lie on the disk at once: those kept, the best where it is measured, one in the making."""
+    return train.keep_checkpoints + bool(train.evaluate_steps) + 1
 
 
 def _export(name: str, recipe: Recipe, merged: float, adapter: float) -> Figure:

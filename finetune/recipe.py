@@ -230,7 +230,7 @@ class Train:
     """What may differ from the checkpoint that a run goes on from: base, data, world_size, distribution, precision,
     seed, settings, versions. It may be given beside run=, and the record keeps it."""
     rehearse_memory: bool = True
-    """Run the longest batch once before step 1, without a trace, so that too little memory ends the run in seconds."""
+    """Run the longest batch and write a save before step 1, without a trace: what does not fit ends the run at once."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers that get every step: tensorboard, wandb, mlflow, trackio; [] for none. They write below `logs/` of the
     run and send nothing; with network=true your own variables (WANDB_MODE, MLFLOW_TRACKING_URI ...) decide."""

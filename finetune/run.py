@@ -79,10 +79,12 @@ def carry_on(run_dir: RunDir, *, until: str = "report", launch: Callable[[str, R
     for number, stage in enumerate(stages, 1):
         if all(path.exists() for path in STAGES[stage](run_dir)):
             print(f"[{number}/{len(STAGES)}] {stage}: done before", flush=True)
+            if stage == "train":
+                run_dir.requeue.unlink(missing_ok=True)  # of a signal during its last update
         else:
             print(f"[{number}/{len(STAGES)}] {stage}", flush=True)
             run_dir.reopen()
-            if stage == "train" and not run_dir.inputs.exists():
+            if stage == "train":
                 before_training(recipe, run_dir, until)
             with outside.noting(run_dir, recipe), events.stage(run_dir, stage):
                 launch(stage, run_dir)
@@ -95,13 +97,23 @@ def carry_on(run_dir: RunDir, *, until: str = "report", launch: Callable[[str, R
     return run_dir
 
 
-def before_training(recipe: Recipe, run_dir: RunDir, until: str) -> None:
-    """Notes the hash of every input. Raises RecipeError when a licence text beside the weights forbids the export."""
+def before_training(recipe: Recipe, run_dir: RunDir, until: str, like: RunDir | None = None) -> None:
+    """Notes the hash of every input, once.
+
+    Raises RecipeError when a licence text beside the weights forbids the export.
+    `like` is a run whose inputs were hashed just now: those of the same files are not read again.
+    """
+    if run_dir.inputs.exists():
+        return
     from finetune.source import base_folder
 
     base = base_folder(recipe)
     permit(recipe, run_dir, until, base)
-    gib = sum(path.stat().st_size for path in record.input_files(recipe, base)) / 2**30
+    files = record.input_files(recipe, base)
+    if like is not None and like.inputs.exists() and set(read_json(like.inputs)) == {str(path) for path in files}:
+        write_json(run_dir.inputs, read_json(like.inputs))
+        return
+    gib = sum(path.stat().st_size for path in files) / 2**30
     if gib >= 1:  # about a minute per 50 GiB
         print(f"hashing {gib:,.1f} GiB of base and rows, for the record ...", flush=True)
     record.note_inputs(run_dir, recipe, base)

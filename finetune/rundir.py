@@ -39,7 +39,7 @@ class RunDir:
 
     @property
     def recipe(self) -> Path:
-        """The resolved recipe, written once by the parent process; stages read only this."""
+        """The resolved recipe, written by the parent process; stages read only this. Allowed changes write it anew."""
         return self.path / "recipe.yaml"
 
     @property

@@ -10,7 +10,7 @@ from finetune.compose import read_recipe
 from finetune.errors import RecipeError, RunError
 from finetune.launch import launch as launch_here
 from finetune.recipe import Recipe
-from finetune.run import STAGES, carry_on, refuse, require_gates
+from finetune.run import STAGES, before_training, carry_on, refuse, require_gates
 from finetune.rundir import RunDir
 from finetune.slurm import Queued
 
@@ -34,7 +34,8 @@ def submit(
     links: Path | None = None,
     launch: Callable[[str, RunDir], None] = launch_here,
 ) -> list[Queued]:
-    """The jobs of what is not done in these runs, up to the stage `until`; the data stage is carried out before.
+    """The jobs of what is not done in these runs, up to the stage `until`; the data stage is carried out before, and
+    the inputs are hashed.
 
     Several runs become arrays: `links` is a folder with a link to each. Raises what `ready` raises, RunError when jobs
     of a run are queued already, GateError when a run's scores are too low for what is left.
@@ -43,6 +44,8 @@ def submit(
     for run_dir in run_dirs:
         slurm.refuse_queued(run_dir)
         carry_on(run_dir, until="data", launch=launch)
+        if until != "data" and not done(run_dir, "train"):
+            before_training(read_recipe(run_dir.recipe), run_dir, until, like=run_dirs[0])
     stages = [stage for stage in _wanted(until) if any(not done(run_dir, stage) for run_dir in run_dirs)]
     for run_dir in run_dirs:
         if run_dir.scores.exists() and set(stages) & {"merge", "export", "report"}:

@@ -14,7 +14,7 @@ from finetune.errors import RecipeError, RunError
 from finetune.keys import flatten, settings
 from finetune.machine import settled
 from finetune.recipe import Recipe
-from finetune.run import refuse, start
+from finetune.run import STAGES, refuse, start
 from finetune.rundir import RunDir
 from finetune.sweep_folder import Job, Sweep, create_sweep, read_sweep, refuse_again
 from finetune.sweep_table import show_jobs, write_results
@@ -111,7 +111,8 @@ def carry_out_jobs(found: Sweep, console: Console, carry_out: Callable[[list[str
 
 
 def queue(recipes: Sequence[Recipe], until: str, console: Console) -> int:
-    """Queues the jobs as Slurm arrays, one task per job, and prints how to see their scores later; gives 0."""
+    """Queues the jobs as Slurm arrays, one task per job, and behind them one that writes the table; gives 0."""
+    from finetune import slurm
     from finetune.submit import link_folder, ready, submit
 
     def say(text: str) -> None:
@@ -122,9 +123,27 @@ def queue(recipes: Sequence[Recipe], until: str, console: Console) -> int:
     links = link_folder(run_dirs)
     for number, run_dir in enumerate(run_dirs):
         say(f"task {number}: {run_dir.path}")
-    submit(run_dirs, until, say, links)
-    say(f"scores, later: python -m finetune table run={links}")
+    queued = submit(run_dirs, until, say, links)
+    if queued and until not in ("data", "train"):
+        try:
+            job = slurm.queue_table(links, queued, recipes[0])
+            say(f"table  job {job.job}, when all of these have ended: {links / 'sweep.md'} and sweep.png")
+        except RunError as error:  # a partition may refuse a job without a GPU; the sweep goes on without it
+            say(f"note: the table has no job of its own: {error.sentence()}")
+    say(f"scores so far, at any time: python -m finetune table run={links}")
     return 0
+
+
+def tabled(folder: Path, console: Console) -> Sweep:
+    """The runs in a folder as a sweep: their table is printed, and written there with sweep.json and sweep.png.
+
+    Raises RunError where there are no runs, OSError where nothing can be written.
+    """
+    found = Sweep(folder.resolve(), (), list(STAGES)[-1], tuple(jobs_in(folder)))
+    show_jobs(found.jobs, console)
+    found.write()
+    write_results(found)
+    return found
 
 
 def jobs_in(folder: Path) -> list[Job]:

@@ -49,7 +49,7 @@ class Sweep:
     path: Path
     """Its folder."""
     words: tuple[str, ...]
-    """The words it was started with, lists of values included."""
+    """The words it was started with, lists of values included; none of runs that were queued as Slurm arrays."""
     until: str
     """The last stage of its jobs."""
     jobs: tuple[Job, ...]

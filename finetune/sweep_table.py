@@ -30,7 +30,8 @@ def show_jobs(jobs: Sequence[Job], console: Console) -> None:
 def write_results(sweep: Sweep) -> None:
     """Writes sweep.md, and sweep.png as soon as one job has scores, into the sweep's folder."""
     lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS), *(" | ".join(row) for row in rows(sweep.jobs))]
-    head = f"`python -m finetune {sweep.until} -m {' '.join(sweep.words)}`\n\n"
+    words = f"{sweep.until} -m {' '.join(sweep.words)}" if sweep.words else f"table run={sweep.path}"
+    head = f"`python -m finetune {words}`\n\n"
     write_text(sweep.path / "sweep.md", head + "".join(f"| {line} |\n" for line in lines))
     scored = [job for job in sweep.jobs if job.run_dir.scores.is_file()]
     if scored:

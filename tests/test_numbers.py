@@ -106,6 +106,7 @@ def test_the_order_of_rows_depends_on_seed_and_epoch_alone():
         ("versions", {"torch": "1", "trl": "2"}, {"torch": "3", "trl": "2"}, "versions: torch 1 is now 3"),
         ("seed", 17, 18, "seed: 17 is now 18"),
         ("precision", "bf16", "fp32", "precision: bf16 is now fp32"),
+        ("settings", {"train.lr": 0.001}, {"train.lr": 0.002}, "settings: train.lr 0.001 is now 0.002"),
     ],
 )
 def test_what_differs_from_the_checkpoint_is_named_and_can_be_allowed(name, then, now, said):
@@ -117,3 +118,35 @@ def test_what_differs_from_the_checkpoint_is_named_and_can_be_allowed(name, then
         changes(same | {name: then}, same | {name: now}, [])
     assert changes(same | {name: then}, same | {name: now}, [name]) == {name: said.partition(": ")[2]}
     assert changes(same, same, []) == {}
+
+
+def test_what_one_process_and_two_differ_in_is_their_number():
+    from finetune.check import CHANGEABLE
+
+    then = dict.fromkeys(CHANGEABLE, "x") | {"world_size": 1, "distribution": "none"}
+    now = then | {"world_size": 2, "distribution": "ddp"}
+    assert changes(then, now, ["world_size"]) == {"world_size": "1 is now 2"}
+
+
+def test_a_checkpoint_that_has_a_hash_of_its_settings_is_understood(tmp_path, monkeypatch):
+    """The hash is that of finetune before the settings were named; made here as it was made there."""
+    import dataclasses
+    import hashlib
+    import json
+
+    from finetune.errors import RunError
+    from finetune.recipe import Recipe
+    from finetune.rundir import RunDir, write_json
+    from finetune.train.identity import FREE, identity
+
+    recipe, run_dir = Recipe(), RunDir(tmp_path)
+    write_json(run_dir.data / "report.json", {"content_sha256": "c" * 64})
+    training = {k: v for k, v in dataclasses.asdict(recipe.train).items() if k not in FREE}
+    tree = {"adapter": dataclasses.asdict(recipe.adapter), "train": training, "packing": recipe.data.packing}
+    now = json.loads(json.dumps(identity(recipe, run_dir, tmp_path, 1)))
+    assert now["settings"]["train.lr"] == recipe.train.lr and "train.precision" not in now["settings"]
+    then = now | {"settings": hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()}
+    assert changes(then, now, []) == {}
+    recipe.train.lr *= 2
+    with pytest.raises(RunError, match=r"CKP-002 .*settings: other content.*run=here train.allow_changed=.settings."):
+        changes(then, identity(recipe, run_dir, tmp_path, 1), [], "here")

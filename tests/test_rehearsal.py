@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shutil
@@ -14,7 +15,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from finetune import machine
+from finetune import checkpoints, machine
+from finetune.__main__ import main
 from finetune.compose import load_recipe
 from finetune.errors import FinetuneError
 from finetune.failures import out_of_memory
@@ -188,13 +190,64 @@ def test_the_change_that_is_told_leaves_the_result_as_it_is_if_one_does(train, c
 
 
 def test_a_disk_without_room_for_what_is_saved_is_refused(tmp_path, monkeypatch):
-    model = torch.nn.Linear(1 << 10, 1 << 10)
-    check_disk(RunDir(tmp_path), model)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 << 20))
-    with pytest.raises(
-        FinetuneError, match=r"DSK-003 .*: adapter and training states take 28.0 MiB, free are 10.0 MiB"
-    ):
-        check_disk(RunDir(tmp_path), model)
+    model, run_dir = torch.nn.Linear(1 << 10, 1 << 10), RunDir(tmp_path)
+    recipe = Recipe(train=Train(keep_checkpoints=2))
+    check_disk(run_dir, model, recipe)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=39 << 20))
+    said = r"DSK-003 .*: adapter and training states take 40.0 MiB, free are 39.0 MiB: .* x 40 B, 3 states"
+    with pytest.raises(FinetuneError, match=said):
+        check_disk(run_dir, model, recipe)
+    recipe.train.evaluate_steps = 5  # the best is kept, too
+    with pytest.raises(FinetuneError, match=r"take 52\.1 MiB, .* x 52 B, 4 states"):
+        check_disk(run_dir, model, recipe)
+    for step in ("step-000005", "step-000010", "step-000015"):
+        (run_dir.checkpoints / step).mkdir(parents=True)
+    check_disk(run_dir, model, recipe)  # of a training that goes on they are there already
+
+
+def test_a_save_is_written_before_step_one_as_large_as_a_real_one_and_leaves_nothing(rehearsed, monkeypatch):
+    written, put = [], checkpoints.put
+
+    def noted(staging, name, data):
+        written.append((staging, name, len(data)))
+        return put(staging, name, data)
+
+    monkeypatch.setattr(checkpoints, "put", noted)
+    done = rehearsed("train.max_steps=1")
+    before, real = [
+        {n: size for s, n, size in written if s == staging} for staging in dict.fromkeys(w[0] for w in written)
+    ]
+    assert before.keys() == real.keys() and "optimizer.safetensors" in real
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        assert before[name] == pytest.approx(real[name], rel=0.05)
+    assert sorted(path.name for path in done.checkpoints.iterdir()) == ["LATEST", "step-000001"]
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "said"),
+    [
+        ("finetune.checkpoints.put", OSError(errno.ENOSPC, "No space left on device"), "DSK-002 the disk is full"),
+        ("finetune.train.trainer._bytes", MemoryError(), "MEM-001 a save needs more than "),
+    ],
+)
+def test_a_save_that_fails_ends_the_run_before_step_one(rehearsed, monkeypatch, capsys, where, error, said):
+    run_dir = rehearsed(until="data")
+    capsys.readouterr()
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(where, fails)
+    assert main(["train", f"run={run_dir.path}"]) == 3
+    shown = capsys.readouterr()
+    assert shown.err.startswith(said) and "step 1/" not in shown.out
+    assert not run_dir.checkpoints.exists() and not run_dir.adapter.exists()
+
+
+def test_memory_of_a_save_is_foreseen_on_a_cpu(rehearsed, monkeypatch):
+    monkeypatch.setattr(Meter, "held_gib", lambda self: 1e6)
+    with pytest.raises(FinetuneError, match=r"MEM-001 a save peaks at .* Try: adapter\.rank=8 adapter\.expert_rank=4"):
+        rehearsed("train.max_steps=1")
 
 
 def test_the_optimizer_is_imitated_until_it_has_a_state_of_its_own():

@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,10 +11,15 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
+from finetune.__main__ import main
 from finetune.checkpoints import newest
+from finetune.compose import read_recipe
+from finetune.data import require_rows
+from finetune.errors import RunError
 from finetune.launch import handed_on
-from finetune.rundir import read_json
+from finetune.rundir import read_json, sha256_file
 from finetune.stop import SIGNALS, asked_to_stop
+from finetune.train.trainer import Boundary
 from tests.trained import ADAPTER, begun, ended, kill_after, prepared, told, wait_for, with_deepspeed
 
 LORA = ("adapter=lora", "adapter.targets=attention", "adapter.dropout=0.1", "data.packing=true", "train.precision=fp32")
@@ -76,6 +83,26 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(tmp_path):
     assert code == 0, said
     assert not stopped.requeue.exists()
     assert told(stopped) == told(straight)
+
+
+def test_a_signal_during_the_last_update_ends_the_job_before_the_next_stage(tmp_path, monkeypatch, capsys):
+    run_dir = prepared(tmp_path, "train.max_steps=2", "evaluate.min_gain=-1")
+    ends = Boundary.on_step_end
+
+    def and_a_signal(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        ends(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(Boundary, "on_step_end", and_a_signal)
+    assert main(["evaluate", f"run={run_dir.path}"]) == 75
+    assert "TRN-005 stopped by SIGTERM after step 2 of 2" in capsys.readouterr().err
+    assert run_dir.adapter.exists() and run_dir.train.exists() and not run_dir.scores.exists()
+    assert run_dir.requeue.exists()
+    assert main(["evaluate", f"run={run_dir.path}"]) == 0
+    said = capsys.readouterr().out
+    assert "train: done before" in said
+    assert run_dir.scores.exists() and not run_dir.requeue.exists()
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -156,6 +183,47 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
     assert read_json(run_dir.train)["resumed"][0]["after_step"] < step
 
 
+def test_rows_that_have_changed_are_refused_and_prepared_again_by_what_is_told(tmp_path, capsys):
+    run_dir = prepared(tmp_path, "train.max_steps=2")
+    assert main(["train", f"run={run_dir.path}"]) == 0
+    file = run_dir.data / "train.arrow"
+    digest = sha256_file(file)
+    shutil.rmtree(run_dir.adapter)
+    flip(file)
+    assert main(["train", f"run={run_dir.path}"]) == 3
+    said = capsys.readouterr().err
+    assert f"RUN-011 {run_dir.data}: train.arrow is not what the data stage wrote" in said
+    assert not run_dir.adapter.exists()
+    doomed = re.search(r"Try: rm -rf (\S+) (\S+); python -m finetune run=", said)
+    for folder in doomed.groups():
+        shutil.rmtree(folder)
+    assert main(["train", f"run={run_dir.path}"]) == 0
+    assert "going on after step 2 of 2" in capsys.readouterr().out
+    assert sha256_file(file) == digest
+
+
+def test_every_file_of_rows_is_looked_at_before_training(tmp_path):
+    run_dir = prepared(tmp_path, "data.packing=true")
+    recipe = read_recipe(run_dir.recipe)
+    require_rows(run_dir, recipe)
+    for name in ("heldout.arrow", "packed.arrow", "train.arrow"):
+        flip(run_dir.data / name)
+        with pytest.raises(RunError, match=rf"RUN-011 {run_dir.data}: {name} is not what"):
+            require_rows(run_dir, recipe)
+        flip(run_dir.data / name)
+    (run_dir.data / "packed.arrow").unlink()
+    with pytest.raises(RunError, match=r"RUN-011 .*: packed.arrow is not what"):
+        require_rows(run_dir, recipe)
+
+
+def flip(file):
+    """Changes one bit in the middle of a file."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.chmod(0o644)
+    file.write_bytes(data)
+
+
 def test_other_settings_are_refused_by_name_unless_they_are_allowed(tmp_path):
     run_dir = prepared(tmp_path, "train.max_steps=12", "train.save_steps=2")
     kill_after(begun(run_dir), run_dir, 4)
@@ -164,14 +232,29 @@ def test_other_settings_are_refused_by_name_unless_they_are_allowed(tmp_path):
     run_dir.recipe.write_text(text.replace("lr: 0.001", "lr: 0.002"))
     code, said = ended(begun(run_dir))
     assert code == 3
-    assert "CKP-002 this run cannot go on as it was begun: settings: other content" in said
-    assert "train.allow_changed=[settings]" in said
+    assert "CKP-002 this run cannot go on as it was begun: settings: train.lr 0.001 is now 0.002" in said
+    assert f"python -m finetune run={run_dir.path} train.allow_changed=[settings]" in said
     assert not run_dir.adapter.exists()
     code, said = ended(begun(run_dir, more=["train.allow_changed=[settings]"]))
     assert code == 0, said
-    assert "; allowed: settings: other content" in said
-    assert read_json(run_dir.train)["resumed"][0]["changed"] == {"settings": "other content"}
+    assert "; allowed: settings: train.lr 0.001 is now 0.002" in said
+    assert read_json(run_dir.train)["resumed"][0]["changed"] == {"settings": "train.lr 0.001 is now 0.002"}
     assert read_json(run_dir.allowed)[0]["names"] == ["settings"]
+
+
+def test_a_run_goes_on_with_two_processes_and_another_learning_rate_as_it_is_told(tmp_path):
+    run_dir = prepared(tmp_path, "train.max_steps=12", "train.save_steps=2")
+    kill_after(begun(run_dir), run_dir, 4)
+    changed = ["launch.devices=2", "train.lr=0.002"]
+    code, said = ended(begun(run_dir, more=changed))
+    assert code == 2 and read_recipe(run_dir.recipe).launch.devices == 1
+    told = re.search(r"Type: python -m finetune train run=\S+ (.*), or", said)[1].split()
+    assert told == [*changed, "train.allow_changed=[world_size,settings]"]
+    code, said = ended(begun(run_dir, more=told))
+    assert code == 0, said
+    trained = read_json(run_dir.train)
+    changes = {"world_size": "1 is now 2", "settings": "train.lr 0.001 is now 0.002"}
+    assert (trained["processes"], trained["resumed"][0]["changed"]) == (2, changes)
 
 
 def test_weights_of_the_saved_adapter_are_those_of_the_last_checkpoint(tmp_path):

@@ -158,3 +158,17 @@ def test_the_counts_of_two_processes_are_added_up(tmp_path):
     assert first == second
     for found in json.loads(first).values():
         assert sum(found["tokens"]) == (2 + 3) * 19 * 2
+
+
+def test_a_process_that_joins_a_training_reads_at_the_same_updates_as_the_others():
+    """Each reading is a sum over all processes: one that read at another update would wait for ever."""
+    base, model = adapted("mixtral", Adapter(rank=2, expert_rank=2))
+    routers = [RouterLoad(Console(quiet=True)) for _ in range(2)]
+    for router in routers:
+        router.on_train_begin(None, None, None, model=model)
+    model.train()(input_ids=some_ids(base))
+    for step in range(1, 6):
+        counted(routers[0], step, 2 * EVERY)
+    for step in range(6, 2 * EVERY + 1):
+        read = ["router/model.layers.0.mlp.experts/entropy" in counted(router, step, 2 * EVERY) for router in routers]
+        assert read == [step in (EVERY + 1, 2 * EVERY)] * 2

@@ -211,7 +211,8 @@ def test_a_task_of_an_array_finds_its_own_run(tmp_path: Path) -> None:
 
 def test_the_script_knows_by_which_files_training_is_done() -> None:
     text = (HERE / "train.sh").read_text()
-    for path in STAGES["train"](RunDir(Path("/run"))):
+    run_dir = RunDir(Path("/run"))
+    for path in (*STAGES["train"](run_dir), run_dir.tuned):
         assert f'-e "$RUN/{path.name}"' in text
 
 
@@ -306,10 +307,23 @@ def test_an_old_request_to_requeue_does_not_count(tmp_path: Path, fake: FakeSlur
     assert fake.calls("scontrol requeue") == []
 
 
-def test_a_finished_training_is_not_repeated_and_later_stages_follow_when_asked(
+def test_a_warning_during_the_last_update_queues_the_job_again_only_for_the_stages_in_it(
     tmp_path: Path, fake: FakeSlurm
 ) -> None:
-    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    body = "mkdir -p RUN/tuned; touch RUN/train.json; echo USR1 after step 9 of 9 > RUN/REQUEUE; exit 0"
+    assert finish(begin(tmp_path, body))[0] == 0
+    assert fake.calls("scontrol requeue") == [] and not (tmp_path / "run" / "REQUEUE").exists()
+    (tmp_path / "run" / "train.json").unlink()
+    _, said = finish(begin(tmp_path, body, "report"))
+    assert "USR1 after step 9 of 9; queued again" in said
+    assert fake.calls("scontrol requeue") == ["scontrol requeue 41"]
+
+
+@pytest.mark.parametrize("left", ["adapter", "tuned"])
+def test_a_finished_training_is_not_repeated_and_later_stages_follow_when_asked(
+    tmp_path: Path, fake: FakeSlurm, left: str
+) -> None:
+    (tmp_path / "run" / left).mkdir(parents=True)
     (tmp_path / "run" / "train.json").touch()
     code, said = finish(begin(tmp_path, "exit 4", "report"))
     assert code == 4 and "train: done before" in said
@@ -388,6 +402,34 @@ def test_rows_are_prepared_here_and_every_later_stage_waits_for_the_one_before(t
     ]
     for script in (run_dir.job, run_dir.later):
         assert f"RUN={run_dir.path}\nPYTHON={sys.executable}\n" in script.read_text()
+
+
+def test_inputs_are_hashed_and_the_text_beside_the_weights_is_read_before_there_is_a_job(
+    tmp_path: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [start(queued_recipe(tmp_path, adapter__rank=rank)) for rank in (8, 16)]
+    read: list[str] = []
+    monkeypatch.setattr("finetune.record.sha256_file", lambda path: read.append(path.name) or "a" * 64)
+    submit(runs, "report", print, link_folder(runs), launch=Stages())
+    assert sorted(read) == ["config.json", "model.safetensors"]  # of the same base once for all tasks
+    for run_dir in runs:
+        assert [Path(name).name for name in read_json(run_dir.inputs)] == ["config.json", "model.safetensors"]
+    assert not queue_run(tmp_path, "data")[0].inputs.exists()
+    late = start(queued_recipe(tmp_path))
+    (tmp_path / "base" / "LICENSE.txt").write_text("Terms of our own.")  # as if it had been fetched with the weights
+    jobs = fake.calls("sbatch")
+    with pytest.raises(RecipeError, match=r"LIC-007 the text of LICENSE\.txt"):
+        submit([late], "report", print, launch=Stages())
+    assert fake.calls("sbatch") == jobs and not late.inputs.exists()
+
+
+def test_a_job_that_prepares_rows_for_a_training_of_its_own_hashes_the_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.launch.work", lambda stage, run_dir, threads: Stages()(stage, run_dir))
+    run_dir = start(queued_recipe(tmp_path))
+    assert main(["data", f"run={run_dir.path}", "--here"]) == 0  # as train.sbatch types it
+    assert [Path(name).name for name in read_json(run_dir.inputs)] == ["config.json", "model.safetensors"]
 
 
 def test_only_what_is_not_done_is_queued_up_to_what_was_asked_for(tmp_path: Path, fake: FakeSlurm) -> None:
@@ -487,10 +529,68 @@ def test_several_values_of_a_word_become_arrays(
     assert f"task 1: {tmp_path}/runs/legal_quickstart/0002" in said
     assert "train     job 1 (array of 2)" in said and "report    job 5 (array of 2), after 4" in said
     folder = f"{tmp_path}/runs/legal_quickstart/array-0001"
+    assert f"table  job 6, when all of these have ended: {folder}/sweep.md and sweep.png" in said
     assert f"python -m finetune table run={folder}" in said
+    job = fake.calls("sbatch")[5].split()
+    assert {"--dependency=afterany:1:2:3:4:5", f"{folder}/table.sbatch"} <= set(job)
+    asked = directives(Path(folder, "table.sbatch").read_text())
+    assert "--ntasks=1" in asked and f"--output={folder}/table-%j.log" in asked
+    assert not any(option.startswith(("--array", "--gpus")) for option in asked)
     assert main(["table", f"run={folder}"]) == 0
     assert "adapter.rank=2" in capsys.readouterr().out
     assert main(["table", "recipe=legal_quickstart"]) == 2
+
+
+def test_a_sweep_is_queued_also_where_slurm_refuses_the_job_of_its_table(
+    tmp_path: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.launch.work", lambda stage, run_dir, threads: Stages()(stage, run_dir))
+    page = Console(record=True, width=300)
+    recipes = [queued_recipe(tmp_path, adapter__rank=rank) for rank in (8, 16)]
+    assert sweep.queue(recipes, "train", page) == 0
+    assert len(fake.calls("sbatch")) == 1  # nothing is scored
+    fake.answer("fail_at", "4")
+    assert sweep.queue(recipes, "evaluate", page) == 0
+    assert "note: the table has no job of its own: SLM-006 sbatch failed: no more jobs" in page.export_text()
+    assert fake.calls("scancel") == []
+
+
+def test_the_job_at_the_end_of_a_sweep_leaves_a_table_and_a_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: FakeSlurm
+) -> None:
+    runs = [start(queued_recipe(tmp_path, adapter__rank=rank)) for rank in (8, 16, 32)]
+    links = link_folder(runs)
+    job = slurm.queue_table(links, [slurm.Queued("train", "7", Path())], queued_recipe(tmp_path))
+    assert job.log == links / "table-1.log"
+    for run_dir in runs[:2]:
+        carry_on(run_dir, launch=Stages())
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = subprocess.run(["bash", str(links / "table.sbatch")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"written: {links}/sweep.md, sweep.json and sweep.png" in done.stdout
+    kept = read_json(links / "sweep.json")["jobs"]
+    assert [(job["words"], job["run"], job["tuned_loss"]) for job in kept] == [
+        *((["adapter.rank=8"], "../0001", 1.0), (["adapter.rank=16"], "../0002", 1.0)),
+        (["adapter.rank=32"], "../0003", None),
+    ]
+    table = (links / "sweep.md").read_text()
+    assert table.startswith(f"`python -m finetune table run={links}`") and "| adapter.rank=32 | not scored |" in table
+    assert (links / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_of_a_folder_that_cannot_be_written_is_still_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    links = link_folder([start(ready_recipe(tmp_path, adapter__rank=rank)) for rank in (8, 16)])
+
+    def refused(target: Path, value: object) -> None:
+        raise PermissionError(13, "Permission denied", str(target))
+
+    monkeypatch.setattr("finetune.sweep_folder.write_json", refused)
+    assert main(["table", f"run={links}"]) == 0
+    said = capsys.readouterr().out
+    assert "adapter.rank=16" in said and f"note: not written: {links}/sweep.json: Permission denied" in said
 
 
 def test_a_job_is_queued_by_its_words_and_again_by_its_folder(

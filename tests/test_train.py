@@ -1,14 +1,18 @@
 """Training: what is counted, what is refused, and that the same seed gives the same adapter."""
 
+import re
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune.__main__ import main
 from finetune.compose import load_recipe
-from finetune.errors import NumbersError
+from finetune.errors import NumbersError, RunError
 from finetune.progress import Guard
 from finetune.recipe import Adapter, Train
-from finetune.run import run
+from finetune.run import carry_on, run
 from finetune.rundir import read_json
 from finetune.train.learnt import unlearnt
 from finetune.train.settings import arithmetic, loss_type, planned_steps
@@ -70,6 +74,12 @@ def test_the_saved_adapter_is_fp32_and_names_its_base(plain):
 def test_a_learning_rate_that_blows_up_stops_the_run_and_leaves_no_adapter(trained):
     with pytest.raises(NumbersError, match=r"NUM-001 (loss|grad_norm) is (nan|inf)"):
         trained("train.lr=1e30", "train.max_grad_norm=1e30", "train.max_steps=12", "train.warmup_fraction=0")
+
+
+def test_a_held_out_loss_that_is_no_number_stops_the_run_before_it_is_saved(trained):
+    words = ("train.lr=1e30", "train.max_grad_norm=1e30", "train.warmup_fraction=0", "train.max_steps=6")
+    with pytest.raises(NumbersError, match=r"NUM-001 the held-out loss is (nan|inf) at step 1: .* Try: a lower train"):
+        trained(*words, "train.evaluate_steps=1", "train.save_steps=2")
 
 
 @pytest.mark.parametrize(
@@ -149,6 +159,26 @@ def test_the_best_state_is_kept_and_becomes_the_adapter_and_measuring_it_changes
     assert all(torch.equal(adapter[name.replace(".default", "")], tensor) for name, tensor in saved.items())
     plain = read_json(trained(*words).train)
     assert [s["loss"] for s in plain["steps"]] == [s["loss"] for s in told["steps"]]
+
+
+def test_a_damaged_or_missing_best_state_is_no_adapter_and_the_last_one_is_had_by_what_is_told(trained):
+    words = ("train.max_steps=8", "train.save_steps=3", "train.lr=1.0", "train.schedule=constant_with_warmup")
+    words = (*words, "train.precision=fp32", "train.evaluate_steps=1", "train.adapter_of=best")
+    done = trained(*words)
+    best = done.checkpoints / f"step-{read_json(done.train)['adapter_of_step']:06d}"
+    shutil.rmtree(done.adapter)
+    file = best / "weights.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 4
+    file.write_bytes(data)
+    for damage in ("weights.safetensors has other bytes than were written", "manifest.json is missing"):
+        with pytest.raises(RunError, match=f"CKP-006 {best}: {damage}: train.adapter_of=best: ") as refused:
+            carry_on(done, until="train")
+        assert not done.adapter.exists()
+        shutil.rmtree(best, ignore_errors=True)
+    told = re.search(r"Try: python -m finetune (run=.*?), for", refused.value.sentence())[1]
+    assert main(["train", *told.split()]) == 0
+    assert read_json(done.train)["adapter_of_step"] == 8
 
 
 def test_recomputing_fewer_layers_changes_no_loss_and_says_how_many(trained, plain, capsys):

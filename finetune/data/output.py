@@ -16,7 +16,7 @@ import numpy as np
 from finetune.data.tokens import IGNORED, Tokens, marked
 from finetune.data.verdicts import FAULT, HELDOUT, TRAIN, Facts, dropped, in_order
 from finetune.recipe import Data
-from finetune.rundir import write_json, write_text
+from finetune.rundir import sha256_file, write_json, write_text
 
 NAMES = {TRAIN: "train", HELDOUT: "heldout"}
 BATCH = 500
@@ -56,6 +56,7 @@ def write_all(facts: Facts, data: Data, decode: Any, told: Told, folder: Path) -
         from finetune.data.packing import pack
 
         report["packing"] = pack(folder / "train.arrow", folder / "packed.arrow", data.max_length)
+    report["sha256"] = {path.name: sha256_file(path) for path in sorted(folder.glob("*.arrow"))}
     write_json(folder / "report.json", report)
     return report
 

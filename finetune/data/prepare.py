@@ -19,7 +19,7 @@ from finetune.data.part import Job, Work, of_card
 from finetune.data.records import records
 from finetune.data.rows import Row
 from finetune.data.shape import FORMATS, detect, renamed, usual
-from finetune.data.store import Store, address_of, decoder, put
+from finetune.data.store import Store, address_of, decoder, put, require_unchanged
 from finetune.data.verdicts import Facts, decide
 from finetune.data.wording import SPLITS, about, from_card
 from finetune.errors import DataError
@@ -29,6 +29,9 @@ from finetune.rundir import RunDir, atomic_folder, read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+PREPARED = "prepared"
+"""Folder of the cache that has prepared sets."""
 
 CARD_BLOCK = 500
 """Rows of a card that make one part."""
@@ -84,6 +87,14 @@ def load_splits(run_dir: RunDir) -> Splits:
     return Splits(train, heldout)
 
 
+def require_rows(run_dir: RunDir, recipe: Recipe) -> None:
+    """Nothing, or RunError when the rows of a run are not prepared, or no longer as they were (`require_unchanged`)."""
+    from finetune.fetch import cache_folder
+
+    run_dir.require(run_dir.data / "report.json", "data")
+    require_unchanged(run_dir, cache_folder(recipe) / PREPARED)
+
+
 def load_packed(run_dir: RunDir) -> Dataset | None:
     """The packed training sequences, columns input_ids, labels and position_ids; None where rows are not packed."""
     from finetune.data.output import dataset
@@ -122,7 +133,7 @@ def _store(recipe: Recipe, base: Path, found: Inputs) -> Store:
     from finetune.fetch import cache_folder
 
     address = address_of(recipe, base, found.source, [(s.name, s.path, side) for s, side in found.files])
-    return Store(cache_folder(recipe) / "prepared", address)
+    return Store(cache_folder(recipe) / PREPARED, address)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.card import read_card
+from finetune.errors import RunError
 from finetune.recipe import Recipe
-from finetune.rundir import atomic_folder, read_json, sha256_file, write_json
+from finetune.rundir import RunDir, atomic_folder, read_json, sha256_file, write_json
 
 LAYOUT = 2
 """Raised whenever the same input would be prepared in another way."""
@@ -134,6 +135,28 @@ def put(prepared: Path, target: Path) -> None:
                 os.link(path, folder / path.name)
             except OSError:
                 shutil.copyfile(path, folder / path.name)
+
+
+def require_unchanged(run_dir: RunDir, cache: Path) -> None:
+    """Nothing, or RunError (RUN-011) when a file of rows is not the one that the data stage wrote. Reads all of them.
+
+    `cache` is the folder of prepared sets: what is wrong with a run's file is wrong there, too, where both are one.
+    """
+    report = read_json(run_dir.data / "report.json")
+    written = report["sha256"] if "sha256" in report else {}  # sets of older versions have none
+    wrong = [
+        name
+        for name, digest in written.items()
+        if not (run_dir.data / name).is_file() or sha256_file(run_dir.data / name) != digest
+    ]
+    if wrong:
+        raise RunError(
+            "RUN-011",
+            f"{run_dir.data}: {', '.join(wrong)} is not what the data stage wrote",
+            "training would read rows that the record does not know",
+            f"rm -rf {run_dir.data} {Store(cache, report['address']).folder}; "
+            f"python -m finetune run={run_dir.path}, which prepares them again",
+        )
 
 
 def explain(root: Path, address: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """Stages as jobs of a Slurm cluster: `queue(runs, stages)` submits them, `preflight(recipe)` says whether it can.
 
-`train.sh` is what a training job does on its first node, `later.sh` any other stage.
+`train.sh` is what a training job does on its first node, `later.sh` any other stage, `table.sh` the end of a sweep.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from finetune.errors import RunError
 from finetune.recipe import Recipe
 from finetune.rundir import RunDir, read_json, write_json, write_text
 from finetune.slurm import client
-from finetune.slurm.script import Place, later_script, train_script
+from finetune.slurm.script import Place, later_script, table_script, train_script
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,19 @@ def queue(run_dirs: Sequence[RunDir], stages: Sequence[str], links: Path | None 
     if queued:
         client.release([queued[0].job])
     return queued
+
+
+def queue_table(links: Path, jobs: Sequence[Queued], recipe: Recipe) -> Queued:
+    """The job that writes what the runs in `links` have found, when all of `jobs` have ended, however they did.
+
+    Raises RunError when Slurm refuses it.
+    """
+    place = Place(name=recipe.name, python=sys.executable, run=links.absolute())
+    script = links / "table.sbatch"
+    write_text(script, table_script(place, recipe.launch))
+    after = ":".join(job.job for job in jobs)
+    job = client.send(str(script), options=[f"--job-name={recipe.name}-table", f"--dependency=afterany:{after}"])
+    return Queued("table", job, Path(place.log("table").replace("%j", job)))
 
 
 def _send(stage: str, run_dir: RunDir, place: Place, before: Sequence[Queued]) -> Queued:

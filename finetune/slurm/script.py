@@ -1,4 +1,4 @@
-"""Batch scripts as text: `train_script(place, launch)` and `later_script(place, launch)`. Nothing here needs Slurm."""
+"""Batch scripts as text: `train_script`, `later_script` and `table_script(place, launch)`. Nothing here needs Slurm."""
 
 from __future__ import annotations
 
@@ -43,6 +43,11 @@ def train_script(place: Place, launch: Launch) -> str:
 def later_script(place: Place, launch: Launch) -> str:
     """The batch script of one later stage, which it is given as a word: one task, with one GPU where there are any."""
     return _script(place, launch, "later", ["--nodes=1", "--ntasks=1", *(["--gpus-per-node=1"] if launch.gpus else [])])
+
+
+def table_script(place: Place, launch: Launch) -> str:
+    """The batch script that writes what the runs below `place.run` have found: one task without a GPU."""
+    return _script(place, launch, "table", ["--nodes=1", "--ntasks=1"])
 
 
 def _script(place: Place, launch: Launch, stage: str, lines: list[str]) -> str:

@@ -52,13 +52,20 @@ requeue() { # the same job once more, unless somebody has cancelled it
   exit 1 # never 0: the jobs that wait for this one would begin
 }
 
+trained() { # an adapter, or with adapter=full the base's own weights
+  { [ -e "$RUN/adapter" ] || [ -e "$RUN/tuned" ]; } && [ -e "$RUN/train.json" ]
+}
+
 say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST, $RUN"
-if [ -e "$RUN/adapter" ] && [ -e "$RUN/train.json" ]; then
+if trained; then
   say "train: done before"
+  rm -f "$RUN/REQUEUE"
 else
   rank_zero
   train
   [ "$code" = 0 ] || { say "training failed with exit code $code" && exit "$code"; }
+  # A signal during the last update: nothing is left to train, and no stage follows in this job.
+  if trained && [ $# = 0 ]; then rm -f "$RUN/REQUEUE"; fi
   [ ! -e "$RUN/REQUEUE" ] || requeue
 fi
 [ $# = 0 ] || exec "$PYTHON" -m finetune "$1" run="$RUN" --here

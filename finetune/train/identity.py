@@ -21,8 +21,9 @@ FREE = {"allow_changed", "save_steps", "keep_checkpoints", "report_to", "rehears
 
 def identity(recipe: Recipe, run_dir: RunDir, base: Path, world: int, sharing: int = 1) -> dict[str, Any]:
     """Name -> value, of everything that decides the numbers of this run; `sharing` processes hold parts of a row."""
-    training = {k: v for k, v in dataclasses.asdict(recipe.train).items() if k not in FREE}
-    settings = {"adapter": dataclasses.asdict(recipe.adapter), "train": training, "packing": recipe.data.packing}
+    adapter, train = dataclasses.asdict(recipe.adapter), dataclasses.asdict(recipe.train)
+    settings = {f"adapter.{name}": value for name, value in adapter.items()}
+    settings |= {f"train.{name}": value for name, value in train.items() if name not in FREE | {"precision"}}
     distribution = recipe.launch.distribution if world > 1 else "none"
     distribution += f", {sharing} to a row" if sharing > 1 else ""
     return {
@@ -32,17 +33,21 @@ def identity(recipe: Recipe, run_dir: RunDir, base: Path, world: int, sharing: i
         "distribution": distribution,
         "precision": recipe.train.precision,
         "seed": recipe.seed,
-        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "settings": settings | {"data.packing": recipe.data.packing},
         "versions": versions(recipe.engine, recipe.launch.distribution),
     }
 
 
-def changes(then: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> dict[str, str]:
-    """Name -> what is different, of the allowed changes.
+def changes(
+    then: dict[str, Any], now: dict[str, Any], allowed: list[str], run: str = "runs/NAME/0001"
+) -> dict[str, str]:
+    """Name -> what is different, of the allowed changes. `run` is the path of the run, for what is to be typed.
 
     Raises RunError: CKP-002 naming those that are not, CKP-005 where DeepSpeed's parts would be cut otherwise.
     """
-    found = {name: _difference(then[name], now[name]) for name in CHANGEABLE if then[name] != now[name]}
+    found = {name: _difference(then[name], now[name]) for name in CHANGEABLE if not _same(name, then, now)}
+    if "world_size" in found and "none" in (then["distribution"], now["distribution"]):
+        found.pop("distribution", None)  # one process has none: the number of processes says it
     refused = [name for name in found if name not in allowed]
     if refused:
         what = "; ".join(f"{name}: {found[name]}" for name in refused)
@@ -50,7 +55,8 @@ def changes(then: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> di
             "CKP-002",
             f"this run cannot go on as it was begun: {what}",
             "its numbers would not be those of one run",
-            f"train.allow_changed=[{','.join(refused)}] beside run=, which the record keeps; or a new run",
+            f"python -m finetune run={run} train.allow_changed=[{','.join(refused)}], which the record keeps; "
+            "or a new run",
         )
     cut = sorted(found.keys() & {"distribution", "world_size"})
     if cut and "deepspeed" in then["distribution"] + now["distribution"]:
@@ -59,6 +65,24 @@ def changes(then: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> di
         what = f"this run cannot go on as it was begun: {what}"
         raise RunError("CKP-005", what, why, "the same launch=, or a new run")
     return found
+
+
+def _same(name: str, then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a value is that of the checkpoint; older ones hold a hash of their settings."""
+    if name == "settings" and isinstance(then[name], str) and isinstance(now[name], dict):
+        return bool(then[name] == _hash(now[name], now["precision"]))
+    return bool(then[name] == now[name])
+
+
+def _hash(settings: dict[str, Any], precision: str) -> str:
+    """What checkpoints had in place of the settings before they named them."""
+
+    def below(group: str) -> dict[str, Any]:
+        return {k.removeprefix(group): value for k, value in settings.items() if k.startswith(group)}
+
+    training = below("train.") | {"precision": precision}
+    tree = {"adapter": below("adapter."), "train": training, "packing": settings["data.packing"]}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _difference(then: Any, now: Any) -> str:

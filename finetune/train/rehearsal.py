@@ -1,4 +1,4 @@
-"""The longest batch before step 1, without a trace: too little memory ends a run in its first seconds, not hours later.
+"""The longest batch and a save before step 1, without a trace: what does not fit ends a run at once, not hours later.
 
 `Rehearsal` is a callback. On a GPU the whole batch is tried. On a CPU the system would kill the process instead of
 raising an error, so parts of the batch come first. What they grow by says whether the rest is tried: not when it cannot
@@ -19,6 +19,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from finetune.base import Peak, resident_gib
+from finetune.disk import states_at_most
 from finetune.errors import FinetuneError
 from finetune.failures import out_of_memory
 from finetune.machine import available_gib, room
@@ -28,12 +29,12 @@ from finetune.rundir import RunDir
 
 MOMENTS = 2
 """Numbers that AdamW keeps per trained parameter."""
-SAVED_BYTES = 4 + 2 * (4 + 4 * MOMENTS)
-"""Bytes on disk per trained parameter: the adapter, and two training states, since the old one goes last."""
+STATE_BYTES = 4 + 4 * MOMENTS
+"""Bytes of a training state per trained parameter."""
 
 
 class Rehearsal(TrainerCallback):
-    """Runs the longest training and evaluation batch when training begins. `trainer` must be set before that."""
+    """Tries the longest training and evaluation batch and a save when training begins; `trainer` must be set before."""
 
     def __init__(self, recipe: Recipe, run_dir: RunDir, console: Console, ranks: Ranks | None = None) -> None:
         self.recipe, self.run_dir, self.console = recipe, run_dir, console
@@ -42,11 +43,11 @@ class Rehearsal(TrainerCallback):
         self.measured: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raises FinetuneError: MEM-001 when the longest batch does not fit, DSK-003 when what is saved does not."""
+        """Raises FinetuneError: MEM-001 when a batch or a save does not fit, DSK-003 when the disk has no room."""
         if not self.recipe.train.rehearse_memory:
             return
         started = time.monotonic()
-        check_disk(self.run_dir, kwargs["model"])
+        check_disk(self.run_dir, kwargs["model"], self.recipe)
         with no_trace(self.trainer, kwargs["model"]), self.trainer.without_updates():
             self.measured = self._rehearse(kwargs["model"])
         seconds = time.monotonic() - started
@@ -88,6 +89,15 @@ class Rehearsal(TrainerCallback):
             with meter.refusing(what, self.recipe), meter:
                 batch = trainer.data_collator([row] * rows)
                 trainer.prediction_step(trainer.model_wrapped, batch, prediction_loss_only=True)
+        less = smaller(self.recipe)
+        with meter.refusing("a save", self.recipe, less):
+            saved = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) / 2**30
+            if not meter.on_gpu:
+                # What the process that writes needs more: the moments once more, and as bytes; the weights as bytes.
+                needed = meter.held_gib() + (2 * MOMENTS + 1) * saved if self.ranks.first else 0.0
+                meter.refuse_above(max(self.ranks.gather(needed)), "a save", self.recipe, less)
+            with meter:
+                trainer.rehearse_save(standing)
         del standing
         return {
             "rows": trainer.args.per_device_train_batch_size,
@@ -126,13 +136,18 @@ class Meter:
         now = torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else self._peak.gib
         self.gib = max(self.gib, now - self._before)
 
-    def refuse_above(self, growth_gib: float, what: str, recipe: Recipe) -> None:
+    def held_gib(self) -> float:
+        """What host memory has grown by as it is now."""
+        return resident_gib() - self._before
+
+    def refuse_above(self, growth_gib: float, what: str, recipe: Recipe, change: str = "") -> None:
         """Raises MEM-001 when memory would grow by more than was free."""
         if growth_gib > self.free_gib:
-            raise too_little(what, f"peaks at {room(self._before + growth_gib)} of {room(self.all_gib)}", recipe)
+            peak = f"peaks at {room(self._before + growth_gib)} of {room(self.all_gib)}"
+            raise too_little(what, peak, recipe, change)
 
     @contextmanager
-    def refusing(self, what: str, recipe: Recipe) -> Iterator[None]:
+    def refusing(self, what: str, recipe: Recipe, change: str = "") -> Iterator[None]:
         """Whatever says in the block that memory ran out becomes MEM-001."""
         try:
             yield
@@ -140,13 +155,15 @@ class Meter:
             if not out_of_memory(error):
                 raise
             peak = room(self._before + self.gib)
-            raise too_little(what, f"needs more than {peak} of {room(self.all_gib)}", recipe) from error
+            raise too_little(what, f"needs more than {peak} of {room(self.all_gib)}", recipe, change) from error
 
 
-def too_little(what: str, how_much: str, recipe: Recipe) -> FinetuneError:
-    """MEM-001 with the mildest settings that need less."""
+def too_little(what: str, how_much: str, recipe: Recipe, change: str = "") -> FinetuneError:
+    """MEM-001 with `change`, or with the mildest settings with which a batch needs less."""
     train, data = recipe.train, recipe.data
-    if train.batch_size > 1:
+    if change:
+        pass
+    elif train.batch_size > 1:
         fewer = train.batch_size // 2
         more = -(-train.accumulation * train.batch_size // fewer)
         change = f"train.batch_size={fewer} train.accumulation={more}"
@@ -157,16 +174,26 @@ def too_little(what: str, how_much: str, recipe: Recipe) -> FinetuneError:
     return FinetuneError("MEM-001", f"{what} {how_much}", "training would fail when it comes to it", change)
 
 
-def check_disk(run_dir: RunDir, model: Any) -> None:
-    """Raises FinetuneError (DSK-003) when the run's disk has no room for the adapter and two training states."""
+def smaller(recipe: Recipe) -> str:
+    """Settings with which less is trained, and saved."""
+    return "adapter=lora" if recipe.adapter.method == "full" else "adapter.rank=8 adapter.expert_rank=4"
+
+
+def check_disk(run_dir: RunDir, model: Any, recipe: Recipe) -> None:
+    """Raises FinetuneError (DSK-003) when the run's disk has no room for the adapter and the states that will be kept.
+
+    Those that are there already, of a training that goes on, do not count.
+    """
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    needed, free = trained * SAVED_BYTES / 2**30, shutil.disk_usage(run_dir.path).free / 2**30
+    states = max(1, states_at_most(recipe.train) - len(list(run_dir.checkpoints.glob("step-*"))))
+    each = 4 + states * STATE_BYTES
+    needed, free = trained * each / 2**30, shutil.disk_usage(run_dir.path).free / 2**30
     if needed > free:
         raise FinetuneError(
             "DSK-003",
             f"{run_dir.path}: adapter and training states take {room(needed)}, free are {room(free)}",
-            f"{trained:,} trained parameters x {SAVED_BYTES} B",
-            "runs_dir=/folder on another disk, or adapter.rank=8 adapter.expert_rank=4",
+            f"{trained:,} trained parameters x {each} B, {states} states",
+            f"train.keep_checkpoints=1, runs_dir=/folder on another disk, or {smaller(recipe)}",
         )
 
 

@@ -55,8 +55,8 @@ class RouterLoad(TrainerCallback):
         if not logs or "loss" not in logs or not self._window:
             return
         self._steps += 1
-        if self._steps < EVERY and state.global_step not in (1, state.max_steps):
-            return
+        if (state.global_step - 1) % EVERY and state.global_step != state.max_steps:
+            return  # by the step alone: a process that joined later has counted fewer
         window = _over_ranks(self._window)
         for layer, counts in window.items():
             self._counts[layer] += counts

@@ -26,8 +26,8 @@ def train(run_dir: RunDir) -> None:
     """Trains a new adapter on the run's training rows, from the newest whole checkpoint if there is one.
 
     With several processes every one of them calls it. Raises Preempted when a signal asked to stop (a checkpoint and
-    REQUEUE are written then), RunError when the run is not what its checkpoint was of, NumbersError on a loss or
-    gradient that is not finite and on an adapter that does not learn.
+    REQUEUE are written then; after the last update the adapter, too), RunError when the run is not what its checkpoint
+    was of, NumbersError on a loss or gradient that is not finite and on an adapter that does not learn.
     """
     from rich.console import Console
 
@@ -52,12 +52,15 @@ def train(run_dir: RunDir) -> None:
             stack.enter_context(job.progress)
         try:
             _run(job)
+            with ranks.one_for_all():
+                finish(job)
+            # Too late to end the training, not too late for what comes after it.
+            if signal := next(filter(None, ranks.gather(request.signal)), ""):
+                raise Preempted(signal, job.steps, job.steps)
         except Preempted as stopped:
             if first:
                 write_text(run_dir.requeue, f"{stopped.signal} after step {stopped.step} of {stopped.steps}\n")
             raise
-        with ranks.one_for_all():
-            finish(job)
 
 
 def prepare(
@@ -73,7 +76,7 @@ def prepare(
     from transformers import PrinterCallback
 
     from finetune.adapters import coverage_table, keeping_fp32, print_coverage
-    from finetune.data import load_packed, load_splits
+    from finetune.data import load_packed, load_splits, require_rows
     from finetune.progress import Guard, TrainingProgress
     from finetune.recompute import Recompute
     from finetune.source import base_folder
@@ -91,6 +94,8 @@ def prepare(
 
     unsloth, folder = recipe.engine == "unsloth", base_folder(recipe)
     require_shareable(folder, ranks)
+    if ranks.first:
+        require_rows(run_dir, recipe)
     packed = load_packed(run_dir)
     rows = load_splits(run_dir).train if packed is None else packed
     whole = recipe.adapter.method == "full"
@@ -223,7 +228,7 @@ def _run(job: Job) -> None:
         trainer.train()
     else:
         allowed = [*job.recipe.train.allow_changed, *_allowed(job.run_dir)]
-        changed = changes(start.about, trainer.keeping.about, allowed)
+        changed = changes(start.about, trainer.keeping.about, allowed, str(job.run_dir.path))
         job.console.print(
             f"going on after step {start.step} of {job.steps}, from {start.path.name}"
             + "".join(f"; allowed: {name}: {what}" for name, what in changed.items()),
@@ -239,7 +244,23 @@ def _run(job: Job) -> None:
     if trainer.state.global_step < job.steps:
         raise Preempted(job.boundary.stopped_by, trainer.state.global_step, job.steps)
     if job.recipe.train.adapter_of == "best" and trainer.state.best_global_step:
-        trainer.take_weights(job.run_dir.checkpoints / checkpoints.folder_name(trainer.state.best_global_step))
+        with job.ranks.one_for_all():
+            best = _best(job.run_dir, trainer.state.best_global_step)
+        trainer.take_weights(best)
+
+
+def _best(run_dir: RunDir, step: int) -> Path:
+    """The checkpoint that becomes the adapter. Raises RunError (CKP-006) when it is not as it was written."""
+    folder = run_dir.checkpoints / checkpoints.folder_name(step)
+    if wrong := checkpoints.faults(folder, step):
+        raise RunError(
+            "CKP-006",
+            f"{folder}: {wrong[0]}",
+            f"train.adapter_of=best: the adapter would be that of step {step}, with the lowest held-out loss",
+            f"python -m finetune run={run_dir.path} train.adapter_of=last train.allow_changed=[settings], for the "
+            f"adapter of the last update; or {folder.name} from a backup, and run={run_dir.path} alone",
+        )
+    return folder
 
 
 def _allowed(run_dir: RunDir) -> list[str]:

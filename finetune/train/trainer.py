@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -156,30 +157,56 @@ class Trainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes a checkpoint together with the other ranks. Raises on all of them what one of them raises."""
         self.store_flos()
-        parameters = states.trainable(self.model)
-        weights = {name: states.whole(p.detach()) for name, p in parameters.items()}
-        optimizer = None if self.zero else states.optimizer_state(self.optimizer)
-        need = sum(t.numel() * t.element_size() for t in weights.values()) * 3
-        staging = self._together(lambda: checkpoints.stage(self.keeping.root, self.state.global_step, need))
+        staging = self._stage()
+        entries = self._write(staging, self._optimizer_state())
+        written = [checkpoints.Entry(*entry) for rank in self.ranks.gather(_plain(entries)) for entry in rank]
+        self._together(lambda: self._publish(staging, written))
+
+    def rehearse_save(self, moments: list[torch.Tensor]) -> None:
+        """Writes what a checkpoint will hold and removes it, together with the other ranks.
+
+        `moments` stand for what the optimizer keeps, where it has none yet.
+        """
+        optimizer = self._optimizer_state()
+        if moments:
+            optimizer["state"] = {0: {str(number): states.whole(value) for number, value in enumerate(moments)}}
+        staging = self._stage()
+        try:
+            self._write(staging, optimizer)
+        finally:
+            if self.ranks.first:
+                shutil.rmtree(staging, ignore_errors=True)
+                with suppress(OSError):  # it has checkpoints of a training that goes on
+                    self.keeping.root.rmdir()
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        return self.zero.memory() if self.zero else states.optimizer_state(self.optimizer)
+
+    def _stage(self) -> Path:
+        """The folder that this checkpoint is written to. Raises RunError (DSK-003) when it does not fit."""
+        need = sum(p.numel() * p.element_size() for p in states.trainable(self.model).values()) * 3
+        return Path(self._together(lambda: checkpoints.stage(self.keeping.root, self.state.global_step, need)))
+
+    def _write(self, staging: Path, optimizer: dict[str, Any]) -> list[checkpoints.Entry]:
+        """What this rank wrote of a checkpoint. Raises on all of them what one of them raises."""
+        weights = {name: states.whole(p.detach()) for name, p in states.trainable(self.model).items()}
         counts = {name: counted.memory() for name, counted in self.keeping.counted.items()}
-        mine = {"random": states.drawn(), "counts": counts}
-        mine |= {"optimizer": self.zero.memory()} if self.zero else {}
+        mine = {"random": states.drawn(), "counts": counts} | ({"optimizer": optimizer} if self.zero else {})
         files: dict[str, Any] = {rank_file(self.ranks.rank): mine}
         if self.ranks.first:
             memory = {name: kept.memory() for name, kept in self.keeping.kept.items()}
-            files |= {WEIGHTS: weights} | ({"optimizer.safetensors": optimizer} if optimizer else {})
+            files |= {WEIGHTS: weights} | ({} if self.zero else {"optimizer.safetensors": optimizer})
             files |= {"trainer_state.json": dataclasses.asdict(self.state), "memory.json": memory}
             files["scheduler.json"] = self.lr_scheduler.state_dict()
         entries, error = [], None
         try:
             for name, value in files.items():
                 data = _bytes(name, value)
-                entries.append(checkpoints.put(Path(staging), name, data))
+                entries.append(checkpoints.put(staging, name, data))
         except BaseException as raised:
             error = raised
         self.ranks.agree(error)
-        written = [checkpoints.Entry(*entry) for rank in self.ranks.gather(_plain(entries)) for entry in rank]
-        self._together(lambda: self._publish(Path(staging), written))
+        return entries
 
     def _publish(self, staging: Path, entries: list[checkpoints.Entry]) -> str:
         path = checkpoints.publish(staging, self.state.global_step, entries, self.keeping.about)
@@ -301,9 +328,17 @@ class Boundary(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Raises NumbersError (NUM-001), on all ranks and before anything is saved, when a number is not finite."""
-        odd = [name for name in ("loss", "grad_norm") if logs and name in logs and not math.isfinite(logs[name])]
+        looked_at = ("loss", "grad_norm", "eval_loss")
+        odd = [name for name in looked_at if logs and name in logs and not math.isfinite(logs[name])]
         if not odd or logs is None:
             return
+        if odd == ["eval_loss"]:
+            raise NumbersError(
+                "NUM-001",
+                f"the held-out loss is {logs['eval_loss']} at step {state.global_step}",
+                "training cannot go on; earlier checkpoints are kept",
+                "a lower train.lr or train.max_grad_norm in a new run",
+            )
         numbers = [n for rank in self.ranks.gather(self._rows)[:: self.ranks.sharing] for batch in rank for n in batch]
         names = self.names(numbers)
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
