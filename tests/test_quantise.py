@@ -10,6 +10,7 @@ import pytest
 
 from finetune import check, export, machine
 from finetune.errors import WeightsError
+from finetune.export import quantise_child
 from finetune.export.converter import quantise
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,13 +102,16 @@ def test_without_the_program_the_package_is_taken_in_a_process_of_its_own(place)
 
 
 @pytest.mark.parametrize("kind", check.GGUF_SMALL)
-def test_every_smaller_type_is_one_that_llama_cpp_has(kind, place):
+def test_every_smaller_type_is_one_that_llama_cpp_has(kind, monkeypatch):
     """By the names in llama.cpp's own Python package, which are those of its header and of the program."""
     assert f"MOSTLY_{kind.upper()}" in gguf.LlamaFileType.__members__
-    folder, put, calls = place
-    put("package")
-    quantise(folder / "f16.gguf", folder / "m.gguf", kind, folder / "log")
-    assert calls()[0][2] == gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]
+    asked, parameters = [], SimpleNamespace(ftype=-1)
+    library = SimpleNamespace(**{f"LLAMA_FTYPE_{name.name}": int(name) for name in gguf.LlamaFileType})
+    library.llama_model_quantize_default_params = lambda: parameters
+    library.llama_model_quantize = lambda source, target, given: asked.append((source, target, given.ftype)) or 0
+    monkeypatch.setitem(sys.modules, "llama_cpp", library)
+    assert quantise_child.main("a.gguf", "b.gguf", kind.upper()) == 0
+    assert asked == [(b"a.gguf", b"b.gguf", gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])]
 
 
 @pytest.mark.parametrize(
