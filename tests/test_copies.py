@@ -55,6 +55,14 @@ def test_rows_that_share_a_template_are_not_dropped_for_it(tmp_path: Path, base:
     assert any("counts as a template" in limit for limit in report(folder)["not_detected"])
 
 
+def test_a_template_on_both_sides_of_the_users_own_files_is_no_leak(tmp_path: Path, base: Path) -> None:
+    template = f"Classify the sentiment of the following review as positive or negative. {words(40)}"
+    path = jsonl(tmp_path / "train.jsonl", *(qa(f"{template}: {words(2)} {i}", "positive") for i in range(60)))
+    held = jsonl(tmp_path / "held.jsonl", *(qa(f"{template}: {words(2)} {i}", "positive") for i in range(60, 70)))
+    folder = prepare(tmp_path, base, path, heldout_files=[str(held)], near_duplicates="report")
+    assert report(folder)["dropped"] == {}
+
+
 def test_where_near_copies_leave_no_row_the_error_says_so(tmp_path: Path, base: Path) -> None:
     template = words(200)
     path = jsonl(tmp_path / "rows.jsonl", *(qa(f"{template} {i}", "yes") for i in range(20)))
