@@ -7,8 +7,10 @@ Base: the quickstart's, 4 experts, 373 M parameters (fetched from the package in
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from finetune.compose import load_recipe, read_recipe
 from finetune.families import FAMILIES
 from finetune.run import carry_on, start
 from finetune.rundir import RunDir, open_run, write_text
+from finetune.servers import NAMES, Server, found
 from finetune.source import base_folder
 
 WORDS = [
@@ -34,8 +37,18 @@ WORDS = [
 """The job: enough updates for other answers, few enough for a test machine."""
 
 
-CONVERTER = Path(__file__).resolve().parent.parent / ".venv-serving" / "converter"
+ROOT = Path(__file__).resolve().parent.parent
+CONVERTER = ROOT / ".venv-serving" / "converter"
 """What llama.cpp's converter needs beside our own packages; scripts/setup_serving.sh puts it there."""
+
+
+@functools.cache
+def servers() -> dict[str, Server]:
+    """Every server, set up on a bare machine in a Python of their own."""
+    subprocess.run(["bash", str(ROOT / "scripts" / "setup_serving.sh")], check=True)
+    there = {server.name: server for server in found()}
+    assert set(there) == set(NAMES)
+    return there
 
 
 def finished(until: str = "merge") -> RunDir:

@@ -22,7 +22,7 @@ from finetune import canary, serve
 from finetune.__main__ import main
 from finetune.errors import GateError, RunError, ServerError
 from finetune.rundir import RunDir, write_json, write_text
-from finetune.servers import NAMES, Server, found, started
+from finetune.servers import NAMES, Server, started
 from tests import serving_job
 from tests.test_servers import gguf, program, runs, seen
 
@@ -152,10 +152,7 @@ def test_wrong_words_are_told(
 @pytest.fixture(scope="session")
 def installed() -> dict[str, Server]:
     """Every server, set up on a bare machine in a Python of their own."""
-    subprocess.run(["bash", str(ROOT / "scripts" / "setup_serving.sh")], check=True)
-    servers = {server.name: server for server in found()}
-    assert set(servers) == set(NAMES)
-    return servers
+    return serving_job.servers()
 
 
 @pytest.fixture(scope="session")

@@ -57,6 +57,12 @@ LIMIT = 0.01
 """Largest distance of log-probabilities in nats, token by token, at f32 with a cache in fp16."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def installed():
+    """Servers and what llama.cpp's converter needs, also when this file is run alone on a bare machine."""
+    serving_job.servers()
+
+
 @pytest.fixture(scope="module")
 def llama_cpp():
     return servers.choose("llama.cpp")
