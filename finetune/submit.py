@@ -34,8 +34,9 @@ def submit(
     links: Path | None = None,
     launch: Callable[[str, RunDir], None] = launch_here,
 ) -> list[Queued]:
-    """The jobs of what is not done in these runs, up to the stage `until`; the data stage is carried out before, and
-    the inputs are hashed.
+    """The jobs of what is not done in these runs, up to the stage `until`; the data stage is carried out before.
+
+    Then the inputs are hashed.
 
     Several runs become arrays: `links` is a folder with a link to each. Raises what `ready` raises, RunError when jobs
     of a run are queued already, GateError when a run's scores are too low for what is left.
