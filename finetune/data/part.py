@@ -292,7 +292,9 @@ def _fact(row: Row, turns: str) -> dict[str, Any]:
         text = row.fields["text"] if "text" in row.fields else "\n".join(texts(row))
         tools = json.dumps(row.tools, sort_keys=True) if row.tools else ""
         fact["text_key"] = key(said(text) + tools or text or repr(row.input_ids))
-        keys = {i: key(told) for i, told in prompt_keys(row).items()} or {-1: key(prompt_key(row))}
+        told = prompt_keys(row) or {-1: prompt_key(row)}
+        row.group = row.group or list(told.values())[-1]
+        keys = {i: key(text) for i, text in told.items()}
         fact["prompt_key"], fact["group_key"], fact["system_key"] = list(keys.values())[-1], key(row.group), 0
         if row.messages and row.messages[0]["role"] == "system":
             fact["system_key"] = _system_key(row.messages[0]["content"])

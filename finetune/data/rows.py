@@ -112,6 +112,7 @@ def read_messages(path: Path) -> list[Row]:
         )
         if not faults and row.id in seen:
             faults = [f"DATA-002 @ has the id of line {seen[row.id].line}"]
+        row.group = row.group or ("" if faults else prompt_key(row))
         problems += [fault.replace("@", row.where, 1) for fault in faults]
         seen.setdefault(row.id, row)
         rows += [] if faults else [row]
@@ -158,7 +159,7 @@ def plain(text: str) -> str:
     A text of nothing but punctuation keeps it.
     """
     words = text.lower().split()
-    return " ".join(w for word in words if (w := word.lstrip(_OPENING).rstrip(_CLOSING))) or " ".join(words)
+    return " ".join(filter(None, [word.lstrip(_OPENING).rstrip(_CLOSING) for word in words])) or " ".join(words)
 
 
 def moment(text: str, *, years: bool) -> float | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from finetune.data.messages import message, order, tools_of, type_name
 from finetune.data.nested import parsed
-from finetune.data.rows import NUMBER, Row, moment, prompt_key
+from finetune.data.rows import NUMBER, Row, moment
 
 FORMATS = {
     "messages": ("messages", "tools"),
@@ -120,7 +120,6 @@ def grouped(row: Row, value: dict[str, Any], group_by: str, time_by: str) -> lis
     if not dated or (row.time and moment(row.time, years=True) is None):
         faults.append(f"DATA-001 @ {time_by} is no date, expected YYYY-MM-DD or a number")
         row.time = ""
-    row.group = row.group or prompt_key(row)
     return faults
 
 
