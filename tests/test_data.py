@@ -216,6 +216,7 @@ def test_every_row_that_came_in_has_one_line_in_the_ledger(tmp_path: Path, token
     assert verdicts == {"kept": 14, "dropped": 26}
     assert report["rows_read"] == report["kept"] + sum(report["dropped"].values()) == 40
     assert report["dropped"] == {"copy": 20, "rows-limit": 6}
+    assert "6 train rows are beyond data.train_rows=10 and left out; 0 takes all" in report["notes"]
     assert report["splits"]["train"]["rows"] == 10
     trainable = sum(line["trainable_tokens"] for line in lines if line["split"] == "train")
     assert trainable == report["splits"]["train"]["trainable_tokens"] > 0

@@ -106,9 +106,11 @@ def decide(facts: Facts, data: Data, *, given: bool, long: str, near: Callable[[
         told += near(facts)
     if not given:
         _mix(facts, data)
-        for split, most in ((TRAIN, data.train_rows), (HELDOUT, data.heldout_rows)):
-            if most:
-                facts.drop(by_class(facts, np.flatnonzero(facts.split == split))[most:], "rows-limit")
+        for split, name, most in ((TRAIN, "train", data.train_rows), (HELDOUT, "heldout", data.heldout_rows)):
+            beyond = by_class(facts, np.flatnonzero(facts.split == split))[most:] if most else []
+            if len(beyond):
+                facts.drop(beyond, "rows-limit")
+                told.append(f"{len(beyond)} {name} rows are beyond data.{name}_rows={most} and left out; 0 takes all")
     told += _leaks(facts, data)
     _too_long(facts, data, long)
     for split, name, fix in (
