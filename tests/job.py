@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.families import FAMILIES
+from finetune.licences import find_licence
 from finetune.parity import Parity
 from finetune.recipe import Data, Model, Recipe
 from finetune.rundir import RunDir, sha256_tree, write_json, write_text
@@ -14,7 +15,7 @@ from finetune.sealed import seal
 
 
 def good(**changes: Any) -> Recipe:
-    """A recipe without a problem, with dotted settings changed."""
+    """A recipe without a problem, with dotted settings changed. Its name is one that the family's licence allows."""
     family = FAMILIES["mixtral"]
     recipe = Recipe(
         name="job",
@@ -27,6 +28,9 @@ def good(**changes: Any) -> Recipe:
         for part in path:
             target = getattr(target, part)
         setattr(target, last, value)
+    licence = find_licence(FAMILIES[recipe.model.family].licence) if recipe.model.family in FAMILIES else None
+    if licence and licence.name_prefix and not recipe.export.name:
+        recipe.export.name = f"{licence.name_prefix}-job"
     return recipe
 
 

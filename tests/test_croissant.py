@@ -38,7 +38,7 @@ class Prepared(Stages):
             return prepare(run_dir)
         recipe = read_recipe(run_dir.recipe)
         with atomic_folder(run_dir.export) as folder:
-            write_text(folder / "hf" / "model.safetensors", stage)
+            write_text(folder / "hf" / "model.safetensors", "merge")  # what `Stages` has merged
             write_papers(run_dir, recipe, Path(recipe.model.source), folder)
 
 
