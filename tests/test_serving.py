@@ -113,6 +113,8 @@ def test_every_format_of_a_real_run_answers_in_its_own_client_as_the_adapter_doe
     for name in ("hf", "peft", "peft_per_expert as GGUF", "gguf f16"):
         assert told[name]["same_first"] >= 0.95 and told[name]["mean_gap"] < 0.05
         assert told[name]["like_base"] == 0.0
+    servers_asked = [entry for entry in told.values() if entry["asked"] and entry["client"] in ("llama.cpp", "vllm")]
+    assert len(servers_asked) >= 3 and all(entry["chats"] == 5 for entry in servers_asked)
     assert told["vllm"]["asked"] == any(server.name == "vllm" for server in servers.found())
     assert told["ollama"]["asked"] is False and "peft_per_expert" in told
     readme = (run_dir.export / "README.md").read_text()
@@ -123,7 +125,7 @@ def test_every_format_of_a_real_run_answers_in_its_own_client_as_the_adapter_doe
 def test_a_file_in_fewer_bits_is_made_by_llama_cpps_quantiser_and_answers(finished, tmp_path, llama_cpp):
     run_dir = exported(finished, tmp_path / "run", ["gguf"], ["q4_k_m"])
     (told,) = read_json(run_dir.export / "clients.json")["clients"]
-    assert told["format"] == "gguf q4_k_m" and told["asked"]
+    assert told["format"] == "gguf q4_k_m" and told["asked"] and told["chats"] == 5
     (small,), merged = (run_dir.export / "gguf").iterdir(), run_dir.merged.glob("*.safetensors")
     assert small.stat().st_size < 0.6 * sum(path.stat().st_size for path in merged)
     content = GGUFReader(small)
