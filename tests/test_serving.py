@@ -126,7 +126,7 @@ def test_a_file_in_fewer_bits_is_made_by_llama_cpps_quantiser_and_answers(finish
     run_dir = exported(finished, tmp_path / "run", ["gguf"], ["q4_k_m"])
     (told,) = read_json(run_dir.export / "clients.json")["clients"]
     assert told["format"] == "gguf q4_k_m" and told["asked"] and told["chats"] == 5
-    (small,), merged = (run_dir.export / "gguf").iterdir(), run_dir.merged.glob("*.safetensors")
+    (small,), merged = (run_dir.export / "gguf").glob("*.gguf"), run_dir.merged.glob("*.safetensors")
     assert small.stat().st_size < 0.6 * sum(path.stat().st_size for path in merged)
     content = GGUFReader(small)
     assert content.get_field("general.file_type").contents() == LlamaFileType.MOSTLY_Q4_K_M
