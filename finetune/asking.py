@@ -1,4 +1,7 @@
-"""Greedy answers of an OpenAI-compatible server: `complete(endpoint, text)`, `chat(endpoint, messages)`."""
+"""Greedy answers of an OpenAI-compatible server: `complete(endpoint, text)`, `chat(endpoint, messages)`.
+
+`chat_ids(endpoint, messages)` is what it makes of a conversation before it answers.
+"""
 
 from __future__ import annotations
 
@@ -90,6 +93,24 @@ def chat(
     choice = _ask(endpoint, "chat/completions", body, api_key, timeout_s)
     message = choice["message"] if "message" in choice else None
     return _answer(endpoint, choice, message["content"] if isinstance(message, dict) and "content" in message else None)
+
+
+def chat_ids(endpoint: Endpoint, messages: list[dict[str, Any]], *, timeout_s: float = 120.0) -> list[int]:
+    """The token ids that vLLM or llama.cpp makes of a conversation and the beginning of an answer.
+
+    Raises as `complete`; with `status` 404, 405 or 501 where a server cannot be asked this.
+    """
+    root = endpoint.url.removesuffix("/v1")
+    body: dict[str, Any] = {"model": endpoint.model, "messages": messages}
+    if endpoint.kind == "llama.cpp":  # in two steps, the second as it does it itself before it answers
+        written = _send(f"{root}/apply-template", {"messages": messages}, "", timeout_s)
+        prompt = written["prompt"] if isinstance(written, dict) and "prompt" in written else None
+        body = {"content": prompt, "add_special": True, "parse_special": True}
+    reply = _send(f"{root}/tokenize", body, "", timeout_s)
+    ids = reply["tokens"] if isinstance(reply, dict) and "tokens" in reply else None
+    if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+        raise _no_answer(f"{root}/tokenize", reply)
+    return ids
 
 
 def models(endpoint: Endpoint, *, api_key: str = "", timeout_s: float = 30.0) -> list[dict[str, Any]]:

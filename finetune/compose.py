@@ -137,7 +137,7 @@ def _read(path: Path, content: bytes) -> Recipe:
     try:
         return from_config(OmegaConf.load(path))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise RecipeError([f"CFG-008 {path}: {' '.join(str(error).split())}"]) from None
+        raise RecipeError([f"CFG-008 {path}: {' '.join(str(error).split())}. Mend this file."]) from None
 
 
 def recipe_yaml(recipe: Recipe) -> str:
@@ -298,7 +298,8 @@ def _hydra_compose(plain: Sequence[str], folders: Sequence[Path]) -> tuple[dict[
         sentence = f"CFG-002 {group}={option} does not exist.{nearest(option, exist)} Exist: {', '.join(exist)}."
         raise RecipeError([sentence if group in GROUPS else f"CFG-002 {str(error).splitlines()[0]}."]) from None
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise RecipeError([f"CFG-003 the settings do not fit together: {' '.join(str(error).split())}"]) from None
+        why = " ".join(str(error).split())
+        raise RecipeError([f"CFG-003 the settings do not fit together: {why}. Leave out the words it names."]) from None
     choices = tree.pop("hydra")["runtime"]["choices"]
     chosen = ["config", *(f"{group}/{option}" for group, option in choices.items() if not group.startswith("hydra/"))]
     return tree, [p for name in chosen for f in folders if (p := f / f"{name}.yaml").is_file()]

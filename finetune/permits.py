@@ -18,7 +18,8 @@ def verdicts(recipe: Recipe, base: Path | None, accepted: Iterable[str] = ()) ->
     Raises DataError for a data card that is none.
     """
     text = licence_text(base) if base and terms.applies(recipe) else None
-    return terms.verdicts(recipe, text=text, accepted=tuple(accepted), rows=licence_of_rows(recipe))
+    found = terms.verdicts(recipe, text=text, accepted=tuple(accepted), rows=licence_of_rows(recipe))
+    return [*found, *([terms.carried(recipe, text)] if base and terms.applies(recipe) else [])]
 
 
 def refuse(recipe: Recipe, base: Path | None = None, accepted: Iterable[str] = ()) -> None:

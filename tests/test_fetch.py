@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune import terms
 from finetune.errors import FinetuneError
 from finetune.fetch import FetchError, cache_folder, extract, fetch_hub, fetch_package
 from finetune.fetch import hub as hub_module
@@ -263,6 +264,7 @@ def test_the_hub_child_has_the_network_but_no_telemetry_and_takes_no_code(
     assert isinstance(environment, dict)
     assert environment["HF_HUB_OFFLINE"] == "0"
     assert environment["HF_HUB_DISABLE_TELEMETRY"] == environment["DO_NOT_TRACK"] == "1"
+    assert set(terms.TEXTS) < set(hub_module.HUB_FILES)  # a text that is not fetched would be missing from the export
     assert not [p for p in hub_module.HUB_FILES if re.search(r"\.(py|bin|pt|pkl)$|^\*$", p)]
 
 

@@ -36,7 +36,8 @@ COMPLETION: dict[str, Any] = {
 }  # fmt: skip
 CHAT: dict[str, Any] = {"choices": [{"message": {"role": "assistant", "content": "a"}, "logprobs": LOGPROBS}]}
 MODELS: dict[str, Any] = {"object": "list", "data": [{"id": "m", "owned_by": "vllm", "parent": "b"}, {"id": "b"}]}
-REPLIES = (COMPLETION, CHAT, MODELS, {"tokens": [1, 2]})
+WRITTEN: dict[str, Any] = {"tokens": [1, 2], "prompt": "a"}
+REPLIES = (COMPLETION, CHAT, MODELS, WRITTEN)
 HEADERS = (
     b"Content-Type: application/json\r\n", b"Transfer-Encoding: chunked\r\n", b"Content-Length: 9999999999\r\n",
     b"Content-Length: -1\r\n", b"Content-Length: x\r\n", b"Location: file:///etc/passwd\r\n",
@@ -101,6 +102,7 @@ def ask(folder: Path) -> None:
             lambda: asking.kind_of(asking.models(endpoint)),
             lambda: asking.chat(endpoint, [{"role": "user", "content": "a"}], max_tokens=1),
             lambda: asking.complete(endpoint, "a", max_tokens=1),
+            lambda: asking.chat_ids(endpoint, [{"role": "user", "content": "a"}]),
         ):
             try:
                 said = question()
@@ -236,7 +238,7 @@ PARSERS = [
             (reply(dumped(CHAT).replace(b"-0.1", b"9" * 400)), "SRV-007"),
         ],
         parse=ask,
-        seeds=lambda: [reply(value) for value in REPLIES[:0]] + [reply(COMPLETION | CHAT | MODELS | {"choices": [
+        seeds=lambda: [reply(COMPLETION | CHAT | MODELS | WRITTEN | {"choices": [
             COMPLETION["choices"][0] | CHAT["choices"][0] | {"logprobs": None}]})],
         shaped=shaped_reply,
     ),

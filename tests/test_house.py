@@ -179,7 +179,7 @@ BRANDS |= {
     "olmoe",
 }
 # Longest first; not inside a word (ollama), and not the programs that begin with a brand (llama.cpp and its variables).
-PROGRAMS = ".?cpp|-server|-quantize|_model_quantize|_FTYPE_|_ARG_|_OFFLINE|_API_KEY"
+PROGRAMS = r".?cpp|-server|-quantize|_model_quantize|_backend_init|_ftype|_ARG_|_OFFLINE|_API_KEY|\.h\b"
 NAMES = re.compile(rf"(?<![a-z])(?:{'|'.join(sorted(BRANDS, key=len, reverse=True))})(?!{PROGRAMS})", re.IGNORECASE)
 
 
@@ -206,6 +206,20 @@ def unfinished(source: str) -> list[str]:
     """Marks of work left for later in comments."""
     comments = (t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT)
     return [f"{t.start[0]} {t.string}" for t in comments if re.search(r"\b(TODO|FIXME|XXX|HACK)\b", t.string)]
+
+
+def speechless_errors(source: str) -> list[str]:
+    """Errors with an id that do not say what to type: `...Error("ABC-001", what, why, fix)` without the last."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call) or not node.exc.args:
+            continue
+        first, *rest = node.exc.args
+        if not isinstance(first, ast.Constant) or not re.fullmatch(r"[A-Z]{3,4}-\d{3}", str(first.value)):
+            continue
+        if not any(k.arg == "fix" for k in node.exc.keywords) and (len(rest) < 3 or ast.unparse(rest[2]) == "''"):
+            found.append(f"{node.lineno} {first.value} does not say what to type")
+    return found
 
 
 def _text(node: ast.stmt | None) -> str | None:
@@ -268,6 +282,8 @@ OFFENCES: list[tuple[Rule, str]] = [
     (missing_header, "# @package _global_\ndefaults:\n  - _self_\n"),
     (missing_header, ""),
     (unfinished, "x = 1  # TO" + "DO\n"),
+    (speechless_errors, "raise DataError('DATA-001', 'it is wrong', 'because')\n"),
+    (speechless_errors, "raise RunError('RUN-001', 'it is wrong', '', '') from None\n"),
 ]
 
 
@@ -284,6 +300,7 @@ def test_a_rule_sees_an_offence(rule: Rule, offence: str) -> None:
         (dangerous_calls, "model.eval()\nsubprocess.run(['ls'], shell=False)\n"),
         (dangerous_calls, "x = yaml.safe_load('a')\ny = yaml.load('a', Loader=yaml.CSafeLoader)\n"),
         (defaults_behind_keys, "x = counts.get(name, 0) + message.get('role', '')\ny = config.get('model_type')\n"),
+        (speechless_errors, "raise DataError('DATA-001', 'it is wrong', '', 'data=NAME')\nraise ValueError('no')\n"),
         (family_names, "x = 'ollama and llama.cpp, recipe=llama4_70b_legal'\n"),
     ],
 )
@@ -293,7 +310,7 @@ def test_a_rule_lets_honest_code_pass(rule: Rule, fine: str) -> None:
 
 def test_every_rule_has_been_shown_an_offence() -> None:
     used = {undocumented_fields, bad_docstrings, dangerous_calls, defaults_behind_keys, long_module, unfinished}
-    assert used | {family_names, machine_folders, missing_header} == {rule for rule, _ in OFFENCES}
+    assert used | {family_names, machine_folders, missing_header, speechless_errors} == {rule for rule, _ in OFFENCES}
 
 
 # --- the rules, on our files ----------------------------------------------------------------------------------------
@@ -320,6 +337,10 @@ def test_no_setting_has_a_second_default_behind_its_key() -> None:
 
 def test_no_module_is_longer_than_400_lines() -> None:
     no(complaints(long_module, MODULES))
+
+
+def test_every_error_that_is_raised_says_what_to_type() -> None:
+    no(complaints(speechless_errors, MODULES))
 
 
 def test_nothing_in_the_package_is_left_for_later() -> None:

@@ -17,7 +17,7 @@ from finetune import record
 from finetune.compose import load_recipe, read_recipe
 from finetune.errors import RecipeError
 from finetune.export.card import card, metadata
-from finetune.export.papers import require_permits, write_papers
+from finetune.export.papers import lacking, require_permits, write_papers
 from finetune.licences import standard_text
 from finetune.recipe import Recipe
 from finetune.run import run
@@ -146,6 +146,15 @@ def test_a_licence_that_is_the_same_for_everybody_comes_with_us_and_another_is_a
     assert not (folder / "LICENSE").exists()
     notice = (folder / "NOTICE").read_text()
     assert "Its text was not beside the weights. Add it as LICENSE before you pass this on: https://" in notice
+    told = "the export lacks the text of the base's licence"
+    assert f"- {told}: see NOTICE\n" in (folder / "README.md").read_text()
+    assert told not in (tmp_path / "a" / "export" / "README.md").read_text()
+    (sentence,) = lacking(ready(tmp_path / "b", model__licence="mit"), tmp_path / "b" / "base")
+    assert sentence.startswith(f"LIC-009 {told} (MIT License, https://opensource.org/license/mit, read ")
+    assert sentence.endswith("before you pass it on: https://opensource.org/license/mit")
+    assert lacking(ready(tmp_path / "a"), tmp_path / "a" / "base") == []
+    (tmp_path / "b" / "base" / "COPYING").write_text(mit())
+    assert lacking(ready(tmp_path / "b", model__licence="mit"), tmp_path / "b" / "base") == []
 
 
 def test_the_notice_says_that_files_were_changed_and_names_the_rows(tmp_path: Path) -> None:

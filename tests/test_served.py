@@ -14,16 +14,18 @@ import pytest
 import transformers
 
 from finetune import export
+from finetune.asking import Endpoint
 from finetune.errors import GateError, ServerError
 from finetune.export import asked
 from finetune.export.chats import CHATS, check_tokenizer, end_of_turn
 from finetune.export.config import text_fields, write_served
 from finetune.export.converter import pre_tokenizer, stage
 from finetune.export.ollama import modelfile, shape_of
-from finetune.export.start import vllm_start
+from finetune.export.start import add_clients, vllm_start
 from finetune.families import FAMILIES
 from finetune.recipe import Data, Recipe
 from finetune.start_lines import Order, Server, command, environment
+from tests.fake_server import serving, tuned
 from tests.tiny_models import checkpoint
 
 # --- config.json ----------------------------------------------------------------------------------------------------
@@ -138,6 +140,68 @@ def test_an_end_of_turn_that_is_no_stop_token_stops_the_export(base, served, sto
     assert ends not in ([stops] if isinstance(stops, int) else stops)
     with pytest.raises(GateError, match=rf"EXP-021 '<.im_end.>' .* add {ends} to eos_token_id"):
         check_tokenizer(base, served)
+
+
+@pytest.fixture
+def asking(base, tmp_path, monkeypatch):
+    """(clients, a tokenizer, what asks the fake server by its kind); its answers are as they should be."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    lines = []
+    ask = asked.Clients({"max_new_tokens": 4, "precision": "fp32", "prompts": []}, tokenizer, tmp_path, lines.append)
+    ask.servers = {name: Server(name, "1.0", "x", "") for name in ("llama.cpp", "vllm")}
+    monkeypatch.setattr(asked.Clients, "context", lambda _: 256)
+    monkeypatch.setattr(asked, "compared", lambda *_: asked.Agreement(1, 1.0, 0, 1.0, 0.0, 3, 0.0))
+
+    def by(kind, fake):
+        @contextmanager
+        def started(server, model, **_):
+            assert server.name == kind
+            yield Endpoint(f"{fake.url}/v1", "m", kind)
+
+        monkeypatch.setattr(asked, "started", started)
+        if kind == "vllm":
+            return ask.vllm("hf", tmp_path)
+        return ask.llama_cpp("gguf f16", tmp_path, asked.EXACT)
+
+    return ask, tokenizer, by
+
+
+@pytest.mark.parametrize("kind", ["llama.cpp", "vllm"])
+def test_a_server_writes_five_chats_in_the_tokens_of_training_or_the_export_stops(kind, asking):
+    ask, tokenizer, by = asking
+
+    def right(chat):
+        return tokenizer(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)).input_ids
+
+    with serving(tuned, written=right) as fake:
+        by(kind, fake)
+        assert ask.told[-1]["chats"] == 5 and "chats_why" not in ask.told[-1]
+        assert [one["messages"] for one in fake.asked if "messages" in one] == list(CHATS)
+        steps = [one for one in fake.asked if one["path"] == "/tokenize"]
+        if kind == "llama.cpp":  # as it does before it answers a chat itself
+            assert all(one["add_special"] and one["parse_special"] for one in steps)
+        fake.written = lambda chat: right(chat) + [0] * (chat == CHATS[2])
+        wrong = rf"EXP-020 .* in {kind} 1.0 writes chat 3 of 5 in .*'Name a colour.'"
+        with pytest.raises(GateError, match=wrong) as caught:
+            by(kind, fake)
+        assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("kind", ["llama.cpp", "vllm"])
+def test_a_server_that_cannot_be_asked_how_it_writes_chats_is_noted_with_the_reason(kind, asking, tmp_path):
+    ask, tokenizer, by = asking
+    with serving(tuned) as fake:
+        by(kind, fake)
+        assert ask.told[-1]["chats"] == 0 and "answers with HTTP 404" in ask.told[-1]["chats_why"]
+        fake.written = lambda chat: "no ids"
+        with pytest.raises(GateError, match=rf"EXP-031 .* asked by {kind}: SRV-007"):
+            by(kind, fake)
+        tokenizer.chat_template = None
+        by(kind, fake)
+    assert ask.told[-1]["chats_why"] == "the tokenizer has no chat template"
+    (tmp_path / "README.md").write_text("# m\n")
+    add_clients(tmp_path / "README.md", Recipe(), ask.told)
+    assert f"{kind} was not asked how it writes chats: the tokenizer has" in (tmp_path / "README.md").read_text()
 
 
 def check_end(folder):

@@ -86,13 +86,13 @@ def test_an_environment_variable_names_another_python_or_program(
 @pytest.mark.parametrize("value", ["/nowhere/python", sys.executable])
 def test_a_variable_that_names_no_server_is_told(program: Server, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("FINETUNE_VLLM", value)
-    monkeypatch.setattr(servers, "_versions", lambda _: {})
+    monkeypatch.setattr(servers, "versions", lambda *_: {})
     with pytest.raises(ServerError, match=rf"SRV-001 FINETUNE_VLLM={value} has no vllm"):
         found()
 
 
 def test_what_is_not_installed_is_told_with_what_to_type(program: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "_versions", lambda _: {"transformers": "5.17.0"})  # without its extra [serving]
+    monkeypatch.setattr(servers, "versions", lambda *_: {"transformers": "5.17.0"})  # without its extra [serving]
     with pytest.raises(ServerError, match=r"SRV-001 transformers is not installed here.*transformers\[serving\]"):
         choose("transformers")
     monkeypatch.setenv("PATH", "/nowhere")

@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
 
 import finetune.tiny
-from finetune import machine, servers
+from finetune import servers
 from finetune.adapters import attach
 from finetune.asking import Endpoint, complete, models
 from finetune.base import load_base
@@ -112,6 +113,8 @@ def test_every_format_of_a_real_run_answers_in_its_own_client_as_the_adapter_doe
     for name in ("hf", "peft", "peft_per_expert as GGUF", "gguf f16"):
         assert told[name]["same_first"] >= 0.95 and told[name]["mean_gap"] < 0.05
         assert told[name]["like_base"] == 0.0
+    servers_asked = [entry for entry in told.values() if entry["asked"] and entry["client"] in ("llama.cpp", "vllm")]
+    assert len(servers_asked) >= 3 and all(entry["chats"] == 5 for entry in servers_asked)
     assert told["vllm"]["asked"] == any(server.name == "vllm" for server in servers.found())
     assert told["ollama"]["asked"] is False and "peft_per_expert" in told
     readme = (run_dir.export / "README.md").read_text()
@@ -120,13 +123,14 @@ def test_every_format_of_a_real_run_answers_in_its_own_client_as_the_adapter_doe
 
 
 def test_a_file_in_fewer_bits_is_made_by_llama_cpps_quantiser_and_answers(finished, tmp_path, llama_cpp):
-    if not machine.quantiser():
-        pytest.skip("no llama-quantize on the PATH and no llama-cpp-python: k-quants are not made on this machine")
     run_dir = exported(finished, tmp_path / "run", ["gguf"], ["q4_k_m"])
     (told,) = read_json(run_dir.export / "clients.json")["clients"]
-    assert told["format"] == "gguf q4_k_m" and told["asked"]
-    (small,), merged = (run_dir.export / "gguf").iterdir(), run_dir.merged.glob("*.safetensors")
+    assert told["format"] == "gguf q4_k_m" and told["asked"] and told["chats"] == 5
+    (small,), merged = (run_dir.export / "gguf").glob("*.gguf"), run_dir.merged.glob("*.safetensors")
     assert small.stat().st_size < 0.6 * sum(path.stat().st_size for path in merged)
+    content = GGUFReader(small)
+    assert content.get_field("general.file_type").contents() == LlamaFileType.MOSTLY_Q4_K_M
+    assert GGMLQuantizationType.Q4_K in {tensor.tensor_type for tensor in content.tensors}
 
 
 def test_the_start_line_of_the_export_starts_vllm_and_it_answers_as_the_adapter_does(everything, tmp_path, tokenizer):
@@ -254,8 +258,6 @@ def test_without_the_fields_that_are_added_the_converter_writes_another_router(t
 
 def score(gguf):
     """How the router scores, as llama.cpp counts it: 1 softmax, 2 sigmoid; None where it is left to llama.cpp."""
-    from gguf import GGUFReader
-
     field = GGUFReader(gguf).get_field("deepseek2.expert_gating_func")
     return None if field is None else int(field.contents())
 

@@ -161,7 +161,7 @@ def _manifest(path: Path, seen: Seen) -> dict[str, Any]:
         raise BundleError("BND-001", what, "", "python -m finetune bundle recipe=NAME out=FOLDER makes one") from None
     if wrong:
         why = "no file of a bundle can be called so, or it is without size and sha256"
-        raise BundleError("BND-001", f"{path}/{MANIFEST} names {wrong[0]!r}", why, "")
+        raise BundleError("BND-001", f"{path}/{MANIFEST} names {wrong[0]!r}", why, "copy it again")
     return value
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.data.card import Card, read_card
 from finetune.data.items import Item
-from finetune.data.readers import read_package
+from finetune.data.readers import BELONGS, read_package
 from finetune.data.rows import Row
 from finetune.data.wording import wheel_of, word
 from finetune.errors import DataError
@@ -28,7 +28,8 @@ def evaluation_rows(card: Card, wheel: Path) -> list[Row]:
     lost = [row for row in rows if row.code]
     if lost or len(rows) != card.heldout_rows:
         why = f"{lost[0].where}: {lost[0].why}" if lost else f"it has {len(rows)}"
-        raise DataError("DATA-009", f"card {card.name} must give {card.heldout_rows} rows of {wheel.name}", why)
+        what = f"card {card.name} must give {card.heldout_rows} rows of {wheel.name}"
+        raise DataError("DATA-009", what, why, BELONGS)
     for row in rows:
         row.split = "heldout"
     return rows

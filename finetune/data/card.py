@@ -30,6 +30,9 @@ _NOT_FOR_TRAINING = {
 }
 """How a licence begins that allows no training -> why."""
 
+EXAMPLE = "a file as those in data/; finetune/data/card.py says what each key means"
+"""What to do about a card that is none."""
+
 KINDS = {
     str: "a text",
     int: "a whole number",
@@ -163,14 +166,14 @@ def read_card(name: str) -> Card:
         )
     value, problem = guard.yaml_tree(path)
     if problem:
-        raise DataError("DATA-008", problem.partition(" ")[2])
+        raise DataError("DATA-008", problem.partition(" ")[2], "", EXAMPLE)
     return make_card(path.stem, value, str(path), path.parent)
 
 
 def make_card(name: str, value: Any, where: str, folder: Path | None = None) -> Card:
     """A Card from a parsed YAML mapping; `where` names the file in errors. Raises DataError DATA-008."""
     if not isinstance(value, dict):
-        raise DataError("DATA-008", f"{where} is not a mapping of keys", f"it is {type(value).__name__}")
+        raise DataError("DATA-008", f"{where} is not a mapping of keys", f"it is {type(value).__name__}", EXAMPLE)
     hints, known = (
         get_type_hints(Card),
         {f.name: f for f in dataclasses.fields(Card) if f.name not in ("name", "folder")},
@@ -194,11 +197,11 @@ def make_card(name: str, value: Any, where: str, folder: Path | None = None) -> 
     required = [k for k, f in known.items() if f.default is f.default_factory is dataclasses.MISSING]
     problems += [f"{key} is missing" for key in required if key not in value]
     if problems:
-        raise DataError("DATA-008", f"{where} is not a data card", "; ".join(problems))
+        raise DataError("DATA-008", f"{where} is not a data card", "; ".join(problems), EXAMPLE)
     card = Card(name=name, folder=folder or card_folder(), **value)
     problems = _contradictions(card)
     if problems:
-        raise DataError("DATA-008", f"{where} is not a data card", "; ".join(problems))
+        raise DataError("DATA-008", f"{where} is not a data card", "; ".join(problems), EXAMPLE)
     return card
 
 

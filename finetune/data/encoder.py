@@ -19,7 +19,7 @@ from finetune.data.nested import leaves
 from finetune.data.rows import Row, quoted
 from finetune.data.tokens import IGNORED, Tokens
 from finetune.errors import DataError
-from finetune.foreign.rendering import bounded, write
+from finetune.foreign.rendering import AS_PUBLISHED, bounded, write
 
 
 class Encoder:
@@ -148,7 +148,7 @@ class Encoder:
                 self._refuse_other_beginning(row, i, self._render(row, messages[:i], False), whole)
         if len(marked) != len(answers):
             what = f"{row.where} has {len(answers)} answers and the template marks {len(marked)}"
-            raise DataError("TPL-005", what, "its generation tags do not stand around every answer", "another template")
+            raise DataError("TPL-005", what, "its generation tags do not stand around every answer", AS_PUBLISHED)
         return _Draft(text=whole, spans=[(i, *span) for i, span in zip(answers, marked, strict=True) if i in wanted])
 
     def _worded(self, message: dict[str, Any], where: str, i: int) -> dict[str, Any]:
@@ -170,7 +170,7 @@ class Encoder:
     def _masked(self, row: Row, draft: _Draft, ids: list[int], encoding: Any) -> Tokens:
         """The draft's spans as labels. `encoding` knows which characters a token is from; None: it has to be found."""
         if not ids:
-            raise DataError("TPL-003", f"{row.where}: the chat template writes nothing", "", "another template")
+            raise DataError("TPL-003", f"{row.where}: the chat template writes nothing", "", AS_PUBLISHED)
         labels = [IGNORED] * len(ids)
         dark: list[str] = []
         shown = 0
@@ -301,9 +301,9 @@ class Encoder:
         first = " ".join(str(error).split())
         if not isinstance(error, jinja2.UndefinedError) and first not in str(self.tokenizer.chat_template):
             first = quoted(first) if isinstance(error, jinja2.TemplateError) else first
-        raise DataError(
-            "TPL-003", f"{row.where}: the chat template refuses this conversation", f"{first} (roles: {roles})"
-        )
+        what = f"{row.where}: the chat template refuses this conversation"
+        fix = "this row with other roles, data.on_bad_row=drop, or a template of your own as chat_template.jinja"
+        raise DataError("TPL-003", what, f"{first} (roles: {roles})", fix)
 
     def _render_marked(self, row: Row, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """The template's text and the spans (first character, past the last) that its generation tags mark."""

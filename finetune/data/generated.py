@@ -78,7 +78,7 @@ def run_generators(job: dict[str, Any], files: dict[str, bytes], hash_seed: int 
         for name, data in files.items():
             path = folder / name
             if not path.resolve().is_relative_to(folder.resolve()):
-                raise DataError("DATA-009", f"{name} would be written outside its folder")
+                raise DataError("DATA-009", f"{name} would be written outside its folder", "", "another package")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         for library in LIBRARIES:
@@ -95,10 +95,11 @@ def run_generators(job: dict[str, Any], files: dict[str, bytes], hash_seed: int 
                 timeout=60 * MINUTES,
             )
         except subprocess.TimeoutExpired:
-            raise DataError("DATA-009", f"the generators were ended after {MINUTES} minutes") from None
+            what, fix = f"the generators were ended after {MINUTES} minutes", "the same again when less runs beside it"
+            raise DataError("DATA-009", what, "", fix) from None
     if done.returncode != 0:
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit code {done.returncode}"]
-        raise DataError("DATA-009", "the generators stopped", lines[-1])
+        raise DataError("DATA-009", "the generators stopped", lines[-1], "another card: data=NAME")
     return done.stdout
 
 

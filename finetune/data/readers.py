@@ -23,6 +23,8 @@ from finetune.data.generated import generated_rows
 from finetune.data.rows import Row
 from finetune.errors import DataError, FinetuneError
 
+BELONGS = "the card and the version of the package that belong together"
+"""What to do where a package does not hold what its card says."""
 _CATCH_ALL = re.compile(
     r"(other-|proprietary-license|commercial-license|public-domain|unknown|generic-|warranty-disclaimer|free-unknown|us-govt)"
 )
@@ -64,7 +66,7 @@ def read_package(card: Card, wheel: Path) -> tuple[list[Row], dict[str, int]]:
     except Exception as error:  # a package is a stranger's, and may hold anything under the names of a card
         why = " ".join(str(error).split())[:120] or type(error).__name__
         what = f"{wheel.name} does not hold what card {card.name} describes"
-        raise DataError("DATA-009", what, why, "the card and the version of the package that belong together") from None
+        raise DataError("DATA-009", what, why, BELONGS) from None
 
 
 def _read_package(card: Card, wheel: Path) -> tuple[list[Row], dict[str, int]]:
@@ -74,7 +76,7 @@ def _read_package(card: Card, wheel: Path) -> tuple[list[Row], dict[str, int]]:
         members = [n for n in archive.namelist() if any(fnmatch.fnmatchcase(n, pattern) for pattern in card.members)]
         missing = [p for p in card.members if not fnmatch.filter(members, p)]
         if missing:
-            raise DataError("DATA-009", f"{wheel.name} has no file {missing[0]}", f"card {card.name} names it")
+            raise DataError("DATA-009", f"{wheel.name} has no file {missing[0]}", f"card {card.name} names it", BELONGS)
         rows: list[Row] = []
         passed_over: dict[str, int] = {}
         if card.reader == "licence_rules":
@@ -92,7 +94,7 @@ def _read_package(card: Card, wheel: Path) -> tuple[list[Row], dict[str, int]]:
                 every, rows = rows, [row for row in rows if row.fields["section"] in card.keep["section"]]
                 passed_over["other sections"] = len(every) - len(rows)
     if not rows:
-        raise DataError("DATA-009", f"{wheel.name} has no rows for card {card.name}")
+        raise DataError("DATA-009", f"{wheel.name} has no rows for card {card.name}", "", BELONGS)
     return rows, passed_over
 
 

@@ -165,7 +165,10 @@ def _fill(row: Row, card: Card, fields: dict[str, str], excerpt: str) -> None:
     except (ValueError, IndexError, AttributeError) as error:
         known = ", ".join(sorted(values))
         raise DataError(
-            "DATA-008", f"card {card.name}: a template cannot be filled ({error})", f"fields: {known}"
+            "DATA-008",
+            f"card {card.name}: a template cannot be filled ({error})",
+            f"fields: {known}",
+            "question: and answer: with these fields, and {{ }} for braces that are none",
         ) from None
     if not answer:
         row.drop("no-answer", "its answer is empty")

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.data.benchmarks import evaluation_rows
 from finetune.data.card import Card, read_card
-from finetune.data.readers import read_package
+from finetune.data.readers import BELONGS, read_package
 from finetune.data.rows import Row, read_messages
 from finetune.data.wording import from_card, wheel_of
 from finetune.errors import DataError
@@ -69,7 +69,8 @@ def _fields(leaf: Leaf, card: Card, recipe: Recipe) -> list[dict[str, Any]]:
     made = []
     for row in evaluation_rows(card, wheel):
         if lacks := [name for name in leaf.said("fields") if name not in fields[row.id]]:
-            raise DataError("DATA-009", f"{row.id} of {wheel.name} has no {lacks[0]}", f"the task {leaf.name} needs it")
+            what, why = f"{row.id} of {wheel.name} has no {lacks[0]}", f"the task {leaf.name} needs it"
+            raise DataError("DATA-009", what, why, BELONGS)
         own = {name: fields[row.id][name] for name in leaf.said("fields")}
         made.append({"id": row.id, "answer": row.messages[-1]["content"], **own})
     return made

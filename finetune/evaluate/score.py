@@ -153,7 +153,8 @@ def continuations(tokenizer: Any, row: Row) -> dict[str, list[int]]:
     start, end = _answer_start(row), _answer_of(row).positions[-1] + 1
     own = tokens[start:end]
     if answer not in choices:
-        raise DataError("EVAL-003", f"row {row['row']}: the answer {answer!r} is not one of its choices", f"{choices}")
+        what = f"row {row['row']}: the answer {answer!r} is not one of its choices"
+        raise DataError("EVAL-003", what, f"{choices}", "the row with its answer among its choices, or without choices")
     bare = {c: list(tokenizer(c, add_special_tokens=False).input_ids) for c in choices}
     length = len(bare[answer])
     if length and own[:length] == bare[answer]:
@@ -171,7 +172,8 @@ def continuations(tokenizer: Any, row: Row) -> dict[str, list[int]]:
                 "a tokenizer with the chat template that the rows were prepared with",
             )
     if not all(found.values()):
-        raise DataError("EVAL-003", f"row {row['row']}: a choice is empty", "there is nothing to compare", f"{choices}")
+        what, fix = f"row {row['row']}: a choice is empty", "the row without it"
+        raise DataError("EVAL-003", what, f"there is nothing to compare in {choices}", fix)
     return found
 
 
@@ -291,7 +293,8 @@ def _answer_of(row: Row) -> _Text:
     """The row's tokens with the places of its trained tokens; the very first token has nothing that predicts it."""
     positions = [t for t, label in enumerate(row["labels"]) if label != NOT_TRAINED and t > 0]
     if not positions:
-        raise DataError("EVAL-003", f"row {row['row']} has no answer token", "every label is masked")
+        fix = "a larger data.max_length, or the held-out rows without this one"
+        raise DataError("EVAL-003", f"row {row['row']} has no answer token", "every label is masked", fix)
     return _Text(row["input_ids"], positions)
 
 

@@ -29,7 +29,7 @@ from finetune.export.chats import check_tokenizer, end_of_turn, stop_tokens
 from finetune.export.config import write_served
 from finetune.export.converter import Converter, converter, quantise
 from finetune.export.ollama import modelfile
-from finetune.export.papers import require_permits, write_papers
+from finetune.export.papers import lacking, require_permits, write_papers
 from finetune.export.per_expert import write_per_expert
 from finetune.export.start import add_clients, vllm_start
 from finetune.families import Family, family_of
@@ -110,6 +110,8 @@ def export(run_dir: RunDir) -> None:
         write_json(folder / "clients.json", {"schema": 1, "clients": clients.told, "formats": notes})
         write_papers(run_dir, recipe, base, folder)
         add_clients(folder / "README.md", recipe, clients.told)
+    for sentence in lacking(recipe, base):
+        console.print(sentence, highlight=False, soft_wrap=True, markup=False)
 
 
 def hf(job: Job) -> dict[str, Any]:

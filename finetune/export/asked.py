@@ -1,7 +1,8 @@
 """Every export, loaded by its real client and asked: `Clients(...).transformers(...)`, `.llama_cpp(...)`, `.vllm(...)`.
 
 The prompts and the answers they are compared with are those of the merge's proof (`merged/answers.json`): the adapter's
-own greedy answers, with the log-probability of every token.
+own greedy answers, with the log-probability of every token. A server must also write five fixed chats in the tokens in
+which training does (`chats.py`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from finetune.asking import Answer, complete
+from finetune.asking import Answer, chat_ids, complete
 from finetune.errors import GateError, ServerError
+from finetune.export.chats import check_served
 from finetune.export.stock import stock_answers
 from finetune.machine import available_gib
 from finetune.rundir import read_json
@@ -109,9 +111,10 @@ class Clients:
         try:
             with started(server, model, adapter=adapter, log=self.logs / "llama.cpp.log", context=self.context()) as at:
                 told = [self._complete(at, prompt) for prompt in self.answers["prompts"]]
+                chats = self._chats(kind, server, at)
         except ServerError as error:
             raise _broken(kind, server.name, error.sentence()) from error
-        return self._judge(kind, server.name, server.version, told, limits)
+        return self._judge(kind, server.name, server.version, told, limits, chats)
 
     def vllm(
         self,
@@ -141,20 +144,42 @@ class Clients:
                 return self.not_asked(kind, "vllm", f"it did not start here: {error.what}: {error.why}"[:400])
             try:
                 told = [self._complete(at, prompt) for prompt in self.answers["prompts"]]
+                chats = self._chats(kind, server, at)
             except ServerError as error:
                 raise _broken(kind, server.name, error.sentence()) from error
-        return self._judge(kind, server.name, server.version, told, EXACT)
+        return self._judge(kind, server.name, server.version, told, EXACT, chats)
 
     def not_asked(self, kind: str, client: str, why: str) -> None:
         """Notes that an export was not asked, and why, or what to install."""
         self.told.append({"format": kind, "client": client, "asked": False, "why": why})
         self.say(f"{kind}: {client} was not asked: {why}")
 
-    def _judge(self, kind: str, client: str, release: str, told: Sequence[Answer], limits: tuple[float, float]) -> None:
+    def _chats(self, kind: str, server: Server, at: Any) -> dict[str, Any]:
+        """How many fixed chats a server writes in the tokens of training; none, and why, where it cannot be asked."""
+        if self.tokenizer.chat_template is None:
+            return {"chats": 0, "chats_why": "the tokenizer has no chat template"}
+        try:
+            client = f"{kind} in {server.name} {server.version}"
+            return {"chats": check_served(self.tokenizer, client, lambda chat: chat_ids(at, chat))}
+        except ServerError as error:
+            if error.status not in (404, 405, 501):
+                raise
+            self.say(f"{kind}: {server.name} was not asked how it writes chats: {error.what}")
+            return {"chats": 0, "chats_why": error.what}
+
+    def _judge(
+        self,
+        kind: str,
+        client: str,
+        release: str,
+        told: Sequence[Answer],
+        limits: tuple[float, float],
+        chats: dict[str, Any] | None = None,
+    ) -> None:
         figures = compared(self.answers, told, self.tokenizer)
         share, gap = limits
         figure = {name: getattr(figures, name) for name in figures.__slots__}
-        entry = {"format": kind, "client": client, "version": release, "asked": True, **figure}
+        entry = {"format": kind, "client": client, "version": release, "asked": True, **figure, **(chats or {})}
         self.told.append(entry | {"limits": {"same_first": share, "mean_gap": gap}})
         self.say(f"{kind}: {client} {release}: {figures.sentence()}")
         if not figures.within(limits):

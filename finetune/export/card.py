@@ -148,6 +148,7 @@ def _licence(recipe: Recipe, facts: Facts) -> list[str]:
     if "licence" in rows:
         lines.append(f"- rows: {rows['licence']}. {rows['attribution']}".rstrip())
     lines += [f"- {duty}" for duty in told["duties"]]
+    lines += [f"- {v['what']}: see NOTICE" for v in told["verdicts"] if v["rule"] == "LIC-009" and not v["passed"]]
     rows_too = ", `croissant.json` the rows without their words" if recipe.export.croissant else ""
     last = f"NOTICE has all of it, `bom.cdx.json` every file by hash{rows_too}. Information, not legal advice."
     return [*lines, "", last]

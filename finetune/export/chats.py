@@ -1,8 +1,9 @@
-"""Five fixed conversations: the exported tokenizer must write them as the training's does, and stop where it stops."""
+"""Five fixed conversations: exports and their servers must write them as training does, and stop where it stops."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,25 @@ def check_tokenizer(trained: Path, exported: Path) -> dict[str, Any]:
         raise GateError("EXP-021", what, why, f"add {ends} to eos_token_id there, in the base's folder")
     text = None if ends is None else after.convert_ids_to_tokens(ends)
     return {"chats": compared, "end_of_turn": text, "stop_tokens": sorted(stops)}
+
+
+def check_served(tokenizer: Any, client: str, served: Callable[[list[dict[str, str]]], list[int]]) -> int:
+    """How many conversations a client writes in the tokens of training. Raises GateError EXP-020 at another one.
+
+    `served` gives the client's token ids of a conversation; one whose roles the template refuses is left out.
+    """
+    compared = 0
+    for number, chat in enumerate(CHATS, 1):
+        wanted = _ids(tokenizer, chat)
+        if wanted is None:
+            continue
+        got = served(chat)
+        if got != wanted:
+            what = f"{client} writes chat {number} of {len(CHATS)} in {len(got)} tokens, training in {len(wanted)}"
+            why = f"it begins with {chat[0]['content'][:30]!r}; nothing is exported, adapter and merged weights stay"
+            raise GateError("EXP-020", what, why, "leave this format out of export.formats, and report this")
+        compared += 1
+    return compared
 
 
 def end_of_turn(tokenizer: Any) -> int | None:

@@ -26,6 +26,11 @@ def require_permits(run_dir: RunDir, recipe: Recipe, base: Path) -> None:
         raise RecipeError([verdict.sentence() for verdict in broken])
 
 
+def lacking(recipe: Recipe, base: Path) -> list[str]:
+    """A sentence where the export will be without the text of the base's licence (LIC-009)."""
+    return [v.sentence() for v in permits.verdicts(recipe, base) if v.rule == "LIC-009" and v.passed is None]
+
+
 def write_papers(run_dir: RunDir, recipe: Recipe, base: Path, folder: Path) -> None:
     """Writes the papers into an export that is otherwise complete; LICENSE and NOTICE into each part of it too."""
     facts = record.derived(run_dir, recipe, base)

@@ -45,7 +45,14 @@ def add_clients(readme: Path, recipe: Recipe, told: Sequence[dict[str, Any]]) ->
         shares = f"{entry['same_first']:.0%} of {entry['prompts']} | {entry['same_text']:.0%}"
         lines.append(f"| {entry['format']} | {client} | {shares} | {gap} |")
     lines.append("")
-    lines += [f"- {e['format']}: {e['client']} was not asked: {e['why']}" for e in told if not e["asked"]]
+    for entry in told:
+        line = f"- {entry['format']}: {entry['client']}"
+        if not entry["asked"]:
+            lines.append(f"{line} was not asked: {entry['why']}")
+        elif "chats_why" in entry:
+            lines.append(f"{line} was not asked how it writes chats: {entry['chats_why']}")
+        elif "chats" in entry:
+            lines.append(f"{line} writes {entry['chats']} fixed chats in the tokens of training")
     if not told:
         lines.append("None: export.ask=false.")
     write_text(readme, readme.read_text(encoding="utf-8").rstrip() + "\n\n" + "\n".join(lines).rstrip() + "\n")

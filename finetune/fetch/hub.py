@@ -16,7 +16,7 @@ from finetune.rundir import TEMPORARY, read_json, sha256_file, sha256_tree, writ
 
 HUB_FILES = (
     *("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"),
-    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
+    *("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*"),
 )
 """What is taken from a hub repository: weights, settings, tokenizer, licence. Never code, never a pickle."""
 
