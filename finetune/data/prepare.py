@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.card import read_card
@@ -110,7 +109,7 @@ def prepared(recipe: Recipe, base: Path, rejected: Path | None = None) -> Path:
     """
     found = inputs(recipe)
     store = _store(recipe, base, found)
-    if store.is_ready():
+    if store.is_ready() and not store.parts.exists():
         print(f"data: prepared before, {store.folder}", file=sys.stderr, flush=True)
         return store.folder
     with store.lock():
@@ -121,6 +120,7 @@ def prepared(recipe: Recipe, base: Path, rejected: Path | None = None) -> Path:
             except DataError:
                 store.sweep()  # mended rows have another address: these parts would never be used
                 raise
+        store.sweep()
     return store.folder
 
 
@@ -176,14 +176,13 @@ def _make(recipe: Recipe, base: Path, found: Inputs, store: Store, told: Told, r
     facts = Facts(mapped(work, _jobs(recipe, found, told), store.parts, store.key, data.workers))
     if ignored := facts.ignored:
         told.notes.append(f"columns without a meaning here: {', '.join(ignored)}")
-    try:
-        with TemporaryDirectory(prefix="finetune-") as scratch:
-            finder = None
-            if near:
-                from finetune.data.copies import near_finder
+    finder = None
+    if near:
+        from finetune.data.copies import near_finder
 
-                finder = near_finder(data, Path(scratch))
-            told.notes += decide(facts, data, given=bool(data.card), long=long, near=finder)
+        finder = near_finder(data, store.parts)
+    try:
+        told.notes += decide(facts, data, given=bool(data.card), long=long, near=finder)
     except DataError as error:
         if rejected is not None:
             with atomic_folder(rejected) as folder:
@@ -195,7 +194,6 @@ def _make(recipe: Recipe, base: Path, found: Inputs, store: Store, told: Told, r
     with atomic_folder(store.folder) as folder:
         write_all(facts, data, decoder(base), told, folder)
         store.seal(folder)
-    store.sweep()
 
 
 def template_note(recipe: Recipe, base: Path) -> str:
