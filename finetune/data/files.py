@@ -18,12 +18,13 @@ import json
 import re
 import shlex
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data.elements import elements, one_object
+from finetune.data.elements import Elements, one_object
+from finetune.data.passages import SIZE, Passages
 from finetune.data.squeezed import SQUEEZED, opened
 from finetune.errors import DataError
 
@@ -81,14 +82,16 @@ class Block:
     """Name of the file."""
     kind: str
     """What a record is. `jsonl`: the bytes of a line; `csv`: its cells as JSON; `arrow`: many records, as an Arrow
-    stream; `values`: a value as JSON; `rows`: a row of a card as JSON (`part.py`); `broken`: why all that follows in
-    the file cannot be read."""
+    stream; `passages`: one of a text, as JSON; `rows`: a row of a card as JSON (`part.py`); `broken`: why all that
+    follows in the file cannot be read."""
     lines: list[int]
     """Line (or number) of each record; of the first one where a record is many."""
     records: list[bytes]
     """The records themselves."""
     header: list[str] = dataclasses.field(default_factory=list)
     """Names of the columns of `csv`."""
+    nth: list[int] = dataclasses.field(default_factory=list)
+    """Which one of the file a record is where its line has another before it, else 0. Empty: there is none such."""
 
 
 def sources(patterns: list[str]) -> list[Source]:
@@ -171,13 +174,16 @@ def _known(path: Path) -> bool:
     return bool(suffixes) and suffixes[-1] in KINDS
 
 
-def blocks(source: Source) -> Iterator[Block]:
+def blocks(source: Source, passage: int = SIZE) -> Iterator[Block]:
     """The records of a file in blocks; where it breaks off, one of the kind `broken` follows what came before.
+
+    `passage` is how many characters a record of plain text has at most.
 
     Raises DataError DATA-006 for a file of which nothing can be read, and where the machine fails, not the file.
     """
     last: Block | None = None
-    reader = {"jsonl": _lines, "json": _json, "csv": _cells, "parquet": _parquet, "arrow": _arrow, "text": _text}
+    reader = {"jsonl": _lines, "json": _json, "csv": _cells, "parquet": _parquet, "arrow": _arrow}
+    reader["text"] = lambda source: _texts(source, "passages", lambda stream: Passages(stream, passage))
     try:
         for block in reader[source.kind](source):
             yield block
@@ -245,11 +251,13 @@ def _filled(
     def empty() -> Block:
         return Block(file=source.name, kind=kind, lines=[], records=[], header=[] if header is None else header)
 
-    block, size = empty(), 0
+    block, size, last = empty(), 0, 0
     try:
-        for number, raw in records:
-            block.lines.append(number)
+        for nth, (line, raw) in enumerate(records, 1):
+            block.lines.append(line)
             block.records.append(raw)
+            block.nth.append(nth if line == last else 0)
+            last = line
             size += len(raw)
             if len(block.lines) == BLOCK_ROWS or size >= BLOCK_BYTES:
                 yield block
@@ -280,7 +288,7 @@ def _json(source: Source) -> Iterator[Block]:
         _refuse_one_object(source)
         yield from _lines(source)
         return
-    yield from _filled(source, "jsonl", _elements(source))
+    yield from _texts(source, "jsonl", lambda stream: Elements(stream, LINE_LIMIT))
 
 
 def _refuse_one_object(source: Source) -> None:
@@ -300,17 +308,20 @@ def _refuse_one_object(source: Source) -> None:
         raise DataError("DATA-006", f"{source.name} begins with an object over several lines", why, fix)
 
 
-def _elements(source: Source) -> Iterator[tuple[int, bytes]]:
+def _texts(source: Source, kind: str, reader: Callable[[Any], Elements | Passages]) -> Iterator[Block]:
+    """What a reader of text finds in a file."""
     with opened(source.path, source.squeezed) as handle:
-        text = io.TextIOWrapper(handle, "utf-8-sig", newline="")
-        yield from enumerate((element.encode() for element in elements(text, LINE_LIMIT)), 1)
+        found = reader(io.TextIOWrapper(handle, "utf-8-sig", newline=""))
+        yield from _filled(source, kind, _begun(found))
 
 
-def _text(source: Source) -> Iterator[Block]:
-    """A text file is one document."""
-    with opened(source.path, source.squeezed) as handle:
-        text = handle.read().decode("utf-8-sig")
-    yield Block(file=source.name, kind="values", lines=[1], records=[json.dumps({"text": text}).encode()])
+def _begun(found: Elements | Passages) -> Iterator[tuple[int, bytes]]:
+    """What is found, with the line that it begins in."""
+    try:
+        for text in found:
+            yield found.line, text.encode()
+    except UNREADABLE as error:
+        raise _BrokenOff(found.line, _why(error)) from error
 
 
 def _cells(source: Source) -> Iterator[Block]:

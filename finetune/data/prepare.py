@@ -15,6 +15,7 @@ from finetune.data.mapping import mapped
 from finetune.data.output import Told, write_all, write_rejected
 from finetune.data.page import show_report
 from finetune.data.part import Job, Work, of_card
+from finetune.data.passages import CHARACTERS
 from finetune.data.records import records
 from finetune.data.rows import Row
 from finetune.data.shape import FORMATS, detect, renamed, usual
@@ -218,7 +219,7 @@ def _jobs(recipe: Recipe, found: Inputs, told: Told) -> Iterator[Job]:
                 yield Job(block=of_card(rows[start : start + CARD_BLOCK]), format="", side="", prefix="")
         return
     for source, side in found.files:
-        stream = blocks(source)
+        stream = blocks(source, CHARACTERS * recipe.data.max_length)
         first = list(islice(stream, 1))
         kind, own = shape_of(first, recipe.data)
         told.notes.append(f"{source.name}: {kind}" + ("" if recipe.data.format != "auto" else ", by its keys"))

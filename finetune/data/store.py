@@ -20,7 +20,7 @@ from finetune.errors import RunError
 from finetune.recipe import Recipe
 from finetune.rundir import TEMPORARY, RunDir, atomic_folder, read_json, sha256_file, write_json
 
-LAYOUT = 2
+LAYOUT = 3
 """Raised whenever the same input would be prepared in another way."""
 
 TOKENIZER = (
