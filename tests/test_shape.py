@@ -353,6 +353,23 @@ def test_a_parquet_file_has_no_faults_of_bytes(tmp_path: Path, base: Path) -> No
         prepare(tmp_path, base, tmp_path / "rows.parquet")
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_column_whose_name_is_no_text_is_one_sentence(tmp_path: Path, base: Path, kind: str) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / f"rows.{kind}"
+    for table in (pa.table({"name": ["a"]}), pa.Table.from_pylist([{"messages": [{"name": "a"}]}])):
+        if kind == "parquet":
+            parquet.write_table(table, path, store_schema=False)
+        else:
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+                stream.write_table(table)
+        path.write_bytes(path.read_bytes().replace(b"name", b"n\xe9me"))
+        with pytest.raises(DataError, match=rf"DATA-006 rows\.{kind} cannot be read"):
+            prepare(tmp_path, base, path)
+
+
 def test_messages_in_parquet_have_the_same_faults(tmp_path: Path, base: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet

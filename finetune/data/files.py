@@ -103,12 +103,8 @@ def sources(patterns: list[str]) -> list[Source]:
             raise DataError("DATA-006", f"{pattern} is an address", why, "a file or folder on this machine")
         paths = _expand(pattern)
         if not paths:
-            raise DataError(
-                "DATA-006",
-                f"{pattern} names no file",
-                f"files end in {', '.join(KINDS)}, also with .gz or .zst",
-                "a file, a folder",
-            )
+            why = f"files end in {', '.join(KINDS)}, also with .gz or .zst"
+            raise DataError("DATA-006", f"{pattern} names no file", why, "a file, a folder")
         for path in paths:
             suffixes = [s.lower() for s in path.suffixes]
             squeezed = SQUEEZED[suffixes[-1]] if suffixes and suffixes[-1] in SQUEEZED else ""
@@ -177,9 +173,8 @@ def _known(path: Path) -> bool:
 def blocks(source: Source, passage: int = SIZE) -> Iterator[Block]:
     """The records of a file in blocks; where it breaks off, one of the kind `broken` follows what came before.
 
-    `passage` is how many characters a record of plain text has at most.
-
-    Raises DataError DATA-006 for a file of which nothing can be read, and where the machine fails, not the file.
+    `passage`: characters of a record of plain text, at most. Raises DataError DATA-006 for a file of which nothing can
+    be read, and where the machine fails, not the file.
     """
     last: Block | None = None
     reader = {"jsonl": _lines, "json": _json, "csv": _cells, "parquet": _parquet, "arrow": _arrow}
@@ -357,8 +352,7 @@ def _parquet(source: Source) -> Iterator[Block]:
 
     number = 1
     with parquet.ParquetFile(source.path) as file:
-        for batch in file.iter_batches(batch_size=BLOCK_ROWS):
-            batch.validate(full=True)  # texts that are no UTF-8
+        for batch in map(_sound, file.iter_batches(batch_size=BLOCK_ROWS)):
             yield Block(file=source.name, kind="arrow", lines=[number], records=[_ipc(batch)])
             number += batch.num_rows
 
@@ -368,8 +362,7 @@ def _arrow(source: Source) -> Iterator[Block]:
 
     number = 1
     with pa.memory_map(str(source.path)) as handle:
-        for batch in _batches(handle):
-            batch.validate(full=True)  # Arrow trusts a file's offsets: false ones end the process, or read beyond it
+        for batch in map(_sound, _batches(handle)):
             for start in range(0, batch.num_rows, BLOCK_ROWS):
                 part = batch.slice(start, BLOCK_ROWS)
                 yield Block(file=source.name, kind="arrow", lines=[number], records=[_ipc(part)])
@@ -385,6 +378,16 @@ def _batches(handle: Any) -> Iterator[Any]:
         file = pa.ipc.open_file(handle)
         for i in range(file.num_record_batches):
             yield file.get_batch(i)
+
+
+def _sound(batch: Any) -> Any:
+    """The batch, looked at whole: Arrow trusts a file's offsets, and false ones end the process, or read beyond it."""
+    batch.validate(full=True)  # texts that are no UTF-8, too
+    fields = list(batch.schema)
+    for field in fields:  # with those inside of it
+        field.name.encode()  # raises for a name that is no UTF-8, which Arrow lets pass
+        fields += [field.type.field(i) for i in range(field.type.num_fields)]
+    return batch
 
 
 def _ipc(batch: Any) -> bytes:
