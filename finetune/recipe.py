@@ -117,7 +117,8 @@ class Data:
     heldout_files: list[str] = field(default_factory=list)
     """The same of held-out rows, never trained on."""
     heldout_fraction: float = 0.1
-    """Share of `train_files` set aside, by whole groups, when there are no `heldout_files`."""
+    """Share of `train_files` set aside, by whole groups, when there are no `heldout_files`; of a text that is longer
+    than that, stretches of its passages."""
     train_rows: int = 0
     """Use at most this many training rows; 0 means all."""
     heldout_rows: int = 0
@@ -133,7 +134,7 @@ class Data:
     max_drop_fraction: float = 0.01
     """With on_bad_row=drop: a larger share of faulty rows than this ends the run all the same."""
     max_length: int = 2048
-    """Longest row in tokens. Plain text is split into pieces of this length; for other rows see `too_long`."""
+    """Longest row in tokens. Plain text is cut into passages of about this length; for other rows see `too_long`."""
     too_long: str = one_of("auto", "error", "drop", "cut")
     """A longer row: the run ends, or it is dropped, or its end is cut. `auto` is what the card says, else `error`."""
     turns: str = one_of("all", "last")

@@ -314,13 +314,17 @@ def test_a_gain_that_lives_in_one_group_is_named() -> None:
 
 
 def test_without_choices_a_lower_loss_is_no_gain() -> None:
-    rows = [{"row": str(i), "group": "", "answer": "text", "choices": []} for i in range(9)]
+    rows = [{"row": str(i), "group": "book.txt", "answer": "text", "choices": []} for i in range(9)]
     base, tuned = (
         [SimpleNamespace(loss=m + i / 9, logprobs=np.full(3, -m - i / 9), choice=None, tied=False) for i in range(9)]
         for m in (3.0, 1.0)
     )
     tuned[0] = SimpleNamespace(loss=1.5, logprobs=np.full(3, -1.5), choice=None, tied=False)
-    scores = evaluation.conclude(rows, base, tuned, {"answer": [], "choices": [], "group": []}, Evaluate(min_gain=0.1))  # type: ignore[arg-type]
+    train: dict[str, list[Any]] = {"answer": [], "choices": [], "group": []}
+    scores = evaluation.conclude(rows, base, tuned, train, Evaluate(min_gain=0.1))  # type: ignore[arg-type]
+    assert scores["verdict"].startswith("On 9 held-out rows, the loss")
+    known = evaluation.conclude(rows, base, tuned, train | {"group": ["a", "book.txt"]}, Evaluate())  # type: ignore[arg-type]
+    assert known["verdict"].startswith("On 9 held-out rows from a group it trained on, the loss")
     assert scores["gain"] is False and scores["majority"] is None and scores["tuned"]["accuracy"] is None
     assert "fell from 3.444 to 1.500" in scores["verdict"] and "may be format alone" in scores["verdict"]
     (gate,) = scores["gates"]

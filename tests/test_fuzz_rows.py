@@ -59,7 +59,7 @@ TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 def read(folder: Path) -> None:
     """As the data stage reads a file, up to rows with their faults."""
     for source in sources([str(folder)]):
-        for block in blocks(source):
+        for block in blocks(source, passage=50):
             for record in records(block):
                 row = Row(file=source.name, line=record.line, id="x", sha256=record.sha256)
                 kind = (detect(record.value) if isinstance(record.value, dict) else "") or "messages"

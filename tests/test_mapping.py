@@ -126,16 +126,16 @@ def test_what_is_wrong_with_a_file_is_said_as_its_reader_says_it(
 ) -> None:
     path = tmp_path / "rows.json"
     good = ", ".join(json.dumps(qa(f"q{i}", "a")) for i in range(550))
-    path.write_text(f"[{good}, {{")
+    path.write_text(f"[{good},\n {{")
     *rows, last = mapped(work(base), jobs(path), parts_of(tmp_path), "key", 2).to_list()
     assert [row["code"] for row in rows] == [""] * 550
-    assert (last["line"], last["code"]) == (551, "DATA-006")
+    assert (last["line"], last["code"]) == (2, "DATA-006")
 
-    def unplugged(source: files.Source) -> Iterator[tuple[int, bytes]]:
+    def unplugged(found: Any) -> Iterator[tuple[int, bytes]]:
         yield from ((number, json.dumps(qa(f"q{number}", "a")).encode()) for number in range(1, 551))
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(files, "_elements", unplugged)
+    monkeypatch.setattr(files, "_begun", unplugged)
     with pytest.raises(DataError, match=r"DATA-006 rows\.json cannot be read behind line 550: Input/output error"):
         mapped(work(base), jobs(path), parts_of(tmp_path), "other", 2)
 

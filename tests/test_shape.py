@@ -81,6 +81,17 @@ FAULTS: list[tuple[bytes, str, str]] = [
         "messages[1].tool_calls[0].function.arguments is no JSON",
     ),
     (
+        messages(USER, ASSISTANT | {"tool_calls": [{"function": {"name": "a", "arguments": '{"at": 1, "at": 2}'}}]}),
+        "DATA-023",
+        "messages[1].tool_calls[0].function.arguments has the key 'at' twice in one object",
+    ),
+    (
+        messages(USER, ASSISTANT | {"tool_calls": [{"function": {"name": "a", "arguments": '{"at": -Infinity}'}}]}),
+        "DATA-022",
+        "messages[1].tool_calls[0].function.arguments has -Infinity, which is not JSON",
+    ),
+    (messages(USER, ASSISTANT, tools='[{"name": "a", "name": "b"}]'), "DATA-023", "tools has the key 'name' twice"),
+    (
         messages(
             USER, ASSISTANT | {"tool_calls": [CALL]}, {"role": "tool", "content": "3", "tool_call_id": "c9"}, ASSISTANT
         ),
@@ -283,6 +294,54 @@ def test_messages_in_a_prompt_are_looked_at_as_json(tmp_path: Path) -> None:
     assert found.faults == ("DATA-023 @ prompt has the key 'role' twice in one object",)
 
 
+def test_a_cell_with_json_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    row = {"messages": json.dumps([USER, ASSISTANT]), "prompt": json.dumps([USER]), "tools": json.dumps([TOOL])}
+    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    csv.write_csv(pa.Table.from_pylist([row]), tmp_path / "rows.csv")
+    seen: list[str] = []
+    loads = json.loads
+    monkeypatch.setattr("json.loads", lambda text, **more: (seen.append(text), loads(text, **more))[1])
+    for name in ("rows.parquet", "rows.csv"):
+        seen.clear()
+        (found,) = (r for block in blocks(sources([str(tmp_path / name)])[0]) for r in records(block))
+        assert found.value == {"messages": [USER, ASSISTANT], "prompt": [USER], "tools": [TOOL]}
+        assert [seen.count(cell) for cell in row.values()] == [1, 1, 1], name
+
+
+@pytest.mark.parametrize("column", ["messages", "prompt", "tools", "conversations"])
+def test_json_in_a_cell_of_parquet_is_looked_at_as_a_line_is(tmp_path: Path, column: str) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    twice = json.dumps([USER]).replace('"q"', '"q", "role": "user"')
+    parquet.write_table(pa.table({"id": ["a", "b"], column: [json.dumps([USER]), twice]}), tmp_path / "rows.parquet")
+    good, bad = (r for block in blocks(sources([str(tmp_path / "rows.parquet")])[0]) for r in records(block))
+    assert good.value == {"id": "a", column: [USER]}
+    assert bad.faults == (f"DATA-023 @ {column} has the key 'role' twice in one object",)
+
+
+@pytest.mark.parametrize(
+    ("call", "fault"),
+    [
+        (
+            '{"name": "look", "name": "b", "arguments": {}}',
+            "DATA-023 @ conversations[1].value has the key 'name' twice",
+        ),
+        ('{"name": "look", "arguments": {"a": NaN}}', "DATA-022 @ conversations[1].value has NaN, which is not JSON"),
+        ('{"name": "look", "arguments": 7}', "DATA-025 @ conversations[1].value is no JSON with name and arguments"),
+        ("look", "DATA-025 @ conversations[1].value is no JSON with name and arguments"),
+    ],
+)
+def test_a_function_call_as_text_is_looked_at_as_a_line_is(call: str, fault: str) -> None:
+    turns = [("human", "q"), ("function_call", call), ("observation", "3"), ("gpt", "a")]
+    value = {"conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
+    (found,) = conversation(Row(file="f", line=1, id="", sha256=""), value, "sharegpt")
+    assert found.startswith(fault)
+
+
 def test_a_parquet_file_has_no_faults_of_bytes(tmp_path: Path, base: Path) -> None:
     """Arrow's texts are UTF-8 and its objects have each name once: a file of others is refused whole."""
     import pyarrow as pa
@@ -292,6 +351,23 @@ def test_a_parquet_file_has_no_faults_of_bytes(tmp_path: Path, base: Path) -> No
     parquet.write_table(pa.table({"prompt": texts, "completion": ["a"]}), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match=r"DATA-006 rows\.parquet cannot be read"):
         prepare(tmp_path, base, tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_column_whose_name_is_no_text_is_one_sentence(tmp_path: Path, base: Path, kind: str) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / f"rows.{kind}"
+    for table in (pa.table({"name": ["a"]}), pa.Table.from_pylist([{"messages": [{"name": "a"}]}])):
+        if kind == "parquet":
+            parquet.write_table(table, path, store_schema=False)
+        else:
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+                stream.write_table(table)
+        path.write_bytes(path.read_bytes().replace(b"name", b"n\xe9me"))
+        with pytest.raises(DataError, match=rf"DATA-006 rows\.{kind} cannot be read"):
+            prepare(tmp_path, base, path)
 
 
 def test_messages_in_parquet_have_the_same_faults(tmp_path: Path, base: Path) -> None:
@@ -383,7 +459,7 @@ def test_one_row_on_one_line_of_a_json_file_is_a_row(tmp_path: Path) -> None:
 
 
 def broken_files(folder: Path) -> dict[Path, int]:
-    """Files that break off, each with the line, or the number, at which it does; 30 rows come before that."""
+    """Files that break off, each with the line at which it does; 30 rows come before that."""
     import zstandard
 
     rows = [qa(f"question {i}", f"answer {i}") for i in range(30)]
@@ -393,8 +469,8 @@ def broken_files(folder: Path) -> dict[Path, int]:
     made = {
         "a.jsonl.gz": (gzip.compress(whole)[:-9000], 31),
         "b.jsonl.zst": (zstandard.compress(whole)[:-9000], 31),
-        "c.json": (b"[" + b",\n".join(json.dumps(row).encode() for row in rows) + b', {"messages": oops}, {}]', 31),
-        "d.json": (b"[" + b",\n".join(json.dumps(row).encode() for row in rows) + b",", 31),
+        "c.json": (b"[" + b",\n".join(json.dumps(row).encode() for row in rows) + b',\n\n {"messages": oops}, {}]', 32),
+        "d.json": (b"[" + b",\n".join(json.dumps(row).encode() for row in rows) + b",", 30),
         "e.csv": (f'prompt,completion\n{plain}"question,answer\nq,a\n'.encode(), 62),
         "f.csv": (f'prompt,completion\n{plain}"question" mark,answer\nq,a\n'.encode(), 62),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -178,6 +179,35 @@ def test_killed_preparation_goes_on_and_gives_the_same_bytes(
     assert done.returncode == 0, said
     assert content(Path(said.splitlines()[-1])) == whole
     assert not list((tmp_path / "cache" / "prepared").glob(".parts-*"))
+
+
+@pytest.mark.slow
+def test_killed_before_any_change_on_disk_it_starts_again_and_leaves_the_same_bytes_and_nothing_else(
+    tmp_path: Path, base: Path
+) -> None:
+    turns = (qa(f"question {i}", ("yes", "no")[i % 2], group=i % 20, choices=["yes", "no"]) for i in range(60))
+    path = jsonl(tmp_path / "rows.jsonl", *turns)
+    said, _ = Forked("tests.preparing_killed", [str(path), str(base), str(tmp_path)]).communicate(timeout=300)
+    undisturbed, *killed = (json.loads(line) for line in said.splitlines() if line[0] == "[")
+    assert {"train.arrow", "packed.arrow", "seal.json"} <= undisturbed[1].keys()
+    moments = "\n".join(moment for moment, _, _ in killed)
+    for stage in (
+        r"open .*\.parts-N/reading/.*\.arrow",  # reading
+        r"rename .*\.parts-N/tmpN",  # mapping
+        r"rename .*\.parts-N/\.partial-N\.json",  # the note of a slice
+        r"open .*\.parts-N$",  # near copies
+        r"remove .*\.partial-N-N/train\.unordered",  # classes in turn
+        r"open .*\.partial-N-N/ledger\.jsonl",
+        r"rename .*\.partial-N-N/tmpN",  # packing
+        r"rename .*\.partial-N-N/\.partial-seal\.json",
+        r"chmod .*\.partial-N-N",
+        r"rename .*\.partial-N-N$",  # the whole set
+        r"rmdir .*\.parts-N$",
+    ):
+        assert re.search(f"^(os\\.)?{stage}", moments, re.MULTILINE), stage
+    for moment, made, left in killed:
+        assert (made, left) == (undisturbed[1], undisturbed[2]), moment
+    assert [name for name in undisturbed[2] if not re.fullmatch(r"tmp|cache(/prepared(/\.lock-\w+)?)?", name)] == []
 
 
 def test_what_a_worker_cannot_start_with_is_said_and_nothing_is_left(tmp_path: Path, base: Path, rows: Path) -> None:

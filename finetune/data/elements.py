@@ -25,49 +25,66 @@ class Text(Protocol):
         """At most `size` characters, none at the end."""
 
 
-def elements(stream: Text, limit: int) -> Iterator[str]:
+class Elements:
     """The text of each element of the array in `stream`; never more of it in memory than one element and a piece.
 
     Raises ValueError where it is no array, and for an element that is no JSON or longer than `limit` characters.
     """
-    text, number, ended = stream.read(PIECE), 0, False
-    while (at := _behind_space(text, 0)) == len(text) and (more := stream.read(PIECE)):
-        text = more
-    if text[at : at + 1] != "[":
-        raise ValueError(f"it begins with {text[at : at + 1]!r}, expected a list of objects")
-    at += 1
-    while True:
-        at = _behind_space(text, at)
-        if number == 0 and text[at : at + 1] == "]":
-            at += 1
-            break
-        try:
-            _, end = _decode(text, at)
-            behind = _behind_space(text, end)
-            if behind == len(text) or (not ended and text[behind] not in ",]"):  # a number may go on
-                raise json.JSONDecodeError(_followed(text[behind : behind + 1]), text, behind)
-        except json.JSONDecodeError as error:
-            cut = error.msg.startswith("Unterminated string") or error.pos > len(text) - NEAR
-            if ended or not cut:
-                raise ValueError(f"element {number + 1} cannot be read: {error.msg}") from None
-            if len(text) - at > limit:
-                raise ValueError(f"element {number + 1} has more than {limit:,} characters") from None
-            more = stream.read(max(PIECE, len(text) - at))
-            text, at, ended = text[at:] + more, 0, not more
-            continue
-        except RecursionError:
-            raise ValueError(f"element {number + 1} is nested too deeply") from None
-        if text[behind] not in ",]":
-            raise ValueError(f"element {number + 1} cannot be read: {_followed(text[behind])}")
-        number += 1
-        yield text[at:end]
-        at = behind + 1
-        if text[behind] == "]":
-            break
-    while rest := text[at:].strip(" \t\r\n") or stream.read(PIECE):
-        if rest.strip(" \t\r\n"):
-            raise ValueError(f"{quoted(rest.strip()[:20])} follows the list")
-        text = ""
+
+    def __init__(self, stream: Text, limit: int) -> None:
+        self.stream, self.limit = stream, limit
+        self.line = 1
+        """Where the last element begins that was given or, where there was an error, that was to be."""
+
+    def __iter__(self) -> Iterator[str]:
+        stream, limit = self.stream, self.limit
+        text, number, ended = stream.read(PIECE), 0, False
+        while _behind_space(text, 0) == len(text) and (more := stream.read(PIECE)):
+            self.line += text.count("\n")
+            text = more
+        at = self._begin(text, 0)
+        if text[at : at + 1] != "[":
+            raise ValueError(f"it begins with {text[at : at + 1]!r}, expected a list of objects")
+        at += 1
+        while True:
+            at = self._begin(text, at)
+            if number == 0 and text[at : at + 1] == "]":
+                at += 1
+                break
+            try:
+                _, end = _decode(text, at)
+                behind = _behind_space(text, end)
+                if behind == len(text) or (not ended and text[behind] not in ",]"):  # a number may go on
+                    raise json.JSONDecodeError(_followed(text[behind : behind + 1]), text, behind)
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos > len(text) - NEAR
+                if ended or not cut:
+                    raise ValueError(f"element {number + 1} cannot be read: {error.msg}") from None
+                if len(text) - at > limit:
+                    raise ValueError(f"element {number + 1} has more than {limit:,} characters") from None
+                more = stream.read(max(PIECE, len(text) - at))
+                text, at, ended = text[at:] + more, 0, not more
+                continue
+            except RecursionError:
+                raise ValueError(f"element {number + 1} is nested too deeply") from None
+            if text[behind] not in ",]":
+                raise ValueError(f"element {number + 1} cannot be read: {_followed(text[behind])}")
+            number += 1
+            yield text[at:end]
+            self.line += text.count("\n", at, behind)
+            at = behind + 1
+            if text[behind] == "]":
+                break
+        while rest := text[at:].strip(" \t\r\n") or stream.read(PIECE):
+            if rest.strip(" \t\r\n"):
+                raise ValueError(f"{quoted(rest.strip()[:20])} follows the list")
+            text = ""
+
+    def _begin(self, text: str, at: int) -> int:
+        """Where what comes next in `text` begins, behind white space."""
+        begin = _behind_space(text, at)
+        self.line += text.count("\n", at, begin)
+        return begin
 
 
 def one_object(text: str, *, whole: bool) -> tuple[bool, str]:

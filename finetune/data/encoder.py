@@ -104,7 +104,7 @@ class Encoder:
             return Tokens(input_ids=row.input_ids, labels=row.labels)
         self._refuse_control(row.where, "the text", row.text)
         ids = list(self.tokenizer(row.text)["input_ids"])
-        if self.tokenizer.eos_token_id is not None and ids[-1:] != [self.tokenizer.eos_token_id]:
+        if not row.goes_on and self.tokenizer.eos_token_id not in (None, *ids[-1:]):
             ids.append(self.tokenizer.eos_token_id)
         return Tokens(input_ids=ids, labels=list(ids))
 

@@ -18,12 +18,13 @@ import json
 import re
 import shlex
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data.elements import elements, one_object
+from finetune.data.elements import Elements, one_object
+from finetune.data.passages import SIZE, Passages
 from finetune.data.squeezed import SQUEEZED, opened
 from finetune.errors import DataError
 
@@ -81,14 +82,16 @@ class Block:
     """Name of the file."""
     kind: str
     """What a record is. `jsonl`: the bytes of a line; `csv`: its cells as JSON; `arrow`: many records, as an Arrow
-    stream; `values`: a value as JSON; `rows`: a row of a card as JSON (`part.py`); `broken`: why all that follows in
-    the file cannot be read."""
+    stream; `passages`: one of a text, as JSON; `rows`: a row of a card as JSON (`part.py`); `broken`: why all that
+    follows in the file cannot be read."""
     lines: list[int]
     """Line (or number) of each record; of the first one where a record is many."""
     records: list[bytes]
     """The records themselves."""
     header: list[str] = dataclasses.field(default_factory=list)
     """Names of the columns of `csv`."""
+    nth: list[int] = dataclasses.field(default_factory=list)
+    """Which one of the file a record is where its line has another before it, else 0. Empty: there is none such."""
 
 
 def sources(patterns: list[str]) -> list[Source]:
@@ -100,12 +103,8 @@ def sources(patterns: list[str]) -> list[Source]:
             raise DataError("DATA-006", f"{pattern} is an address", why, "a file or folder on this machine")
         paths = _expand(pattern)
         if not paths:
-            raise DataError(
-                "DATA-006",
-                f"{pattern} names no file",
-                f"files end in {', '.join(KINDS)}, also with .gz or .zst",
-                "a file, a folder",
-            )
+            why = f"files end in {', '.join(KINDS)}, also with .gz or .zst"
+            raise DataError("DATA-006", f"{pattern} names no file", why, "a file, a folder")
         for path in paths:
             suffixes = [s.lower() for s in path.suffixes]
             squeezed = SQUEEZED[suffixes[-1]] if suffixes and suffixes[-1] in SQUEEZED else ""
@@ -171,13 +170,15 @@ def _known(path: Path) -> bool:
     return bool(suffixes) and suffixes[-1] in KINDS
 
 
-def blocks(source: Source) -> Iterator[Block]:
+def blocks(source: Source, passage: int = SIZE) -> Iterator[Block]:
     """The records of a file in blocks; where it breaks off, one of the kind `broken` follows what came before.
 
-    Raises DataError DATA-006 for a file of which nothing can be read, and where the machine fails, not the file.
+    `passage`: characters of a record of plain text, at most. Raises DataError DATA-006 for a file of which nothing can
+    be read, and where the machine fails, not the file.
     """
     last: Block | None = None
-    reader = {"jsonl": _lines, "json": _json, "csv": _cells, "parquet": _parquet, "arrow": _arrow, "text": _text}
+    reader = {"jsonl": _lines, "json": _json, "csv": _cells, "parquet": _parquet, "arrow": _arrow}
+    reader["text"] = lambda source: _texts(source, "passages", lambda stream: Passages(stream, passage))
     try:
         for block in reader[source.kind](source):
             yield block
@@ -245,11 +246,13 @@ def _filled(
     def empty() -> Block:
         return Block(file=source.name, kind=kind, lines=[], records=[], header=[] if header is None else header)
 
-    block, size = empty(), 0
+    block, size, last = empty(), 0, 0
     try:
-        for number, raw in records:
-            block.lines.append(number)
+        for nth, (line, raw) in enumerate(records, 1):
+            block.lines.append(line)
             block.records.append(raw)
+            block.nth.append(nth if line == last else 0)
+            last = line
             size += len(raw)
             if len(block.lines) == BLOCK_ROWS or size >= BLOCK_BYTES:
                 yield block
@@ -280,7 +283,7 @@ def _json(source: Source) -> Iterator[Block]:
         _refuse_one_object(source)
         yield from _lines(source)
         return
-    yield from _filled(source, "jsonl", _elements(source))
+    yield from _texts(source, "jsonl", lambda stream: Elements(stream, LINE_LIMIT))
 
 
 def _refuse_one_object(source: Source) -> None:
@@ -300,17 +303,20 @@ def _refuse_one_object(source: Source) -> None:
         raise DataError("DATA-006", f"{source.name} begins with an object over several lines", why, fix)
 
 
-def _elements(source: Source) -> Iterator[tuple[int, bytes]]:
+def _texts(source: Source, kind: str, reader: Callable[[Any], Elements | Passages]) -> Iterator[Block]:
+    """What a reader of text finds in a file."""
     with opened(source.path, source.squeezed) as handle:
-        text = io.TextIOWrapper(handle, "utf-8-sig", newline="")
-        yield from enumerate((element.encode() for element in elements(text, LINE_LIMIT)), 1)
+        found = reader(io.TextIOWrapper(handle, "utf-8-sig", newline=""))
+        yield from _filled(source, kind, _begun(found))
 
 
-def _text(source: Source) -> Iterator[Block]:
-    """A text file is one document."""
-    with opened(source.path, source.squeezed) as handle:
-        text = handle.read().decode("utf-8-sig")
-    yield Block(file=source.name, kind="values", lines=[1], records=[json.dumps({"text": text}).encode()])
+def _begun(found: Elements | Passages) -> Iterator[tuple[int, bytes]]:
+    """What is found, with the line that it begins in."""
+    try:
+        for text in found:
+            yield found.line, text.encode()
+    except UNREADABLE as error:
+        raise _BrokenOff(found.line, _why(error)) from error
 
 
 def _cells(source: Source) -> Iterator[Block]:
@@ -346,8 +352,7 @@ def _parquet(source: Source) -> Iterator[Block]:
 
     number = 1
     with parquet.ParquetFile(source.path) as file:
-        for batch in file.iter_batches(batch_size=BLOCK_ROWS):
-            batch.validate(full=True)  # texts that are no UTF-8
+        for batch in map(_sound, file.iter_batches(batch_size=BLOCK_ROWS)):
             yield Block(file=source.name, kind="arrow", lines=[number], records=[_ipc(batch)])
             number += batch.num_rows
 
@@ -357,8 +362,7 @@ def _arrow(source: Source) -> Iterator[Block]:
 
     number = 1
     with pa.memory_map(str(source.path)) as handle:
-        for batch in _batches(handle):
-            batch.validate(full=True)  # Arrow trusts a file's offsets: false ones end the process, or read beyond it
+        for batch in map(_sound, _batches(handle)):
             for start in range(0, batch.num_rows, BLOCK_ROWS):
                 part = batch.slice(start, BLOCK_ROWS)
                 yield Block(file=source.name, kind="arrow", lines=[number], records=[_ipc(part)])
@@ -374,6 +378,16 @@ def _batches(handle: Any) -> Iterator[Any]:
         file = pa.ipc.open_file(handle)
         for i in range(file.num_record_batches):
             yield file.get_batch(i)
+
+
+def _sound(batch: Any) -> Any:
+    """The batch, looked at whole: Arrow trusts a file's offsets, and false ones end the process, or read beyond it."""
+    batch.validate(full=True)  # texts that are no UTF-8, too
+    fields = list(batch.schema)
+    for field in fields:  # with those inside of it
+        field.name.encode()  # raises for a name that is no UTF-8, which Arrow lets pass
+        fields += [field.type.field(i) for i in range(field.type.num_fields)]
+    return batch
 
 
 def _ipc(batch: Any) -> bytes:

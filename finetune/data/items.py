@@ -79,12 +79,12 @@ def read_items(path: Path) -> list[Item]:
     items, problems = dict[str, Item](), list[str]()
     (source,) = sources([str(path)])
     for record in (record for block in blocks(source) for record in records(block)):
-        made = record.faults[0] if record.faults else _item(record.value, f"{path.name}:{record.line}")
+        made = record.faults[0] if record.faults else _item(record.value, f"{path.name}:{record.place}")
         if isinstance(made, Item) and made.id not in items:
             items[made.id] = made
         else:
             fault = made if isinstance(made, str) else "DATA-002 @ has the id of an earlier item"
-            problems.append(fault.replace("@", f"{path}:{record.line}", 1))
+            problems.append(fault.replace("@", f"{path}:{record.place}", 1))
     if problems:
         raise listed(problems, f"faults in {path}")
     if not items:

@@ -160,7 +160,7 @@ def _read(jobs: Iterator[Job], folder: Path, key: str) -> Dataset:
     from datasets.exceptions import DatasetGenerationError
 
     texts = {name: Value("string") for name in ("file", "kind", "format", "side", "prefix")}
-    lists = {"lines": List(Value("int64")), "records": List(Value("large_binary"))}
+    lists = {"lines": List(Value("int64")), "nth": List(Value("int64")), "records": List(Value("large_binary"))}
     lists |= {"header": List(Value("string")), "usual": List(Value("string"))}
 
     def rows() -> Iterator[dict[str, Any]]:

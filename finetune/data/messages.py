@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.data.nested import parsed, without_nulls
+from finetune.data.nested import checked, without_nulls
 
 ROLES = ("system", "user", "assistant", "tool")
 """Roles that chat templates know. OpenAI's `developer` is read as `system`, which it has replaced there."""
@@ -80,10 +80,11 @@ def _calls(calls: Any, at: str, role: str, tools: set[str], faults: list[str]) -
             continue
         arguments = function["arguments"] if "arguments" in function else {}
         if isinstance(arguments, str):
-            try:
-                arguments = parsed(arguments)
-            except ValueError:
-                faults.append(f"DATA-025 @ {here}.function.arguments is no JSON, expected an object as JSON")
+            arguments, fault = checked(arguments, f"@ {here}.function.arguments")
+            if fault and arguments is None:
+                fault = f"DATA-025 @ {here}.function.arguments is no JSON, expected an object as JSON"
+            if fault:
+                faults.append(fault)
                 continue
         if not isinstance(arguments, dict):
             faults.append(f"DATA-025 @ {here}.function.arguments is {type_name(arguments)}, expected dict")
@@ -99,10 +100,10 @@ def tools_of(value: dict[str, Any], faults: list[str]) -> list[dict[str, Any]]:
     """The functions that a row offers to the assistant; faults are added to `faults`."""
     tools = value["tools"] if "tools" in value and value["tools"] is not None else []
     if isinstance(tools, str):
-        try:
-            tools = parsed(tools)
-        except ValueError:
-            tools = None
+        tools, fault = checked(tools, "@ tools")
+        if fault and tools is not None:
+            faults.append(fault)
+            return []
     if not isinstance(tools, list):
         faults.append(f"DATA-025 @ tools is {type_name(value['tools'])}, expected list of functions")
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,31 @@ def parsed(text: str, **hooks: Any) -> Any:
     if text.count("[") + text.count("{") > DEPTH and too_deep(value):
         raise ValueError(f"nested more than {DEPTH} deep")
     return value
+
+
+def checked(text: str, at: str, ends: str = "") -> tuple[Any, str]:
+    """(the value of a JSON text, its fault): a key that stands twice in an object, NaN, or no JSON, then with None.
+
+    The fault names the place `at`, or is empty; `ends` is added to it where it is no JSON.
+    """
+    twice: list[str] = []
+    odd: list[str] = []
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(items)
+        if len(made) < len(items):
+            twice.extend(name for name, count in Counter(name for name, _ in items).items() if count > 1)
+        return made
+
+    try:
+        value = parsed(text, object_pairs_hook=pairs, parse_constant=odd.append)
+    except json.JSONDecodeError as error:
+        return None, f"DATA-022 {at} is not JSON: {error.msg} at character {error.pos + 1}{ends}"
+    except ValueError:
+        return None, f"DATA-022 {at} is not JSON that can be read: nested too deeply, or a number too long"
+    if twice:
+        return value, f"DATA-023 {at} has the key {twice[0]!r} twice in one object"
+    return value, f"DATA-022 {at} has {odd[0]}, which is not JSON" if odd else ""
 
 
 def too_deep(value: Any) -> bool:

@@ -95,6 +95,7 @@ def write_ledger(facts: Facts, path: Path, *, rejected: bool = False) -> Counter
     columns = [
         "file",
         "line",
+        "nth",
         "id",
         "sha256",
         "why",
@@ -132,7 +133,7 @@ def write_ledger(facts: Facts, path: Path, *, rejected: bool = False) -> Counter
                     "split": NAMES[int(facts.split[row])] if facts.split[row] else "",
                     "why": fact["why"] or (_why(facts, row, code) if code else ""),
                 }
-                extra = {k: fact[k] for k in ("privacy", "flags", "language", "benchmarks") if fact[k]}
+                extra = {k: fact[k] for k in ("nth", "privacy", "flags", "language", "benchmarks") if fact[k]}
                 if not code and facts.other[row] >= 0:
                     extra["resembles"] = facts.where(int(facts.other[row]))
                 handle.write(json.dumps(line | extra, ensure_ascii=False) + "\n")

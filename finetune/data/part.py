@@ -30,6 +30,7 @@ from finetune.recipe import Data
 FACTS: dict[str, str] = {
     "file": "string",
     "line": "int64",
+    "nth": "int32",
     "id": "string",
     "sha256": "string",
     "code": "string",
@@ -38,6 +39,7 @@ FACTS: dict[str, str] = {
     "label": "string",
     "time": "string",
     "further": "bool",
+    "goes_on": "bool",
     "place": "int64",
     "tokens": "int32",
     "trainable": "int32",
@@ -54,7 +56,7 @@ FACTS: dict[str, str] = {
     "benchmarks": "string",
 }
 """Column -> type. `need` is the length that keeps the row's answer; `place` the order that a card has given it;
-`system_key` 0 where there is no system message."""
+`system_key` 0 where there is no system message; `nth` and `goes_on` as in `Row`."""
 
 
 _ORDINARY = (
@@ -172,12 +174,14 @@ class Maker:
         data, name = self.work.data, Path(job.block.file).name
         extra = tuple(key for key in (data.group_by, data.time_by) if key)
         for record in records(job.block):
-            row = Row(file=job.block.file, line=record.line, id=f"{name}:{record.line}", sha256=record.sha256)
-            row.split = job.side
+            row = Row(file=job.block.file, line=record.line, id=f"{name}:{record.place}", sha256=record.sha256)
+            row.nth, row.goes_on, row.split = record.nth, record.goes_on, job.side
             value = renamed(record.value, data.columns) if isinstance(record.value, dict) else record.value
             faults = list(record.faults) or conversation(row, value, job.format, extra, job.usual)
             faults = faults or grouped(row, value, data.group_by, data.time_by)
             row.id = job.prefix + row.id
+            if job.block.kind == "passages":
+                row.group = job.block.file
             if faults:
                 row.code, _, why = faults[0].partition(" @ ")
                 row.why = "; ".join([why, *(fault.partition(" @ ")[2] for fault in faults[1:])])
@@ -288,6 +292,7 @@ def _fact(row: Row, turns: str) -> dict[str, Any]:
     fact |= {"line": row.line, "id": row.id, "sha256": row.sha256, "label": row.label, "time": row.time}
     fact |= dict.fromkeys(("tokens", "trainable", "need", "text_key", "prompt_key", "system_key", "group_key"), 0)
     fact |= {"further": row.part > 1, "place": row.place, "truncated": False, "order_key": key(row.id)}
+    fact |= {"nth": row.nth, "goes_on": row.goes_on}
     if not row.code:
         text = row.fields["text"] if "text" in row.fields else "\n".join(texts(row))
         tools = json.dumps(row.tools, sort_keys=True) if row.tools else ""

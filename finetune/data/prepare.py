@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.card import read_card
@@ -16,6 +15,7 @@ from finetune.data.mapping import mapped
 from finetune.data.output import Told, write_all, write_rejected
 from finetune.data.page import show_report
 from finetune.data.part import Job, Work, of_card
+from finetune.data.passages import CHARACTERS
 from finetune.data.records import records
 from finetune.data.rows import Row
 from finetune.data.shape import FORMATS, detect, renamed, usual
@@ -110,7 +110,7 @@ def prepared(recipe: Recipe, base: Path, rejected: Path | None = None) -> Path:
     """
     found = inputs(recipe)
     store = _store(recipe, base, found)
-    if store.is_ready():
+    if store.is_ready() and not store.parts.exists():
         print(f"data: prepared before, {store.folder}", file=sys.stderr, flush=True)
         return store.folder
     with store.lock():
@@ -121,6 +121,7 @@ def prepared(recipe: Recipe, base: Path, rejected: Path | None = None) -> Path:
             except DataError:
                 store.sweep()  # mended rows have another address: these parts would never be used
                 raise
+        store.sweep()
     return store.folder
 
 
@@ -176,14 +177,13 @@ def _make(recipe: Recipe, base: Path, found: Inputs, store: Store, told: Told, r
     facts = Facts(mapped(work, _jobs(recipe, found, told), store.parts, store.key, data.workers))
     if ignored := facts.ignored:
         told.notes.append(f"columns without a meaning here: {', '.join(ignored)}")
-    try:
-        with TemporaryDirectory(prefix="finetune-") as scratch:
-            finder = None
-            if near:
-                from finetune.data.copies import near_finder
+    finder = None
+    if near:
+        from finetune.data.copies import near_finder
 
-                finder = near_finder(data, Path(scratch))
-            told.notes += decide(facts, data, given=bool(data.card), long=long, near=finder)
+        finder = near_finder(data, store.parts)
+    try:
+        told.notes += decide(facts, data, given=bool(data.card), long=long, near=finder)
     except DataError as error:
         if rejected is not None:
             with atomic_folder(rejected) as folder:
@@ -195,7 +195,6 @@ def _make(recipe: Recipe, base: Path, found: Inputs, store: Store, told: Told, r
     with atomic_folder(store.folder) as folder:
         write_all(facts, data, decoder(base), told, folder)
         store.seal(folder)
-    store.sweep()
 
 
 def template_note(recipe: Recipe, base: Path) -> str:
@@ -220,7 +219,7 @@ def _jobs(recipe: Recipe, found: Inputs, told: Told) -> Iterator[Job]:
                 yield Job(block=of_card(rows[start : start + CARD_BLOCK]), format="", side="", prefix="")
         return
     for source, side in found.files:
-        stream = blocks(source)
+        stream = blocks(source, CHARACTERS * recipe.data.max_length)
         first = list(islice(stream, 1))
         kind, own = shape_of(first, recipe.data)
         told.notes.append(f"{source.name}: {kind}" + ("" if recipe.data.format != "auto" else ", by its keys"))

@@ -36,7 +36,7 @@ def read_prompts(file: str, kind: Kind) -> list[str]:
             for record in records(block):
                 if not isinstance(record.value, dict):
                     fault = record.faults[0].partition(" @ ")[2] if record.faults else "it is no object"
-                    raise _unread(f"{source.name}:{record.line}", fault)
+                    raise _unread(f"{source.name}:{record.place}", fault)
                 rows.append(record.value)
     said = any(_said(row) for row in rows)  # a file that says nothing is of the kind that it was named as
     found = [_prompt(row) for row in rows if not said or (_said(row) or "benign") == kind]

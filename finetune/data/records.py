@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.data.files import LINE_LIMIT, TOO_LONG, Block
-from finetune.data.nested import parsed, without_nulls
+from finetune.data.nested import checked, without_nulls
 
 JSON_COLUMNS = ("messages", "conversations", "tools", "choices", "input_ids", "labels")
-"""CSV columns whose cells hold JSON."""
+"""Columns of CSV, Parquet and Arrow files whose cells may hold JSON as a text."""
 
 MESSAGE_COLUMNS = ("prompt", "completion")
-"""CSV columns whose cells hold a text, or messages as JSON: any other JSON there is a text."""
+"""Columns of the same whose cells hold a text, or messages as JSON: any other JSON there is a text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,20 +23,30 @@ class Record:
     """One parsed record, or what is wrong with it."""
 
     line: int
-    """Its line in the file; its number where files have no lines."""
+    """The line of the file that it begins in; its number where files have no lines."""
     sha256: str
-    """Hash of its bytes in the file, or of its values as sorted JSON where a file has no lines."""
+    """Hash of its text in the file, or of its values as sorted JSON where a file has no lines."""
     value: Any
     """The parsed value; None with faults."""
     faults: tuple[str, ...] = ()
     """`ID @ what`, where `@` stands for file:line."""
+    nth: int = 0
+    """Which record of the file it is where its line has another before it, else 0."""
+    goes_on: bool = False
+    """Whether it is a passage of a text that goes on behind it."""
+
+    @property
+    def place(self) -> str:
+        """Its line, and which record of the file it is where that does not tell it from others: `1437`, `1:57`."""
+        return f"{self.line}:{self.nth}" if self.nth else str(self.line)
 
 
 def records(block: Block) -> Iterator[Record]:
     """The records of a block, parsed."""
-    for line, raw in zip(block.lines, block.records, strict=True):
+    for line, nth, raw in zip(block.lines, block.nth or [0] * len(block.lines), block.records, strict=True):
         if block.kind == "jsonl":
-            yield _parse(line, raw)
+            record = _parse(line, raw)
+            yield replace(record, nth=nth) if nth else record
         elif block.kind == "broken":
             fault = f"DATA-006 @ cannot be read, nor anything behind it: {raw.decode()}"
             yield Record(line=line, sha256=hashlib.sha256(raw).hexdigest(), value=None, faults=(fault,))
@@ -50,7 +59,9 @@ def records(block: Block) -> Iterator[Record]:
                 for number, value in enumerate(stream.read_all().to_pylist(), line):
                     yield _valued(number, without_nulls(value))
         else:
-            yield _valued(line, json.loads(raw))
+            text, goes_on = json.loads(raw)
+            sha256 = hashlib.sha256(text.encode()).hexdigest()
+            yield Record(line=line, nth=nth, sha256=sha256, value={"text": text}, goes_on=goes_on)
 
 
 def _parse(line: int, raw: bytes) -> Record:
@@ -71,35 +82,13 @@ def _parse(line: int, raw: bytes) -> Record:
         return wrong(f"DATA-021 @ is not UTF-8 at byte {error.start}")
     if "\ufeff" in text[:1]:
         return wrong("DATA-021 @ begins with a byte order mark: files were joined")
-    value, fault = _loaded(text, "@", "" if raw.endswith(b"\n") else "; the file ends inside this row")
+    value, fault = checked(text, "@", "" if raw.endswith(b"\n") else "; the file ends inside this row")
     return wrong(fault) if fault else Record(line=line, sha256=sha256, value=value)
 
 
-def _loaded(text: str, at: str, ends: str = "") -> tuple[Any, str]:
-    """The value of a JSON text, or its fault, which names the place `at`; `ends` is added where it is no JSON."""
-    twice: list[str] = []
-    odd: list[str] = []
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(items)
-        if len(made) < len(items):
-            twice.extend(name for name, count in Counter(name for name, _ in items).items() if count > 1)
-        return made
-
-    try:
-        value = parsed(text, object_pairs_hook=pairs, parse_constant=odd.append)
-    except json.JSONDecodeError as error:
-        return None, f"DATA-022 {at} is not JSON: {error.msg} at character {error.pos + 1}{ends}"
-    except ValueError:
-        return None, f"DATA-022 {at} is not JSON that can be read: nested too deeply, or a number too long"
-    if twice:
-        return None, f"DATA-023 {at} has the key {twice[0]!r} twice in one object"
-    return (None, f"DATA-022 {at} has {odd[0]}, which is not JSON") if odd else (value, "")
-
-
-def _valued(line: int, value: Any) -> Record:
+def _valued(line: int, value: dict[str, Any]) -> Record:
     raw = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str).encode()
-    return Record(line=line, sha256=hashlib.sha256(raw).hexdigest(), value=value)
+    return _opened(line, hashlib.sha256(raw).hexdigest(), value)
 
 
 def _row_of(line: int, header: list[str], raw: bytes) -> Record:
@@ -115,22 +104,28 @@ def _row_of(line: int, header: list[str], raw: bytes) -> Record:
     for name, cell in zip(header, cells, strict=True):
         if "\x00" in cell or any("\ud800" <= c <= "\udfff" for c in cell if c > "\ud7ff"):
             return wrong(f"DATA-021 @ {name} " + ("has a NUL byte" if "\x00" in cell else "is not UTF-8"))
-        if cell == "":
+        if cell:
+            value[name] = cell
+    return _opened(line, sha256, value)
+
+
+def _opened(line: int, sha256: str, value: dict[str, Any]) -> Record:
+    """A row of a table, with values in place of the JSON texts in its cells; each is parsed once."""
+    for name, cell in value.items():
+        if not isinstance(cell, str) or not cell.startswith(("[", "{")):
             continue
-        value[name] = cell
-        if (name in JSON_COLUMNS and cell[0] in "[{") or (name in MESSAGE_COLUMNS and _are_messages(cell)):
-            value[name], fault = _loaded(cell, f"@ {name}")
-            if fault:
-                return wrong(fault)
+        talks = name in MESSAGE_COLUMNS and '"role"' in cell
+        if not talks and name not in JSON_COLUMNS:
+            continue
+        found, fault = checked(cell, f"@ {name}")
+        if talks and not _are_messages(found):
+            continue
+        if fault:
+            return Record(line=line, sha256=sha256, value=None, faults=(fault,))
+        value[name] = found
     return Record(line=line, sha256=sha256, value=value)
 
 
-def _are_messages(cell: str) -> bool:
-    """Whether a text is a list of messages as JSON."""
-    if cell[0] != "[" or '"role"' not in cell:
-        return False
-    try:
-        found = parsed(cell)
-    except ValueError:
-        return False
-    return bool(found) and all(isinstance(m, dict) and "role" in m for m in found)
+def _are_messages(value: Any) -> bool:
+    """Whether a value is a list of messages, and not some other text that begins as JSON does."""
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)

@@ -43,7 +43,7 @@ class Row:
     file: str
     """File it came from, as the user knows it."""
     line: int
-    """Line in that file, from 1; the number of the record where files have no lines."""
+    """Line of that file in which it begins, from 1; the number of the record where files have no lines."""
     id: str
     """Unique name of the row."""
     sha256: str
@@ -62,8 +62,12 @@ class Row:
     """The conversation; the last message is the assistant's. Empty for plain text and for tokens."""
     tools: list[dict[str, Any]] = field(default_factory=list)
     """Functions that the assistant may call, as JSON schemas."""
+    nth: int = 0
+    """Which row of the file it is where its line has another before it, else 0."""
     text: str = ""
     """Plain text to continue pre-training on, instead of a conversation."""
+    goes_on: bool = False
+    """Whether that text is a passage of a longer one, which goes on behind it."""
     input_ids: list[int] = field(default_factory=list)
     """Tokens that the user made, instead of a conversation."""
     labels: list[int] = field(default_factory=list)
@@ -90,7 +94,12 @@ class Row:
     @property
     def where(self) -> str:
         """`file:line`, as error messages name the row."""
-        return f"{self.file}:{self.line}"
+        return where(self.file, self.line, self.nth)
+
+
+def where(file: str, line: int, nth: int) -> str:
+    """`file:line`, and which row of the file it is where that line has one before it: `file:line:nth`."""
+    return f"{file}:{line}:{nth}" if nth else f"{file}:{line}"
 
 
 def read_messages(path: Path) -> list[Row]:
@@ -106,7 +115,8 @@ def read_messages(path: Path) -> list[Row]:
     seen: dict[str, Row] = {}
     (source,) = sources([str(path)])
     for record in (record for block in blocks(source) for record in records(block)):
-        row = Row(file=str(path), line=record.line, id=f"{path.name}:{record.line}", sha256=record.sha256)
+        row = Row(file=str(path), line=record.line, id=f"{path.name}:{record.place}", sha256=record.sha256)
+        row.nth = record.nth
         faults = (
             list(record.faults) or conversation(row, record.value, "messages") or grouped(row, record.value, "", "")
         )

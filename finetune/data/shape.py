@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.data.messages import message, order, tools_of, type_name
-from finetune.data.nested import parsed
+from finetune.data.nested import checked
 from finetune.data.rows import NUMBER, Row, moment
 
 FORMATS = {
@@ -148,10 +148,14 @@ def _sharegpt(row: Row, value: dict[str, Any]) -> list[str]:
             continue
         source, text = turn.get("from"), turn.get("value")
         if source == "function_call" and isinstance(text, str):
-            call = _text_call(text)
-            if call is None:
-                faults.append(f"DATA-025 @ {at}.value is no JSON with name and arguments, expected a function call")
-            row.messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            call, fault = checked(text, f"@ {at}.value")
+            known = isinstance(call, dict) and "name" in call and isinstance(call.get("arguments"), dict)
+            if not known:
+                fault = f"DATA-025 @ {at}.value is no JSON with name and arguments, expected a function call"
+            faults += [fault] if fault else []
+            made = {"name": str(call["name"]), "arguments": call["arguments"]} if known else {}
+            calls = [{"type": "function", "function": made}]
+            row.messages.append({"role": "assistant", "content": "", "tool_calls": calls})
         elif not isinstance(source, str) or source not in SHAREGPT:
             seen = repr(source)[:40] if isinstance(source, str) else type_name(source)
             faults.append(f"DATA-001 @ {at}.from is {seen}, expected one of {', '.join(SHAREGPT)}")
@@ -162,14 +166,6 @@ def _sharegpt(row: Row, value: dict[str, Any]) -> list[str]:
         else:
             row.messages.append({"role": SHAREGPT[source], "content": text})
     return faults or order(row.messages)
-
-
-def _text_call(text: str) -> dict[str, Any] | None:
-    try:
-        call = parsed(text)
-        return {"type": "function", "function": {"name": str(call["name"]), "arguments": dict(call["arguments"])}}
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def _system(value: dict[str, Any], faults: list[str]) -> list[dict[str, Any]]:

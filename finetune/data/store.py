@@ -18,9 +18,9 @@ from typing import Any
 from finetune.data.card import read_card
 from finetune.errors import RunError
 from finetune.recipe import Recipe
-from finetune.rundir import RunDir, atomic_folder, read_json, sha256_file, write_json
+from finetune.rundir import TEMPORARY, RunDir, atomic_folder, read_json, sha256_file, write_json
 
-LAYOUT = 2
+LAYOUT = 3
 """Raised whenever the same input would be prepared in another way."""
 
 TOKENIZER = (
@@ -121,8 +121,9 @@ class Store:
             path.chmod(0o444)
 
     def sweep(self) -> None:
-        """Removes the parts of a set that is finished."""
-        shutil.rmtree(self.parts, ignore_errors=True)
+        """Removes what is not the finished set, such as what a killed process left. Call it with the lock held."""
+        for left in [*self.root.glob(f"{TEMPORARY}{self.key}-*"), self.parts]:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def put(prepared: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune.data.rows import NUMBER, SHOWN, moment
+from finetune.data.rows import NUMBER, SHOWN, moment, where
 from finetune.errors import DataError
 from finetune.recipe import Data
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 TRAIN, HELDOUT = 1, 2
 """Values of `Facts.split`; 0 is neither."""
+
+STRETCHES = 8
+"""Stretches of a text's passages that are held out, at least, where there are so many passages to hold out."""
 
 SPLITS = {"": 0, "train": TRAIN, "heldout": HELDOUT}
 _ODD = np.uint64(0x9E3779B97F4A7C15)
@@ -83,7 +86,8 @@ class Facts:
 
     def where(self, row: int) -> str:
         """`file:line` of a row."""
-        return f"{self.files[self.file[row]]}:{self.table['line'][int(row)].as_py()}"
+        line, nth = (self.table[name][int(row)].as_py() for name in ("line", "nth"))
+        return where(self.files[self.file[row]], line, nth)
 
     def why(self, row: int) -> str:
         """The sentence that a row got when it was read."""
@@ -101,7 +105,7 @@ def decide(facts: Facts, data: Data, *, given: bool, long: str, near: Callable[[
     if not given:
         _copies(facts, data)
         if not data.heldout_files:
-            _held_out(facts, data)
+            told += _held_out(facts, data)
     if near is not None:
         told += near(facts)
     if not given:
@@ -230,8 +234,11 @@ def _copies(facts: Facts, data: Data) -> None:
         facts.other[rows[late]] = rows[first]
 
 
-def _held_out(facts: Facts, data: Data) -> None:
-    """Whole groups are held out in the order of their hash, up to the fraction; or the newest rows, by `time_by`."""
+def _held_out(facts: Facts, data: Data) -> list[str]:
+    """Whole groups are held out in the order of their hash, up to the fraction; or the newest rows, by `time_by`.
+
+    A text that is too long for that gives stretches of neighbouring passages; a sentence says so.
+    """
     rows = np.flatnonzero(facts.open)
     wanted = round(data.heldout_fraction * len(rows))
     if data.time_by:
@@ -241,8 +248,8 @@ def _held_out(facts: Facts, data: Data) -> None:
         facts.split[newest[:wanted]] = HELDOUT
         old = np.isin(group_key[rows], group_key[newest[:wanted]]) & (facts.split[rows] == TRAIN)
         facts.drop(rows[old], "group-held-out")
-        return
-    keys = facts.column("group_key")[rows]
+        return []
+    keys, told = _stretches(facts, rows, wanted)
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
     begins = np.flatnonzero(np.concatenate((np.ones(1, bool), keys[1:] != keys[:-1])))
@@ -257,6 +264,25 @@ def _held_out(facts: Facts, data: Data) -> None:
     side_of = np.empty(len(rows), dtype=np.int8)
     side_of[order] = np.repeat(sides, sizes)
     facts.split[rows] = side_of
+    return told
+
+
+def _stretches(facts: Facts, rows: Any, wanted: int) -> tuple[Any, list[str]]:
+    """(the group of each row, where a text with more than `wanted` passages has one for each stretch; what to say)."""
+    keys, goes_on = facts.column("group_key")[rows], facts.column("goes_on")[rows]
+    if not wanted or not goes_on.any():
+        return keys, []
+    texts, of_text, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+    long = np.isin(texts, keys[goes_on]) & (sizes > wanted)
+    if not long.any():
+        return keys, []
+    length = max(1, wanted // STRETCHES)
+    stretch = (rank(keys) // length + 1).astype(np.uint64) * _ODD
+    names = [facts.files[i] for i in np.unique(facts.file[rows[long[of_text]]])]
+    told = f"too long to be held out whole: {', '.join(names[:3])}" + f" and {len(names) - 3} more" * (len(names) > 3)
+    told += f"; stretches of {length} passages are held out and all others trained on, those beside them too, so that "
+    told += "the held-out loss is that of a text which is known in part"
+    return np.where(long[of_text], keys ^ stretch, keys), [told]
 
 
 def times(facts: Facts) -> Any:

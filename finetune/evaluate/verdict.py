@@ -80,6 +80,8 @@ def verdict(scores: dict[str, Any]) -> str:
     if scores["groups"] is not None:
         unseen = "it never trained on" if not scores["groups_trained_on"] else "some of which it trained on"
         seen += f" from {_count(scores['groups'], 'group')} {unseen}"
+    elif scores["groups_trained_on"]:  # passages of one text
+        seen += " from a group it trained on"
     change = scores["tests"]["loss"]
     loss = f"the loss per answer token {_moved(scores['base']['loss'], scores['tuned']['loss'])}"
     if scores["metric"] is not None and scores["metric"]["name"] != "accuracy":
