@@ -49,12 +49,7 @@ def test_two_processes_with_the_same_rows_learn_what_one_does(tmp_path, alone, d
     code, said = ended(begun(run_dir, module, 2, typed=distribution == "deepspeed"))
     assert code == 0, said
     assert "2 devices x 2 rows x 1 accumulated = 4 rows per update" in said
-    for a, b in zip(told(run_dir), told(alone), strict=True):
-        assert a[1] == pytest.approx(b[1], abs=1e-6)
-        assert a[2] == pytest.approx(b[2], abs=1e-5)
-    one, two = (load_file(r.adapter / ADAPTER) for r in (alone, run_dir))
-    assert one.keys() == two.keys()
-    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+    learnt_the_same(run_dir, alone)
     written = read_json(run_dir.train)
     assert (written["processes"], written["distribution"]) == (2, distribution)
     whole = read_json(alone.train)
@@ -63,7 +58,30 @@ def test_two_processes_with_the_same_rows_learn_what_one_does(tmp_path, alone, d
         assert written["optimizer_gib"] == pytest.approx(whole["optimizer_gib"] / 2, rel=0.01)
 
 
+def learnt_the_same(run_dir, alone):
+    for a, b in zip(told(run_dir), told(alone), strict=True):
+        assert a[1] == pytest.approx(b[1], abs=1e-6)
+        assert a[2] == pytest.approx(b[2], abs=1e-5)
+    one, two = (load_file(r.adapter / ADAPTER) for r in (alone, run_dir))
+    assert one.keys() == two.keys()
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+
+
 DENSE = ("model.family=qwen3", "model.source=", "adapter.targets=all")
+
+
+@pytest.mark.slow
+def test_two_halves_of_a_dense_family_that_recompute_learn_what_one_process_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
+    words = (*SAME, *DENSE, "train.max_steps=4", "adapter.double_quantisation=true")
+    alone = prepared(tmp_path, *words, "train.batch_size=4", recipe="qwen3_30b_legal")
+    recomputed = (*TWO, "launch.distribution=fsdp2", "train.gradient_checkpointing=true", "train.checkpointed_layers=1")
+    halves = prepared(tmp_path, *words, *recomputed, recipe="qwen3_30b_legal")
+    for run_dir, of in ((alone, ("finetune", 1)), (halves, ("tests.fsdp_on_cpu", 2))):
+        code, said = ended(begun(run_dir, *of))
+        assert code == 0, said
+    assert "recomputing activations in 1 of 2 layers" in said
+    learnt_the_same(halves, alone)
 
 
 @pytest.mark.parametrize("words", [(), DENSE, (*DENSE, "adapter.double_quantisation=true")])
