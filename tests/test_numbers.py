@@ -67,13 +67,14 @@ def test_every_update_has_a_digest_and_other_rows_have_another(tmp_path):
     assert not set(digests[0]) & set(digests[1])
 
 
-def test_a_request_that_came_while_loading_ends_training_before_its_first_step():
+def test_a_request_that_came_while_loading_ends_training_before_its_first_step(tmp_path):
     request = Request()
     request.signal = "SIGUSR1"
-    boundary = Boundary(Ranks(), request, lambda numbers: [])
+    boundary = Boundary(Ranks(), request, lambda numbers: [], tmp_path / "batches.jsonl")
     state = type("State", (), {"global_step": 7, "max_steps": 9})()
     with pytest.raises(Preempted, match="TRN-005 stopped by SIGUSR1 after step 7 of 9"):
         boundary.on_train_begin(None, state, None)
+    assert not boundary.log.exists()
 
 
 def test_the_order_of_rows_depends_on_seed_and_epoch_alone():

@@ -118,7 +118,7 @@ def prepare(
     progress, heard, router = TrainingProgress(console, steps, ranks), Heard(model), RouterLoad(console)
     begun = fingerprints(model) if whole else {}
     rehearsal = Rehearsal(recipe, run_dir, console, ranks)
-    boundary = Boundary(ranks, request, names(rows, packed is not None))
+    boundary = Boundary(ranks, request, names(rows, packed is not None), run_dir.batches)
     resumed = Resumed()
     about = identity(recipe, run_dir, folder, ranks.world, ranks.sharing)
     keeping = Keeping(
