@@ -1,7 +1,9 @@
 """Several processes of one training: what they compute together, what each holds, and how one's failure ends all."""
 
+import ast
 import json
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -140,6 +142,43 @@ dist.destroy_process_group()
     together([sys.executable, "-c", code], 2, 1)
     assert (tmp_path / "said-0").read_text() == "RunError DAT-9 bad rows: why. Try: fix"
     assert (tmp_path / "said-1").read_text() == "DataError DAT-9 bad rows: why. Try: fix"
+
+
+def test_what_one_process_does_before_the_others_is_done_once_and_its_failure_is_that_of_all(tmp_path):
+    code = """
+import os, pathlib, torch.distributed as dist
+from finetune.ranks import Ranks
+dist.init_process_group('gloo')
+ranks, said, made = Ranks.here(), [], pathlib.Path(os.environ['OUT'] + 'made')
+def work(fails):
+    if ranks.rank in fails:
+        raise OSError(f'{ranks.rank} fails')
+    said.append(made.exists())
+    made.touch()
+    return ranks.rank
+assert ranks.in_turn(lambda: work([])) == ranks.rank
+for fails in ([0], [1]):
+    try:
+        ranks.in_turn(lambda: work(fails))
+    except Exception as error:
+        said.append(str(error))
+open(os.environ['OUT'] + str(ranks.rank), 'w').write(repr(said))
+dist.destroy_process_group()
+"""
+    os.environ["OUT"] = str(tmp_path / "said-")
+    together([sys.executable, "-c", code], 2, 1)
+    first, second = (ast.literal_eval((tmp_path / f"said-{rank}").read_text()) for rank in (0, 1))
+    assert first == [False, "0 fails", True, "RNK-001 another process failed with OSError: 1 fails."]
+    assert second == [True, "RNK-001 another process failed with OSError: 0 fails.", "1 fails"]
+
+
+def test_a_base_that_is_gone_is_made_once_by_processes_that_another_launcher_started(tmp_path):
+    """As Slurm does: nobody has looked for the base before there are several processes."""
+    run_dir = prepared(tmp_path, *SAME, *TWO, "train.max_steps=1")
+    shutil.rmtree(tmp_path / "cache" / "bases")
+    code, said = ended(begun(run_dir, "finetune.worker", 2))
+    assert code == 0, said
+    assert said.count("Making the base") == 1
 
 
 def test_one_process_where_two_were_planned_is_refused(tmp_path):
