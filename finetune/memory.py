@@ -74,7 +74,7 @@ def memory(recipe: Recipe) -> list[Figure]:
     if whole:  # the largest stack as it is multiplied with, and its gradient on the way to fp32
         scratch = 2.0 * plain * max(m.rows * m.columns * max(m.experts, 1) for m in maps)
     share, among = shards(recipe), divides(recipe)
-    beside = packed_bytes - 0.5  # maxima of linear maps stay whole in every process
+    beside = packed_bytes - 0.5
     if share > 1:
         scratch += 2 * stacked * packed_bytes + vocabulary * hidden * plain
 
@@ -90,13 +90,12 @@ def memory(recipe: Recipe) -> list[Figure]:
     gathered = "; two layers as they come from the other devices" if share > 1 else ""
     shape = f"{train.batch_size} rows x {recipe.data.max_length:,} tokens"
     shape += f" / {sharing} devices" if sharing > 1 else ""
-    maxima = stacks * beside / share + linear * beside
+    maxima = (stacks + linear) * beside / share
     of_values = "" if beside >= 4 / 64 else ", in 8 bits"
-    spread = f"{split}, of linear maps whole" if split else ""
     parts = [
         part("expert stacks, 4-bit", stacks * 0.5 / share, f"{stacks:,} x 0.5 B{split}"),
         part("other linear maps, 4-bit", linear * 0.5 / share, f"{linear:,} x 0.5 B{split}"),
-        part("scales (absmax)", maxima, f"{stacks + linear:,} x {beside:.4g} B: one maximum per 64{of_values}{spread}"),
+        part("scales (absmax)", maxima, f"{stacks + linear:,} x {beside:.4g} B: one maximum per 64{of_values}{split}"),
         part("frozen weights" if whole else f"weights kept in {train.precision}", kept_bytes / share, kept_how + split),
         part(TRAINED_WEIGHTS if whole else ADAPTER, trainable * 4 / share, f"{trainable:,} x 4 B{split}"),
     ]

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune.errors import FinetuneError, RunError
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,13 @@ class Ranks:
         except BaseException as raised:
             error = raised
         self.agree(error)
+
+    def in_turn(self, work: Callable[[], Made]) -> Made:
+        """What `work` gives in this process. The first one does it before the others; what one raises, all raise."""
+        with self.one_for_all():
+            made = [work()] if self.first else []
+        with self.one_for_all():
+            return made[0] if self.first else work()
 
     def agree(self, error: BaseException | None = None) -> None:
         """Nothing when all are well. Raises this process' own error, or else the first error of another one."""

@@ -183,10 +183,7 @@ def hashed_inputs(run_dir: RunDir, recipe: Recipe, base: Path) -> dict[str, str]
     changed = []
     for path in input_files(recipe, base):
         name = str(path)
-        if name in then and _stat(path) == {k: v for k, v in then[name].items() if k != "sha256"}:
-            found[name] = then[name]["sha256"]
-            continue
-        found[name] = sha256_file(path)
+        found[name] = _sha256(path, then)
         if name in then and then[name]["sha256"] != found[name]:
             changed.append(name)
     if changed or set(then) - set(found):
@@ -194,6 +191,14 @@ def hashed_inputs(run_dir: RunDir, recipe: Recipe, base: Path) -> dict[str, str]
         why = "the record would name bytes that nothing was trained on"
         raise RunError("REC-001", f"changed or gone since training began: {names}", why, "the files as they were")
     return found
+
+
+def changed_inputs(run_dir: RunDir, folder: Path) -> dict[str, str]:
+    """Name -> hash of what has changed in `folder` since training began. Reads no more than `hashed_inputs` does."""
+    then = read(run_dir.inputs) or {}
+    known = [path for path in sorted(folder.absolute().iterdir()) if str(path) in then]
+    now = {path: _sha256(path, then) for path in known}
+    return {path.name: sha256 for path, sha256 in now.items() if sha256 != then[str(path)]["sha256"]}
 
 
 def input_files(recipe: Recipe, base: Path) -> list[Path]:
@@ -302,6 +307,12 @@ def git_commit() -> str | None:
 
 def _checkout() -> Path:
     return Path(__file__).resolve().parent.parent
+
+
+def _sha256(path: Path, then: dict[str, Any]) -> str:
+    """The hash of a file: the one of then, where size and time are those of then."""
+    known = then[str(path)] if str(path) in then else {}
+    return str(known["sha256"]) if known and known == known | _stat(path) else sha256_file(path)
 
 
 def _stat(path: Path) -> dict[str, int]:

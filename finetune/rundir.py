@@ -128,6 +128,11 @@ class RunDir:
         return self.path / "train.json"
 
     @property
+    def batches(self) -> Path:
+        """The digest of every update's batch, a line each, while it trains and after."""
+        return self.path / "batches.jsonl"
+
+    @property
     def loss_plot(self) -> Path:
         """Loss, gradient norm and learning rate of the training, as a picture."""
         return self.path / "loss.png"
@@ -308,6 +313,14 @@ def write_text(target: Path, text: str) -> None:
     """Writes `text` to `target` in one step: readers see the old file or the new one."""
     with atomic_file(target) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def append(target: Path, line: str) -> None:
+    """Adds a line to `target`. The disk holds it when this returns."""
+    with target.open("a", encoding="utf-8") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(target: Path, value: Any) -> None:

@@ -79,7 +79,8 @@ def _from_package(model: Model, cache: Path, network: bool) -> Path:
 def base_digest(folder: Path) -> str:
     """A hash that another base does not have: of its config and of the headers and sizes of its weight files.
 
-    Headers name every tensor, not every byte; the bytes of a base are hashed for run.json.
+    Headers name every tensor, not every byte; bytes are hashed for run.json, and `train.identity` compares these hashes
+    before a training goes on.
     """
     found = hashlib.sha256()
     for path in sorted([folder / "config.json", folder / MANIFEST, *folder.glob("*.safetensors")]):

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checkpoints import faults, newest
-from finetune.compose import load_recipe
+from finetune.compose import load_recipe, read_recipe
+from finetune.machine import gpu_count
 from finetune.record import versions
 from finetune.run import carry_on, start
 from finetune.rundir import TEMPORARY, RunDir, read_json, write_json
@@ -37,7 +38,11 @@ CASES = {
         "adapter=lora", "adapter.targets=attention", "adapter.dropout=0.1", "data.packing=true", "train.precision=fp32",
     ],
     "2 processes": ["launch.devices=2", "train.batch_size=1"],
+    "2 processes, FSDP2": ["launch.devices=2", "train.batch_size=1", "launch.distribution=fsdp2"],
+    "adapter of the best state": ["train.evaluate_steps=4", "train.adapter_of=best"],
 }  # fmt: skip
+FSDP2_ON_CPU = ("tests.trained", "tests.fsdp_on_cpu", "2", "train")
+"""What stands for `finetune train` where FSDP2 has no GPUs."""
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "SIGUSR1": signal.SIGUSR1}
 DAMAGE = ("flipped byte", "missing file", "cut file")
 FAULTS = ("kill -9", "kill -9 in a save", *SIGNALS, *DAMAGE, "full disk")
@@ -66,6 +71,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "bench_results" / "soak_cpu.json")
     options = parser.parse_args()
+    if not gpu_count():
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     draw, soak, begun = random.Random(options.seed), Soak(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder, Disk(Path(folder)) as disk:
         straight = {name: reference(disk.path, words) for name, words in CASES.items()}
@@ -233,8 +240,12 @@ def reference(disk: Path, words: list[str]) -> list[Any]:
 def training(run_dir: RunDir) -> subprocess.Popen[str]:
     """The command that begins a training and goes on with it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    words = ["finetune", "train", f"run={run_dir.path}"]
+    if read_recipe(run_dir.recipe).launch.distribution == "fsdp2" and not gpu_count():
+        words = [*FSDP2_ON_CPU, str(run_dir.path)]
     return subprocess.Popen(
-        [sys.executable, "-m", "finetune", "train", f"run={run_dir.path}"],
+        [sys.executable, "-m", *words],
+        cwd=Path(__file__).parent.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -284,9 +295,9 @@ def whole_ones(run_dir: RunDir) -> list[int]:
 
 
 def told(run_dir: RunDir) -> list[Any]:
-    """Losses, gradient norms, learning rates and batch digests, and the bytes of the adapter."""
+    """Losses, gradient norms, learning rates and batch digests, also as a file, and the bytes of the adapter."""
     steps = [[s[k] for k in ("loss", "grad_norm", "lr", "batch")] for s in read_json(run_dir.train)["steps"]]
-    return [steps, (run_dir.adapter / "adapter_model.safetensors").read_bytes()]
+    return [steps, run_dir.batches.read_text(), (run_dir.adapter / "adapter_model.safetensors").read_bytes()]
 
 
 def resumptions(run_dir: RunDir) -> list[Any]:

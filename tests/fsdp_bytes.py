@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+from bitsandbytes.nn import Linear4bit
+
 import tests.fsdp_on_cpu  # noqa: F401  # FSDP2 over gloo on a CPU
 from finetune.compose import read_recipe
 from finetune.rundir import RunDir
@@ -42,20 +44,22 @@ def main(words: list[str]) -> int:
 def _bytes(model, *, whole):
     """(bytes of packed expert stacks and their maxima, bytes of packed linear maps and theirs)."""
     experts = linears = 0
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            continue
-        local = parameter if whole or not hasattr(parameter, "to_local") else parameter.to_local()
-        size = local.numel() * local.element_size()
-        if ".experts." in name and "lora" not in name:
-            experts += size
-        elif name.endswith("base_layer.weight"):
-            linears += size
     for module in model.modules():
-        state = getattr(module, "quant_state", None)
-        if state is not None:
-            linears += state.absmax.numel() * state.absmax.element_size()
+        own = dict(module.named_parameters(recurse=False))
+        if hasattr(module, "finetune_layout"):
+            experts += sum(_size(parameter, whole) for parameter in own.values())
+        elif isinstance(module, Linear4bit):
+            own.pop("bias", None)
+            tensors = [*own.values(), module.quant_state.absmax]
+            linears += sum(_size(tensor, whole) for tensor in {id(tensor): tensor for tensor in tensors}.values())
     return experts, linears
+
+
+def _size(tensor, whole):
+    """Bytes of a tensor put together, or those that this process keeps for it, whatever part of them it looks at."""
+    if whole:
+        return tensor.numel() * tensor.element_size()
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).untyped_storage().nbytes()
 
 
 if __name__ == "__main__":

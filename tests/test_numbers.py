@@ -1,6 +1,7 @@
 """Numbers that went wrong: seen at once, with the rows they are of, and before anything is saved."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -67,13 +68,14 @@ def test_every_update_has_a_digest_and_other_rows_have_another(tmp_path):
     assert not set(digests[0]) & set(digests[1])
 
 
-def test_a_request_that_came_while_loading_ends_training_before_its_first_step():
+def test_a_request_that_came_while_loading_ends_training_before_its_first_step(tmp_path):
     request = Request()
     request.signal = "SIGUSR1"
-    boundary = Boundary(Ranks(), request, lambda numbers: [])
+    boundary = Boundary(Ranks(), request, lambda numbers: [], tmp_path / "batches.jsonl")
     state = type("State", (), {"global_step": 7, "max_steps": 9})()
     with pytest.raises(Preempted, match="TRN-005 stopped by SIGUSR1 after step 7 of 9"):
         boundary.on_train_begin(None, state, None)
+    assert not boundary.log.exists()
 
 
 def test_the_order_of_rows_depends_on_seed_and_epoch_alone():
@@ -118,6 +120,30 @@ def test_what_differs_from_the_checkpoint_is_named_and_can_be_allowed(name, then
         changes(same | {name: then}, same | {name: now}, [])
     assert changes(same | {name: then}, same | {name: now}, [name]) == {name: said.partition(": ")[2]}
     assert changes(same, same, []) == {}
+
+
+def test_a_file_of_the_base_with_other_bytes_is_named(tmp_path):
+    from finetune.errors import RunError
+    from finetune.recipe import Recipe
+    from finetune.record import note_inputs
+    from finetune.rundir import RunDir, write_json
+    from finetune.train.identity import identity
+
+    recipe, run_dir, base = Recipe(), RunDir(tmp_path / "run"), tmp_path / "base"
+    write_json(run_dir.data / "report.json", {"content_sha256": "c" * 64})
+    base.mkdir()
+    weights = base / "model.safetensors"
+    weights.write_bytes(bytes(8) + b"header and bytes")
+    (base / "config.json").write_text("{}")
+    note_inputs(run_dir, recipe, base)
+    then = identity(recipe, run_dir, base, 1)
+    os.utime(weights, ns=(1, 1))
+    assert identity(recipe, run_dir, base, 1) == then
+    weights.write_bytes(bytes(8) + b"header and bytez")
+    now = identity(recipe, run_dir, base, 1)
+    with pytest.raises(RunError, match=r"CKP-002 .*base: other bytes .* in model.safetensors \(sha256 [0-9a-f]{12}\)"):
+        changes(then, now, [])
+    assert changes(then, now, ["base"]) and changes(now, identity(recipe, run_dir, base, 1), []) == {}
 
 
 def test_what_one_process_and_two_differ_in_is_their_number():

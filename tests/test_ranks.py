@@ -1,7 +1,9 @@
 """Several processes of one training: what they compute together, what each holds, and how one's failure ends all."""
 
+import ast
 import json
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -49,12 +51,7 @@ def test_two_processes_with_the_same_rows_learn_what_one_does(tmp_path, alone, d
     code, said = ended(begun(run_dir, module, 2, typed=distribution == "deepspeed"))
     assert code == 0, said
     assert "2 devices x 2 rows x 1 accumulated = 4 rows per update" in said
-    for a, b in zip(told(run_dir), told(alone), strict=True):
-        assert a[1] == pytest.approx(b[1], abs=1e-6)
-        assert a[2] == pytest.approx(b[2], abs=1e-5)
-    one, two = (load_file(r.adapter / ADAPTER) for r in (alone, run_dir))
-    assert one.keys() == two.keys()
-    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+    learnt_the_same(run_dir, alone)
     written = read_json(run_dir.train)
     assert (written["processes"], written["distribution"]) == (2, distribution)
     whole = read_json(alone.train)
@@ -63,17 +60,45 @@ def test_two_processes_with_the_same_rows_learn_what_one_does(tmp_path, alone, d
         assert written["optimizer_gib"] == pytest.approx(whole["optimizer_gib"] / 2, rel=0.01)
 
 
-def test_fsdp2_gives_each_process_half_of_the_4_bit_weights(tmp_path, monkeypatch):
+def learnt_the_same(run_dir, alone):
+    for a, b in zip(told(run_dir), told(alone), strict=True):
+        assert a[1] == pytest.approx(b[1], abs=1e-6)
+        assert a[2] == pytest.approx(b[2], abs=1e-5)
+    one, two = (load_file(r.adapter / ADAPTER) for r in (alone, run_dir))
+    assert one.keys() == two.keys()
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+
+
+DENSE = ("model.family=qwen3", "model.source=", "adapter.targets=all")
+
+
+@pytest.mark.slow
+def test_two_halves_of_a_dense_family_that_recompute_learn_what_one_process_does(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
-    run_dir = prepared(tmp_path, *SAME, *TWO, "launch.distribution=fsdp2", recipe="qwen3_30b_legal")
+    words = (*SAME, *DENSE, "train.max_steps=4", "adapter.double_quantisation=true")
+    alone = prepared(tmp_path, *words, "train.batch_size=4", recipe="qwen3_30b_legal")
+    recomputed = (*TWO, "launch.distribution=fsdp2", "train.gradient_checkpointing=true", "train.checkpointed_layers=1")
+    halves = prepared(tmp_path, *words, *recomputed, recipe="qwen3_30b_legal")
+    for run_dir, of in ((alone, ("finetune", 1)), (halves, ("tests.fsdp_on_cpu", 2))):
+        code, said = ended(begun(run_dir, *of))
+        assert code == 0, said
+    assert "recomputing activations in 1 of 2 layers" in said
+    learnt_the_same(halves, alone)
+
+
+@pytest.mark.parametrize("words", [(), DENSE, (*DENSE, "adapter.double_quantisation=true")])
+def test_fsdp2_gives_each_process_half_of_the_4_bit_weights(tmp_path, words, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
+    run_dir = prepared(tmp_path, *SAME, *TWO, "launch.distribution=fsdp2", *words, recipe="qwen3_30b_legal")
     out = tmp_path / "bytes"
     code, said = ended(Forked("tests.trained", ["tests.fsdp_bytes", "2", str(run_dir.path), str(out)]))
     assert code == 0, said
     for rank in (0, 1):
         held = json.loads((out.parent / f"bytes-{rank}").read_text())
         assert held["whole"] > 0
-        assert held["mine"] / held["whole"] <= 0.55, held
-        assert held["experts_mine"] / held["experts_whole"] == pytest.approx(0.5)
+        assert held["mine"] / held["whole"] <= 0.505, held
+        assert held["experts_mine"] == held["experts_whole"] / 2
+        assert bool(held["experts_whole"]) != (words != ())
 
 
 def test_a_failure_of_one_process_ends_all_with_what_it_says(tmp_path):
@@ -117,6 +142,43 @@ dist.destroy_process_group()
     together([sys.executable, "-c", code], 2, 1)
     assert (tmp_path / "said-0").read_text() == "RunError DAT-9 bad rows: why. Try: fix"
     assert (tmp_path / "said-1").read_text() == "DataError DAT-9 bad rows: why. Try: fix"
+
+
+def test_what_one_process_does_before_the_others_is_done_once_and_its_failure_is_that_of_all(tmp_path):
+    code = """
+import os, pathlib, torch.distributed as dist
+from finetune.ranks import Ranks
+dist.init_process_group('gloo')
+ranks, said, made = Ranks.here(), [], pathlib.Path(os.environ['OUT'] + 'made')
+def work(fails):
+    if ranks.rank in fails:
+        raise OSError(f'{ranks.rank} fails')
+    said.append(made.exists())
+    made.touch()
+    return ranks.rank
+assert ranks.in_turn(lambda: work([])) == ranks.rank
+for fails in ([0], [1]):
+    try:
+        ranks.in_turn(lambda: work(fails))
+    except Exception as error:
+        said.append(str(error))
+open(os.environ['OUT'] + str(ranks.rank), 'w').write(repr(said))
+dist.destroy_process_group()
+"""
+    os.environ["OUT"] = str(tmp_path / "said-")
+    together([sys.executable, "-c", code], 2, 1)
+    first, second = (ast.literal_eval((tmp_path / f"said-{rank}").read_text()) for rank in (0, 1))
+    assert first == [False, "0 fails", True, "RNK-001 another process failed with OSError: 1 fails."]
+    assert second == [True, "RNK-001 another process failed with OSError: 0 fails.", "1 fails"]
+
+
+def test_a_base_that_is_gone_is_made_once_by_processes_that_another_launcher_started(tmp_path):
+    """As Slurm does: nobody has looked for the base before there are several processes."""
+    run_dir = prepared(tmp_path, *SAME, *TWO, "train.max_steps=1")
+    shutil.rmtree(tmp_path / "cache" / "bases")
+    code, said = ended(begun(run_dir, "finetune.worker", 2))
+    assert code == 0, said
+    assert said.count("Making the base") == 1
 
 
 def test_one_process_where_two_were_planned_is_refused(tmp_path):

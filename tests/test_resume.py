@@ -1,5 +1,6 @@
 """A run that was killed, stopped or damaged goes on as if nothing had happened, or says why it cannot."""
 
+import json
 import os
 import random
 import re
@@ -49,12 +50,16 @@ def test_forty_steps_killed_and_resumed_are_bit_identical(tmp_path, case, monkey
     typed = case == "deepspeed"  # nothing is known of it in a fork
     kill_after(begun(killed, module, processes, typed=typed), killed, step, more)
     assert not killed.train.exists(), f"killed too late: after step {step} and {more} s"
-    at = newest(killed.checkpoints).checkpoint.step
+    at, batches = newest(killed.checkpoints).checkpoint.step, straight.batches.read_text()
+    done = killed.batches.read_text()
+    assert len(done.splitlines()) >= at and batches.startswith(done)
     code, said = ended(begun(killed, module, processes, typed=typed))
     assert code == 0, said
     assert f"going on after step {at} of {STEPS}" in said
     assert told(killed) == told(straight)
     assert len(told(killed)) == STEPS
+    assert killed.batches.read_text() == batches
+    assert [tuple(json.loads(line).values()) for line in batches.splitlines()] == [(s[0], s[-1]) for s in told(killed)]
     file = "model.safetensors" if case == "full" else ADAPTER
     assert (killed.trained / file).read_bytes() == (straight.trained / file).read_bytes()
     a, b = (read_json(run.train) for run in (killed, straight))
@@ -183,7 +188,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
     assert read_json(run_dir.train)["resumed"][0]["after_step"] < step
 
 
-def test_rows_that_have_changed_are_refused_and_prepared_again_by_what_is_told(tmp_path, capsys):
+def test_rows_that_have_changed_are_refused_to_train_or_score_and_prepared_again_by_what_is_told(tmp_path, capsys):
     run_dir = prepared(tmp_path, "train.max_steps=2")
     assert main(["train", f"run={run_dir.path}"]) == 0
     file = run_dir.data / "train.arrow"
@@ -200,6 +205,10 @@ def test_rows_that_have_changed_are_refused_and_prepared_again_by_what_is_told(t
     assert main(["train", f"run={run_dir.path}"]) == 0
     assert "going on after step 2 of 2" in capsys.readouterr().out
     assert sha256_file(file) == digest
+    flip(run_dir.data / "heldout.arrow")
+    assert main(["evaluate", f"run={run_dir.path}"]) == 3
+    assert f"RUN-011 {run_dir.data}: heldout.arrow is not what the data stage wrote" in capsys.readouterr().err
+    assert not run_dir.scores.exists()
 
 
 def test_every_file_of_rows_is_looked_at_before_training(tmp_path):

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from finetune.compose import load_recipe
-from finetune.launch import together
+from finetune.errors import FinetuneError
+from finetune.failures import explain
+from finetune.launch import stopped, together
 from finetune.machine import deepspeed_absent
 from finetune.run import carry_on, start
 from finetune.rundir import RunDir, read_json
@@ -63,9 +65,16 @@ def begun(
 
 
 def main(words: Sequence[str]) -> int:
-    """`python -m tests.trained MODULE PROCESSES WORDS`: the launcher of a module with words."""
+    """`python -m tests.trained MODULE PROCESSES WORDS`: the launcher of a module; the last word is a run folder."""
     module, processes, *rest = words
-    together([sys.executable, "-m", module, *rest], int(processes))
+    run_dir = RunDir(Path(rest[-1]))
+    run_dir.requeue.unlink(missing_ok=True)
+    try:
+        together([sys.executable, "-m", module, *rest], int(processes))
+        if run_dir.requeue.exists():
+            raise stopped(run_dir)
+    except FinetuneError as error:
+        return explain(error, run_dir)
     return 0
 
 

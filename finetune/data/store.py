@@ -154,7 +154,7 @@ def require_unchanged(run_dir: RunDir, cache: Path) -> None:
         raise RunError(
             "RUN-011",
             f"{run_dir.data}: {', '.join(wrong)} is not what the data stage wrote",
-            "training would read rows that the record does not know",
+            "training and scores would be of rows that the record does not know",
             f"rm -rf {run_dir.data} {Store(cache, report['address']).folder}; "
             f"python -m finetune run={run_dir.path}, which prepares them again",
         )

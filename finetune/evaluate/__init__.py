@@ -26,17 +26,17 @@ def evaluate(run_dir: RunDir) -> None:
     """`scores.json` in the run folder: base and tuned side by side, with the gates' verdicts; `scores_rows.jsonl`.
 
     What was measured before one of its parts failed is kept, and not measured again. Raises RunError when the run has
-    no adapter, NumbersError when a loss is not finite or the adapter changes nothing, and GateError EVAL-004 when a
-    gate of the recipe is not met; the scores are written before that.
+    no adapter, or other rows than were prepared (RUN-011), NumbersError when a loss is not finite or the adapter
+    changes nothing, and GateError EVAL-004 when a gate of the recipe is not met; the scores are written before that.
     """
     from finetune.base import load_base
     from finetune.compose import read_recipe
-    from finetune.data import load_splits
+    from finetune.data import load_splits, require_rows
     from finetune.source import base_folder
     from finetune.whole import load_trained
 
     recipe = read_recipe(run_dir.recipe)
-    run_dir.require(run_dir.data / "report.json", "data")
+    require_rows(run_dir, recipe)
     run_dir.require(run_dir.trained, "train")
     splits, folder = load_splits(run_dir), base_folder(recipe)
     base = load_base(

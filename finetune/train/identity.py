@@ -11,7 +11,7 @@ from typing import Any
 from finetune.check import CHANGEABLE
 from finetune.errors import RunError
 from finetune.recipe import Recipe
-from finetune.record import versions
+from finetune.record import changed_inputs, versions
 from finetune.rundir import RunDir, read_json
 from finetune.source import base_digest
 
@@ -27,7 +27,7 @@ def identity(recipe: Recipe, run_dir: RunDir, base: Path, world: int, sharing: i
     distribution = recipe.launch.distribution if world > 1 else "none"
     distribution += f", {sharing} to a row" if sharing > 1 else ""
     return {
-        "base": base_digest(base),
+        "base": _base(run_dir, base),
         "data": read_json(run_dir.data / "report.json")["content_sha256"],
         "world_size": world,
         "distribution": distribution,
@@ -67,6 +67,16 @@ def changes(
     return found
 
 
+def _base(run_dir: RunDir, base: Path) -> str:
+    """The base's digest, or which of its files have other bytes than when training began.
+
+    Files whose size and time are those of then are not read again: a byte that changes behind both `verify` finds.
+    """
+    changed = changed_inputs(run_dir, base)
+    names = ", ".join(f"{name} (sha256 {sha256[:12]})" for name, sha256 in changed.items())
+    return f"other bytes than when training began in {names}" if changed else base_digest(base)
+
+
 def _same(name: str, then: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether a value is that of the checkpoint; older ones hold a hash of their settings."""
     if name == "settings" and isinstance(then[name], str) and isinstance(now[name], dict):
@@ -90,5 +100,5 @@ def _difference(then: Any, now: Any) -> str:
         keys = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
         return ", ".join(f"{k} {then.get(k, 'none')} is now {now.get(k, 'none')}" for k in keys)
     if isinstance(then, str) and len(then) == 64:
-        return "other content"
+        return now if isinstance(now, str) and len(now) != 64 else "other content"
     return f"{then} is now {now}"

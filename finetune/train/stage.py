@@ -92,10 +92,13 @@ def prepare(
     from finetune.train.trainer import Boundary, Keeping, Trainer
     from finetune.whole import fingerprints
 
-    unsloth, folder = recipe.engine == "unsloth", base_folder(recipe)
+    def base_and_rows() -> Path:
+        if ranks.first:
+            require_rows(run_dir, recipe)
+        return base_folder(recipe)
+
+    unsloth, folder = recipe.engine == "unsloth", ranks.in_turn(base_and_rows)
     require_shareable(folder, ranks)
-    if ranks.first:
-        require_rows(run_dir, recipe)
     packed = load_packed(run_dir)
     rows = load_splits(run_dir).train if packed is None else packed
     whole = recipe.adapter.method == "full"
@@ -118,7 +121,7 @@ def prepare(
     progress, heard, router = TrainingProgress(console, steps, ranks), Heard(model), RouterLoad(console)
     begun = fingerprints(model) if whole else {}
     rehearsal = Rehearsal(recipe, run_dir, console, ranks)
-    boundary = Boundary(ranks, request, names(rows, packed is not None))
+    boundary = Boundary(ranks, request, names(rows, packed is not None), run_dir.batches)
     resumed = Resumed()
     about = identity(recipe, run_dir, folder, ranks.world, ranks.sharing)
     keeping = Keeping(

@@ -19,6 +19,7 @@ from trl import SFTTrainer
 from finetune import checkpoints
 from finetune.errors import NumbersError, Preempted
 from finetune.ranks import Ranks
+from finetune.rundir import append, write_text
 from finetune.stop import Request
 from finetune.train import state as states
 from finetune.train.batch import DIGEST, NUMBER, hex_of
@@ -280,11 +281,11 @@ class Trainer(SFTTrainer):
 class Boundary(TrainerCallback):
     """What all ranks do at the end of an update: say which rows it was of, refuse odd numbers, agree to stop.
 
-    `names` turns row numbers into what a person can look up.
+    `names` turns row numbers into what a person can look up. The first rank writes digests of batches to `log`.
     """
 
-    def __init__(self, ranks: Ranks, request: Request, names: Callable[[list[int]], list[str]]) -> None:
-        self.ranks, self.request, self.names = ranks, request, names
+    def __init__(self, ranks: Ranks, request: Request, names: Callable[[list[int]], list[str]], log: Path) -> None:
+        self.ranks, self.request, self.names, self.log = ranks, request, names, log
         self.trainer: Trainer | None = None
         self.digests: list[str] = []
         self.stopped_by = ""
@@ -303,6 +304,8 @@ class Boundary(TrainerCallback):
         if signal := next(filter(None, self.ranks.gather(self.request.signal)), ""):
             self.stopped_by = signal
             raise Preempted(signal, state.global_step, state.max_steps)
+        if self.ranks.first:  # without those of updates that are done again
+            write_text(self.log, "".join(_line(*known) for known in enumerate(self.digests, 1)))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Says which epoch's order it is; a resumed run begins within one."""
@@ -316,6 +319,8 @@ class Boundary(TrainerCallback):
         self._rows = [batch[NUMBER].tolist() for batch in update]
         told = self.ranks.gather([self.request.signal, [batch[DIGEST].tolist() for batch in update]])
         self.digests.append(hex_of([one for _, digests in told[:: self.ranks.sharing] for one in digests]))
+        if self.ranks.first:
+            append(self.log, _line(state.global_step, self.digests[-1]))
         signal = next((name for name, _ in told if name), "")
         if signal and state.global_step < state.max_steps:
             self.stopped_by = signal
@@ -361,6 +366,10 @@ def _bytes(name: str, value: Any) -> bytes:
     if name.endswith(".safetensors"):
         return states.to_bytes(value)
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _line(step: int, batch: str) -> str:
+    return json.dumps({"step": step, "batch": batch}) + "\n"
 
 
 def _plain(entries: list[checkpoints.Entry]) -> list[list[Any]]:
