@@ -39,7 +39,9 @@ CASES = {
     ],
     "2 processes": ["launch.devices=2", "train.batch_size=1"],
     "2 processes, FSDP2": ["launch.devices=2", "train.batch_size=1", "launch.distribution=fsdp2"],
-    "adapter of the best state": ["train.evaluate_steps=4", "train.adapter_of=best"],
+    "adapter of the best state": [  # that of step 24, far from the last
+        "train.evaluate_steps=4", "train.adapter_of=best", "train.lr=0.03", "train.schedule=constant_with_warmup",
+    ],
 }  # fmt: skip
 FSDP2_ON_CPU = ("tests.trained", "tests.fsdp_on_cpu", "2", "train")
 """What stands for `finetune train` where FSDP2 has no GPUs."""
