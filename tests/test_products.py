@@ -234,8 +234,34 @@ def test_a_plan_on_a_device_is_that_of_the_loop_without_its_padding():
     assert torch.equal(loop.position_TK, device.position_TK)
     assert torch.equal(loop.expert_P, device.expert_P)
     assert [end for _, _, end in loop.groups] == device.offsets_E.tolist()
-    assert routing.padded(1, True) == 8
-    assert routing.padded(65, True) == 128
+
+
+@pytest.mark.parametrize(
+    ("count", "rows"),
+    [
+        (0, 0),
+        (1, 8),
+        (9, 16),
+        (32, 32),
+        (33, 48),
+        (65, 80),
+        (128, 128),
+        (129, 144),
+        (257, 288),
+        (513, 576),
+        (4097, 4608),
+    ],
+)
+def test_a_group_is_padded_to_one_of_few_lengths(count, rows):
+    assert routing.padded(count, True) == rows
+    assert routing.padded(count, False) == count
+
+
+def test_groups_have_few_lengths_and_little_padding():
+    """oneDNN keeps 1024 kernels: sixteen products of a layer times the lengths of groups must fit."""
+    lengths = {routing.padded(count, True) for count in range(1, 4097)}
+    assert len(lengths) * 16 < 1024
+    assert all(routing.padded(count, True) < 1.13 * count for count in range(128, 4097))
 
 
 def test_a_cpu_without_bf16_instructions_multiplies_in_fp32(monkeypatch):

@@ -18,7 +18,9 @@ from finetune.compose import read_recipe
 from finetune.data import require_rows
 from finetune.errors import RunError
 from finetune.launch import handed_on
+from finetune.record import hashed_inputs, note_inputs
 from finetune.rundir import read_json, sha256_file
+from finetune.source import base_folder
 from finetune.stop import SIGNALS, asked_to_stop
 from finetune.train.trainer import Boundary
 from tests.trained import ADAPTER, begun, ended, kill_after, prepared, told, wait_for, with_deepspeed
@@ -249,6 +251,26 @@ def test_other_settings_are_refused_by_name_unless_they_are_allowed(tmp_path):
     assert "; allowed: settings: train.lr 0.001 is now 0.002" in said
     assert read_json(run_dir.train)["resumed"][0]["changed"] == {"settings": "train.lr 0.001 is now 0.002"}
     assert read_json(run_dir.allowed)[0]["names"] == ["settings"]
+
+
+def test_a_run_that_goes_on_with_other_bytes_of_the_base_is_recorded_with_these(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(base_folder(read_recipe(prepared(tmp_path).recipe)), base)
+    settings = base / "tokenizer_config.json"
+    run_dir = prepared(tmp_path, f"model.source={base}", "model.tiny=false", "train.max_steps=8", "train.save_steps=2")
+    recipe = read_recipe(run_dir.recipe)
+    note_inputs(run_dir, recipe, base)
+    kill_after(begun(run_dir), run_dir, 4)
+    settings.write_text(settings.read_text() + "\n")
+    code, said = ended(begun(run_dir))
+    assert code == 3, said
+    assert "base: other bytes than when training began in tokenizer_config.json" in said
+    with pytest.raises(RunError, match="REC-001"):
+        hashed_inputs(run_dir, recipe, base)
+    code, said = ended(begun(run_dir, more=["train.allow_changed=[base]"]))
+    assert code == 0, said
+    assert "tokenizer_config.json" in read_json(run_dir.train)["resumed"][0]["changed"]["base"]
+    assert hashed_inputs(run_dir, recipe, base)[str(settings)] == sha256_file(settings)
 
 
 def test_a_run_goes_on_with_two_processes_and_another_learning_rate_as_it_is_told(tmp_path):

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-ROWS = 64
-"""Longer groups are padded to a multiple of this, shorter ones to a power of two."""
+ROWS = 32
+"""Shorter groups are padded to a power of two."""
+
+STEPS = 8
+"""Lengths between a power of two and the next to which longer groups are padded: 6 % of their rows or so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,9 @@ def padded(count: int, fill: bool) -> int:
     """Rows that a group of `count` takes. Filling up keeps the number of different matrix shapes small."""
     if not fill or count == 0:
         return count
-    return max(8, 1 << (count - 1).bit_length()) if count <= ROWS else -(-count // ROWS) * ROWS
+    power = 1 << (count - 1).bit_length()
+    step = max(power // 2 // STEPS, ROWS // 2)
+    return max(8, power) if count <= ROWS else -(-count // step) * step
 
 
 def route(index_TK: torch.Tensor, num_experts: int, *, fill: bool = True, absent: bool = False) -> Routing:

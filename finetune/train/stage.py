@@ -230,6 +230,9 @@ def _run(job: Job) -> None:
     if start is None:
         trainer.train()
     else:
+        from finetune.record import note_inputs
+        from finetune.source import base_folder
+
         allowed = [*job.recipe.train.allow_changed, *_allowed(job.run_dir)]
         changed = changes(start.about, trainer.keeping.about, allowed, str(job.run_dir.path))
         job.console.print(
@@ -240,6 +243,8 @@ def _run(job: Job) -> None:
             soft_wrap=True,
         )
         job.resumed.now = {"after_step": start.step, "passed_over": found.passed_over, "changed": changed}
+        if "base" in changed and job.ranks.first:
+            note_inputs(job.run_dir, job.recipe, base_folder(job.recipe))  # those of today go into the record
         if start.step < job.steps:
             trainer.train(resume_from_checkpoint=str(start.path))
         else:
