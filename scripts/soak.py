@@ -209,11 +209,10 @@ class Full:
         self.ballast = ballast
 
     def __enter__(self) -> None:
-        with self.ballast.open("wb") as file:
+        with self.ballast.open("wb", buffering=0) as file:  # a buffer would be written once more when it is closed
             try:
                 while True:
                     file.write(bytes(2**16))
-                    file.flush()
             except OSError:
                 pass  # full, as it should be
 
