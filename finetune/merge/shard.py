@@ -213,7 +213,7 @@ def write_sheet(
     tally = Tally()
     with path.open("w+b", buffering=0) as file:
         target = file.fileno()
-        os.ftruncate(target, sheet.size)
+        reserve(target, sheet.size)
         digest = Digest()
         for offset, data in _pieces(plan, sheet, tally):
             if halt is not None and halt.is_set():
@@ -354,6 +354,17 @@ def read_at(file: int, buffer: memoryview, offset: int) -> None:
         if count == 0:
             raise OSError(errno.EIO, "a weight file is shorter than it was")
         done += count
+
+
+def reserve(file: int, size: int) -> None:
+    """Gives an empty file its size and, where the system can, its room on the disk: writing is faster then.
+
+    Raises OSError ENOSPC where there is none, before anything is written.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.ftruncate(file, size)
 
 
 def write_at(file: int, data: bytes | memoryview, offset: int) -> None:

@@ -15,8 +15,8 @@ from finetune.merge.updates import New, Pair
 VALUES = 2**18
 """Values of a matrix that are summed at a time: small enough for the processor's cache."""
 
-SAMPLE = 8
-"""Of the rows of such a piece one in so many tells what rounding takes: looking at all costs as much as the sums."""
+SAMPLE = 16
+"""One of so many rows tells what rounding takes: looking at all costs as much as the sums."""
 
 
 class _Scratch(threading.local):
@@ -64,32 +64,33 @@ def add(base_OI: torch.Tensor, pair: Pair | New | None, out_OI: torch.Tensor, ta
     """Writes base + update into `out`, which may be the base itself; sums are in fp32 and rounded once to its type.
 
     In fp32 every value is the sum of the matrix product, times the scale, and the base's value, in this order: as PEFT
-    does it. What rounding takes of a matrix of several pieces is told from an eighth of its rows, in the middle of each
-    piece.
+    does it. What rounding takes of a matrix of several pieces is told from a sixteenth of its rows, spread over it.
     """
     if base_OI.dim() != 2:  # a vector, a convolution
         base_OI, out_OI = (tensor.view(len(tensor) if tensor.dim() > 2 else 1, -1) for tensor in (base_OI, out_OI))
-    rows, columns = max(1, VALUES // base_OI.shape[1]), base_OI.shape[1]
-    if isinstance(pair, Pair) and pair.lengths_O is None:
-        tally.update += pair.squares()
-    sum_ = _one_pass if out_OI.dtype != torch.float32 and _is_product(pair) else _in_order
-    told = rows if len(base_OI) <= rows else max(1, rows // SAMPLE)
-    exact_, spare_ = _SCRATCH.take(min(rows, len(base_OI)), columns)
+    whole, columns = base_OI.shape
+    rows = min(whole, max(1, VALUES // columns))
+    if isinstance(pair, Pair):
+        tally.update += pair.squares
+    rounds = out_OI.dtype != torch.float32
+    sum_ = _one_pass if rounds and isinstance(pair, Pair) and pair.lengths_O is None else _in_order
+    every = SAMPLE if rows >= SAMPLE and whole > rows else 1
+    exact_, spare_ = _SCRATCH.take(rows, columns)
     lost, seen = 0.0, 0
-    for number, (base, out) in enumerate(zip(base_OI.split(rows), out_OI.split(rows), strict=True)):
-        exact, spare = (exact_, spare_) if len(base) == len(exact_) else (exact_[: len(base)], spare_[: len(base)])
-        sum_(base, pair, slice(number * rows, number * rows + len(base)), exact, spare, tally)
+    for begin in range(0, whole, rows):
+        part = slice(begin, min(begin + rows, whole))
+        base, out = base_OI[part], out_OI[part]
+        count = part.stop - begin
+        exact, spare = (exact_, spare_) if count == rows else (exact_[:count], spare_[:count])
+        sum_(base, pair, part, exact, spare, tally)
         out.copy_(exact)
-        if out.dtype != torch.float32:
-            at = max(0, len(exact) - told) // 2
-            lost += squares(spare[:told].copy_(out[at : at + told]).sub_(exact[at : at + told]))
-            seen += min(told, len(exact))
+        if rounds:
+            told = out[every // 2 :: every]
+            if (some := told.shape[0]) > 0:
+                lost += squares(spare[:some].copy_(told).sub_(exact[every // 2 :: every]))
+                seen += some
     if seen:
-        tally.rounding += lost * (len(base_OI) / seen)
-
-
-def _is_product(pair: Pair | New | None) -> bool:
-    return isinstance(pair, Pair) and pair.lengths_O is None
+        tally.rounding += lost * (whole / seen)
 
 
 def _one_pass(

@@ -30,11 +30,8 @@ class Pair:
     """The factor of the product."""
     lengths_O: torch.Tensor | None
     """With DoRA, what length every row of the sum has in the end."""
-
-    def squares(self) -> float:
-        """The sum of squares of the update, from its factors: of L R it is that of (L^T L) * (R R^T)."""
-        left, right = self.left_Or.mT @ self.left_Or, self.right_rI @ self.right_rI.mT
-        return float((left.double() * right.double()).sum()) * self.scale**2
+    squares: float
+    """The sum of squares of the update; 0 with DoRA, where the base is needed to tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,47 +48,50 @@ class Update:
 
     name: str
     """The parameter."""
-    a: torch.Tensor
-    """(rank, in), or (experts, rank, in)."""
-    b: torch.Tensor
-    """(out, rank), or (experts, out, rank)."""
+    left: torch.Tensor
+    """(rows, rank) of a matrix as it is stored, or (experts, rows, rank)."""
+    right: torch.Tensor
+    """(rank, columns), or (experts, rank, columns)."""
     scale: float
     """The factor of the product."""
-    transposed: bool = False
-    """Matrices are stored as (in, out)."""
     lengths: torch.Tensor | None = None
     """With DoRA, what length every row of the sum has in the end."""
     parts: set[tuple[int | None, int]] = field(default_factory=set)
     """(expert, part) pairs that found their tensor; the expert is None where the checkpoint holds the whole stack."""
     expected: int = 1
     """How many pairs there must be in the end; known once the first key has shown the layout."""
+    _squares: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+    """(part, of how many) -> the sum of squares of each expert's update."""
 
     @property
     def experts(self) -> int:
         """Experts of the stack; 0 for a plain matrix."""
-        return self.a.shape[0] if self.a.dim() == 3 else 0
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, columns) of one matrix as it is stored."""
-        outputs, inputs = self.b.shape[-2], self.a.shape[-1]
-        return (inputs, outputs) if self.transposed else (outputs, inputs)
+        return self.left.shape[0] if self.left.dim() == 3 else 0
 
     def stored(self, expert: int | None, count: int) -> tuple[int, ...]:
         """Shape of a tensor that holds one of `count` parts of an expert's matrix, or (None) all of the parameter."""
-        rows, columns = self.shape
+        rows, columns = self.left.shape[-2], self.right.shape[-1]
         if rows % count:
             return ()
         return (rows // count, columns) if expert is not None or not self.experts else (self.experts, rows, columns)
 
     def pair(self, expert: int | None, index: int = 0, count: int = 1) -> Pair:
         """The update of one matrix, or of one of the `count` parts of its rows that are tensors of their own."""
-        b, a = (self.b, self.a) if expert is None else (self.b[expert], self.a[expert])
-        left, right = (a.mT, b.mT) if self.transposed else (b, a)
-        left, scale = left.chunk(count)[index].contiguous(), self.scale
+        left, right = (self.left, self.right) if expert is None else (self.left[expert], self.right[expert])
+        left, scale = left if count == 1 else left.chunk(count)[index], self.scale
         if math.frexp(scale)[0] == 0.5:  # a power of two: no difference to the bit, and a pass over the sums less
             left, scale = left * scale, 1.0
-        return Pair(left, right.contiguous(), scale, self.lengths)
+        squares = self._squares_of(index, count)[expert or 0]
+        return Pair(left.contiguous(), right.contiguous(), scale, self.lengths, squares)
+
+    def _squares_of(self, index: int, count: int) -> list[float]:
+        """Sums of squares from the factors, for all experts at once: of L R it is the sum of (L^T L) * (R R^T)."""
+        if (index, count) not in self._squares:  # threads that come at the same time find the same
+            left, right = self.left.chunk(count, dim=-2)[index], self.right
+            each = ((left.mT @ left).double() * (right @ right.mT)).sum((-2, -1)) * self.scale**2
+            known = self.lengths is None
+            self._squares[index, count] = each.reshape(-1).tolist() if known else [0.0] * max(1, self.experts)
+        return self._squares[index, count]
 
 
 @dataclass(slots=True)
@@ -154,13 +154,14 @@ def update_of(name: str, a: torch.Tensor, b: torch.Tensor, rank: int, scale: flo
         raise foreign(f"the base has no weight {name}")
     shape = names.state[name].shape
     if len(shape) == 2:
-        return Update(name, a, b, scale)
+        return Update(name, b, a, scale)
     experts = shape[0]
     if a.shape[0] != rank * experts:
         raise foreign(f"{name}: lora_A has {a.shape[0]} rows, not {experts} experts x rank {rank}")
     a_ErN = a.reshape(experts, rank, -1)
     b_EMr = b.reshape(b.shape[0], rank, experts).permute(2, 0, 1)
-    return Update(name, a_ErN, b_EMr, scale, names.is_transposed(name))
+    left, right = (a_ErN.mT, b_EMr.mT) if names.is_transposed(name) else (b_EMr, a_ErN)
+    return Update(name, left, right, scale)
 
 
 def replacement(name: str, read: Callable[[int | None], torch.Tensor], names: Renamer) -> Replacement:
