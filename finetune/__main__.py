@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 
+from finetune import collecting
 from finetune.commands import Request
 from finetune.errors import RecipeError
 from finetune.guard import word_problems
@@ -99,6 +100,8 @@ def main(words: list[str] | None = None) -> int:
     from finetune.failures import explain, quiet_threads
 
     quiet_threads()
+    if words is None:
+        collecting.seldom()
     request = None
     try:
         given = sys.argv[1:] if words is None else words

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune import collecting
 from finetune.errors import WeightsError
 from finetune.families import Family, family_of
 from finetune.foreign import check_folder
@@ -93,6 +94,7 @@ def load_base(
     place = {"device_map": {"": torch.cuda.current_device()}} if torch.cuda.is_available() else {}
     kind, config = model_class(family, config)
     before = resident_gib()
+    collecting.as_usual()
     try:
         with Peak() as peak:
             model, info = kind.from_pretrained(

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 
+from finetune import collecting
 from finetune.errors import Preempted, RunError
 from finetune.ranks import expected
 from finetune.rundir import RunDir, open_run
@@ -109,4 +110,5 @@ def _leave() -> None:
 
 
 if __name__ == "__main__":
+    collecting.seldom()
     sys.exit(main(sys.argv[1:]))

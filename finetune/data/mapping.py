@@ -194,7 +194,8 @@ def _processes(count: int | None) -> Iterator[None]:
         multiprocess.set_start_method("fork", force=True)
     _PARENT.append(os.getpid())
     frozen = gc.get_freeze_count()
-    gc.freeze()  # what is there now stays: collecting need not look at it, and touch its pages, in every process
+    if not frozen:
+        gc.freeze()  # what is there now stays: collecting need not look at it, and touch its pages, in every process
     try:
         yield
     except multiprocess.TimeoutError as error:  # while it stopped for another error, a process was still at work

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finetune import collecting
 from finetune.engine import engine_unfit
 from finetune.errors import NumbersError, RunError
 from finetune.families import Family
@@ -78,6 +79,7 @@ def load(recipe: Recipe, folder: Path) -> tuple[Any, Any]:
     if wrong := engine_unfit(recipe, folder, config.to_dict()):
         raise wrong
     os.environ[UNTOUCHED] = str(folder)
+    collecting.as_usual()
     started, before = time.monotonic(), resident_gib()
     with Peak() as peak:
         model, _ = FastModel.from_pretrained(**loading(recipe, folder))
