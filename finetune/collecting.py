@@ -1,13 +1,13 @@
 """How often Python looks for garbage: seldom while libraries are imported, as usual once a model is in memory.
 
-Imports make about a million objects, which stay; looking at them again and again takes a tenth of the processor time of
-a rehearsal. Of a model, tensors may hang on objects that refer to each other and are to go soon.
+Imports make about a million objects, which stay; looking at them again and again takes a quarter of the processor time
+of a rehearsal's training. Of a model, tensors may hang on objects that refer to each other and are to go soon.
 """
 
 import gc
 
 IMPORTS = 200_000
-"""Objects that come and stay before they are looked at, while libraries are imported; Python's own is 700."""
+"""Objects that come and stay before they are looked at, while libraries are imported; else some hundreds."""
 
 _USUAL = gc.get_threshold()
 

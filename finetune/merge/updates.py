@@ -86,11 +86,12 @@ class Update:
 
     def _squares_of(self, index: int, count: int) -> list[float]:
         """Sums of squares from the factors, for all experts at once: of L R it is the sum of (L^T L) * (R R^T)."""
+        if self.lengths is not None:
+            return [0.0] * max(1, self.experts)
         if (index, count) not in self._squares:  # threads that come at the same time find the same
             left, right = self.left.chunk(count, dim=-2)[index], self.right
             each = ((left.mT @ left).double() * (right @ right.mT)).sum((-2, -1)) * self.scale**2
-            known = self.lengths is None
-            self._squares[index, count] = each.reshape(-1).tolist() if known else [0.0] * max(1, self.experts)
+            self._squares[index, count] = each.reshape(-1).tolist()
         return self._squares[index, count]
 
 
